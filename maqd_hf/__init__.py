@@ -1,0 +1,25 @@
+"""MaQD for Hugging Face: 1 to 8 bit models by quantization-aware training, packed and reloadable.
+
+Importing this package registers ``quant_method: "maqd"`` with transformers, so that
+``from_pretrained`` can load its checkpoints.
+"""
+
+from .config import MaQDConfig
+from .conversion import quantize_model
+from .finalize import dequantize_model, pack_model
+from .hf_quantizer import register
+from .report import ConversionReport
+from .size import model_size
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConversionReport",
+    "MaQDConfig",
+    "dequantize_model",
+    "model_size",
+    "pack_model",
+    "quantize_model",
+]
+
+register()

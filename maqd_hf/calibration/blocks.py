@@ -1,0 +1,295 @@
+"""Walking a transformer block by block with the inputs a real forward would give each block.
+
+Calibration needs the inputs of one block at a time, for all samples, while the blocks before it are
+already quantised. A forward over the whole model for every block would cost the square of the depth,
+so the arguments of all blocks are captured in one forward (masks, rotary embeddings: small, mostly
+shared) and only the hidden states are passed on by hand. Where a model does something between two
+blocks (the output of one is not the input of the next: an encoder followed by a decoder), a new
+``Segment`` starts and is captured by a forward of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import ActivationQuantizer, BatchContext, LayerBatchNorm, MaQDLinear
+
+Batch = dict[str, Tensor]
+Batches = Tensor | Iterable[Tensor | Mapping[str, Any]]
+"""Token ids (samples, tokens), or batches of them: (batch, tokens) or a tokenizer's mapping."""
+
+
+class _Stop(Exception):
+    """Ends a forward once everything wanted of it is known."""
+
+
+def as_batches(data: Batches, model: nn.Module, batch_size: int = 4) -> list[Batch]:
+    """Calibration data as keyword arguments of ``model``, on its device, labels dropped.
+
+    Raises ``ValueError`` when there is nothing in it or a batch is not (batch, tokens).
+    """
+    device = next(model.parameters()).device
+    items = data.split(batch_size) if isinstance(data, Tensor) else data
+    batches: list[Batch] = []
+    for item in items:
+        batch = {"input_ids": item} if isinstance(item, Tensor) else dict(item)
+        tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+        tensors.pop("labels", None)
+        shapes = {tuple(v.shape) for k, v in tensors.items() if k == "input_ids"}
+        if any(len(shape) != 2 for shape in shapes) or not tensors:
+            raise ValueError(
+                f"a calibration batch holds { ({k: tuple(v.shape) for k, v in tensors.items()}) }: "
+                "pass token ids (batch, tokens), or mappings with input_ids like a tokenizer's"
+            )
+        if all(v.numel() for v in tensors.values()):
+            batches.append(tensors)
+    if not batches:
+        raise ValueError("the calibration data is empty: pass at least one batch of token ids")
+    return batches
+
+
+def counted_tokens(batch: Batch, skip_first: bool) -> Tensor | None:
+    """(batch, tokens) bool: no padding, and on request no first tokens; None means all.
+
+    One-token samples keep their token: skipping it would leave nothing.
+    """
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    if tokens is None:
+        return None
+    mask = batch.get("attention_mask")
+    valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if mask is not None and mask.shape == valid.shape:
+        valid = mask.bool()
+    if not skip_first:
+        return valid
+    rest = valid & (valid.cumsum(dim=1) > 1)
+    return torch.where(rest.any(dim=1, keepdim=True), rest, valid)
+
+
+def rows_of(x: Tensor, counted: Tensor | None) -> Tensor:
+    """(..., D) -> (rows, D) float32 of the tokens that count; all of them if the mask misfits."""
+    if counted is not None and x.shape[:-1] == counted.shape:
+        x = x[counted]
+    return x.detach().reshape(-1, x.shape[-1]).float()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, eval mode; every module's own mode comes back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def float_activations(model: nn.Module) -> Iterator[None]:
+    """Layer inputs pass unquantised (their steps may not be known yet)."""
+    layers = [m for m in model.modules() if isinstance(m, MaQDLinear)]
+    quantizers = [layer.activation for layer in layers]
+    try:
+        for layer in layers:
+            layer.activation = nn.Identity()
+        yield
+    finally:
+        for layer, quantizer in zip(layers, quantizers, strict=True):
+            layer.activation = quantizer
+
+
+@contextmanager
+def float_weights(block: nn.Module) -> Iterator[None]:
+    """The linear layers below ``block`` multiply with their latent weights."""
+    layers = [m for m in block.modules() if isinstance(m, MaQDLinear)]
+    steps = [layer.weight_step for layer in layers]
+    try:
+        for layer in layers:
+            layer.weight_step = None
+        yield
+    finally:
+        for layer, step in zip(layers, steps, strict=True):
+            layer.weight_step = step
+
+
+@contextmanager
+def watching(modules: Iterable[nn.Module], see: Callable[..., Any]) -> Iterator[None]:
+    """Call ``see(module, args, kwargs)`` before every forward of ``modules``."""
+    with ExitStack() as stack:
+        for module in modules:
+            handle = module.register_forward_pre_hook(see, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def run_model(model: nn.Module, batch: Batch) -> Any:
+    """A forward without a key/value cache: replayed blocks would go on filling it."""
+    accepted = inspect.signature(model.forward).parameters
+    options = {"use_cache": False} if "use_cache" in accepted else {}
+    return model(**batch, **options)
+
+
+def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
+    """Members of the outermost module lists that hold quantised layers, with their names."""
+    blocks: dict[nn.Module, str] = {}
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(p) for p in lists):
+            continue
+        if any(isinstance(m, MaQDLinear) for m in module.modules()):
+            lists.append(name + ".")
+            blocks.update({child: f"{name}.{i}" for i, child in enumerate(module)})
+    return blocks
+
+
+def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _first_tensor(output: Any) -> Tensor:
+    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
+    return tensor
+
+
+@dataclass
+class Call:
+    """One call of a block during a forward; ``rest`` of each batch: arguments but for the hidden
+    states, and the masks of the contexts at that time."""
+
+    block: nn.Module
+    rest: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+class Segment:
+    """Consecutive block calls, each fed with the output of the one before.
+
+    ``hidden`` holds, per batch, the states that enter the next call.
+    """
+
+    def __init__(self, model: nn.Module, calls: list[Call], start: int) -> None:
+        self.model, self.calls, self.start = model, calls, start
+        self.plain = True
+        self.hidden: list[Tensor] = []
+        self.contexts = {
+            m.context: None
+            for m in model.modules()
+            if isinstance(m, LayerBatchNorm | ActivationQuantizer)
+        }
+        self.masks: list[list[tuple[Tensor | None, Tensor | None]]] = []
+
+    def capture(self, batches: list[Batch]) -> None:
+        """Run the model as it is now up to the last call and keep what the calls are given.
+
+        Where blocks return nothing but hidden states, these cannot reach the arguments of the next
+        block by another way, so the blocks of this segment pass them through: capturing is free.
+        """
+        for batch in batches:
+            seen = 0
+
+            def see(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                nonlocal seen
+                index, seen = seen - self.start, seen + 1
+                if index < 0:
+                    return
+                if index == 0:
+                    self.hidden.append(_hidden(args, kwargs))
+                rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
+                self.calls[index].rest.append((args[1:], rest))
+                if index == len(self.calls) - 1:
+                    raise _Stop
+
+            passing = self._pass_through if self.plain else nullcontext
+            with watching(find_blocks(self.model), see), passing(), suppress(_Stop):
+                run_model(self.model, batch)
+            self.masks.append([(c.valid, c.first) for c in self.contexts])
+
+    @contextmanager
+    def _pass_through(self) -> Iterator[None]:
+        blocks = {call.block for call in self.calls}
+        for block in blocks:
+            block.forward = lambda *args, **kwargs: _hidden(args, kwargs)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    def run(self, call: Call, index: int, hidden: Tensor) -> Tensor:
+        """Output of ``call`` for batch ``index`` with these hidden states."""
+        for context, (valid, first) in zip(self.contexts, self.masks[index], strict=True):
+            context.valid, context.first = valid, first
+        args, kwargs = call.rest[index]
+        return _first_tensor(call.block(hidden, *args, **kwargs))
+
+    def run_until(self, call: Call, index: int, layer: nn.Module) -> Tensor | None:
+        """The input of ``layer`` inside ``call``; None if it is not reached."""
+        found: list[Tensor] = []
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["input"])
+            raise _Stop
+
+        with watching([layer], see), suppress(_Stop):
+            self.run(call, index, self.hidden[index])
+        return found[0] if found else None
+
+
+def find_segments(model: nn.Module, batch: Batch) -> list[Segment]:
+    """How ``model`` calls its blocks, found by one forward."""
+    order: list[tuple[nn.Module, bool]] = []
+    last: list[Tensor] = []
+    plain = True
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = _hidden(args, kwargs)
+        order.append((block, bool(last) and hidden is last[-1]))
+
+    def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal plain
+        plain = plain and isinstance(output, Tensor)
+        last[:] = [_first_tensor(output)]
+
+    blocks = find_blocks(model)
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.register_forward_hook(after).remove)
+        stack.enter_context(watching(blocks, before))
+        run_model(model, batch)
+    segments: list[Segment] = []
+    for position, (block, continues) in enumerate(order):
+        if not continues:
+            segments.append(Segment(model, [], position))
+            segments[-1].plain = plain
+        segments[-1].calls.append(Call(block))
+    return segments
+
+
+def shared_inputs(segment: Segment, call: Call) -> list[list[MaQDLinear]]:
+    """The quantised layers of a block in calling order, those with the same input together."""
+    groups: list[tuple[Tensor, list[MaQDLinear]]] = []
+
+    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(layer, MaQDLinear)
+        x = args[0] if args else kwargs["input"]
+        if any(layer in members for _, members in groups):
+            return
+        for known, members in groups:
+            if known is x:
+                members.append(layer)
+                return
+        groups.append((x, [layer]))
+
+    layers = [m for m in call.block.modules() if isinstance(m, MaQDLinear)]
+    with watching(layers, see):
+        segment.run(call, 0, segment.hidden[0])
+    return [members for _, members in groups]

@@ -1,0 +1,159 @@
+"""``MaQDConfig``: what a user asks for, and what a checkpoint says of itself. A leaf module."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .functional import check_levels
+from .nn import FirstToken, LinearSpec, NormSpec
+
+QUANT_METHOD = "maqd"
+FORMAT_VERSION = 1
+
+_LINEAR_FIELDS = tuple(f.name for f in fields(LinearSpec))
+
+
+@dataclass(eq=True)
+class MaQDConfig(QuantizationConfigMixin):
+    """Settings of a MaQD model; JSON in ``config.json: quantization_config``.
+
+    Args:
+        weight_levels: levels of every converted weight, 2..256 (16 = 4 bit), None = float.
+        activation_levels: levels of every converted layer's input, 2..256, None = float.
+        activation_scaling: "static" (learned step, calibrated first) or "token" (from absmax).
+        group_size: inputs that share a weight scale; None = one scale per output row.
+        weight_offset: learned offset per row (keeps the row mean standardisation removes).
+        embedding_levels: levels of the token embedding and of the output head, None = float.
+        surrogate: gradient of the activation staircase, see ``functional.SURROGATES``.
+        first_token: "own": the first token of a sequence keeps its own step and statistic
+            (pretrained decoders need it); "shared": it is treated like any other.
+        layer_batch_norm: replace norms by Layer-Batch Normalization with its gate closed.
+        lbn_final_norm, lbn_qk_norm: include the final norm and the q/k norms; by default they
+            stay per token, the final one anchors the scale of the logits.
+        lbn_pooling: "mean" of squares, or "geometric" (mean of their logs).
+        lbn_momentum: weight of a new sample statistic in the running average.
+        targets: glob patterns of module names to convert (relative to the base model; names
+            outside it start with "/"); None = every Linear of the base model.
+        exclude: glob patterns to leave alone; wins over ``targets``.
+        overrides: glob pattern -> settings of ``LinearSpec`` for the layers it matches; the last
+            match wins, e.g. ``{"*.down_proj": {"weight_levels": 255}}``.
+        state, modules, format_version: written by the library, not by users.
+
+    >>> MaQDConfig(weight_levels=4, group_size=64).linear_spec("layers.0.mlp.up_proj").group_size
+    64
+    """
+
+    weight_levels: int | None = 16
+    activation_levels: int | None = 255
+    activation_scaling: Literal["static", "token"] = "static"
+    group_size: int | None = None
+    weight_offset: bool = True
+    embedding_levels: int | None = None
+    surrogate: str = "clip"
+    first_token: FirstToken = "own"
+    layer_batch_norm: bool = True
+    lbn_final_norm: bool = False
+    lbn_qk_norm: bool = False
+    lbn_pooling: Literal["mean", "geometric"] = "geometric"
+    lbn_momentum: float = 0.05
+    targets: list[str] | None = None
+    exclude: list[str] = field(default_factory=list)
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    state: Literal["qat", "packed"] = "qat"
+    modules: dict[str, dict[str, Any]] | None = None
+    format_version: int = FORMAT_VERSION
+    quant_method: str = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        if self.quant_method != QUANT_METHOD:
+            raise ValueError(f"quant_method={self.quant_method!r}: MaQDConfig is {QUANT_METHOD!r}")
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"checkpoint format_version={self.format_version}, this maqd_hf reads "
+                f"{FORMAT_VERSION}; install the maqd_hf release that wrote it"
+            )
+        if self.state not in ("qat", "packed"):
+            raise ValueError(f"state={self.state!r}: 'qat' or 'packed'")
+        if self.lbn_pooling not in ("mean", "geometric"):
+            raise ValueError(f"lbn_pooling={self.lbn_pooling!r}: 'mean' or 'geometric'")
+        if not 0 < self.lbn_momentum <= 1:
+            raise ValueError(f"lbn_momentum={self.lbn_momentum} must be in (0, 1]")
+        if self.embedding_levels is not None:
+            check_levels(self.embedding_levels, "embedding_levels")
+        for pattern, settings in self.overrides.items():
+            unknown = sorted(set(settings) - set(_LINEAR_FIELDS))
+            if unknown:
+                raise ValueError(
+                    f"overrides[{pattern!r}] has unknown settings {unknown}; "
+                    f"allowed are {sorted(_LINEAR_FIELDS)}"
+                )
+        self.linear_spec("")  # validates the plain settings
+        for pattern in self.overrides:
+            self.linear_spec(pattern)
+
+    def linear_spec(self, name: str) -> LinearSpec:
+        """The settings in force for the layer called ``name``."""
+        settings: dict[str, Any] = {key: getattr(self, key) for key in _LINEAR_FIELDS}
+        for pattern, changes in self.overrides.items():
+            if name == pattern or fnmatchcase(name, pattern):
+                settings.update(changes)
+        return LinearSpec(**settings)
+
+    def norm_spec(self, centered: bool, bias: bool) -> NormSpec:
+        """The settings of a converted norm whose affine is still its own."""
+        return NormSpec(
+            centered=centered,
+            bias=bias,
+            statistics="gated" if self.layer_batch_norm else "token",
+            first_token=self.first_token,
+            pooling=self.lbn_pooling,
+            momentum=self.lbn_momentum,
+        )
+
+    def left_out(self, name: str, layer: bool = False) -> str | None:
+        """Why ``name`` is not converted, or None if it is; ``targets`` only speak of layers."""
+        for pattern in self.exclude:
+            if fnmatchcase(name, pattern):
+                return f"excluded by {pattern!r}"
+        if layer and self.targets is not None:
+            hit = any(fnmatchcase(name, pattern) for pattern in self.targets)
+            return None if hit else "not in targets"
+        return "outside the base model (name it in targets)" if name.startswith("/") else None
+
+    # QuantizationConfigMixin prints, compares and writes configs its own way; ours is plain JSON.
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return copy.deepcopy(asdict(self))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The fields that differ from the defaults, and what identifies the format."""
+        default = {f.name: getattr(type(self)(), f.name) for f in fields(self)}
+        keep = {"quant_method", "state", "format_version"}
+        return {k: v for k, v in self.to_dict().items() if k in keep or v != default[k]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """JSON text, of the differences from the defaults unless ``use_diff`` is False."""
+        content = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """From JSON; unknown fields raise, they would change the model silently."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(config_dict) - known)
+        if unknown:
+            raise ValueError(
+                f"quantization_config has unknown fields {unknown}: it was written by another "
+                f"maqd_hf release or edited; known are {sorted(known)}"
+            )
+        config = cls(**copy.deepcopy(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config

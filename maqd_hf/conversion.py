@@ -1,0 +1,177 @@
+"""Float model -> QAT model, in place.
+
+``quantize_model`` plans first (``matching``) and touches the model only when the plan holds, so a
+refused model is left as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .building import base_of, describe, modules_of, replace_module, tie_head
+from .config import MaQDConfig
+from .folding import absorb_affine
+from .matching import ConversionPlan, NormPlan, plan_conversion
+from .nn import (
+    BatchContext,
+    LayerBatchNorm,
+    LinearSpec,
+    MaQDEmbedding,
+    MaQDLinear,
+    PackedEmbedding,
+    PackedLinear,
+)
+from .report import ConversionReport
+from .size import model_size
+
+
+def quantization_config(model: nn.Module) -> MaQDConfig:
+    """The ``MaQDConfig`` of a converted model; ``ValueError`` if it is not one."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not isinstance(config, MaQDConfig):
+        raise ValueError(
+            f"{type(model).__name__} is not a MaQD model (its quantization_config is "
+            f"{type(config).__name__}); convert it with quantize_model first"
+        )
+    return config
+
+
+def quantize_model(
+    model: nn.Module, config: MaQDConfig | None = None, **settings: Any
+) -> ConversionReport:
+    """Make ``model`` trainable on the grid, in place, and report what was and was not converted.
+
+    Args:
+        model: a transformers causal LM or encoder, float weights on a real device.
+        config: what to convert and how; or give its fields as keyword ``settings``.
+
+    Every norm starts with its gate closed and every weight at the grid nearest to it, so the model
+    starts as itself up to rounding. Static activation steps are not known yet: calibrate them
+    (``maqd_hf.calibration``), or train with ``MaQDTrainer``, which does it first.
+
+    Raises:
+        ValueError: nothing matches, a group size does not divide a width, a weight is not finite,
+            or the model is quantised already. The model is then unchanged.
+    """
+    if config is not None and settings:
+        raise ValueError(f"give a MaQDConfig or its fields, not both (got {sorted(settings)})")
+    config = config or MaQDConfig(**settings)
+    if config.state != "qat" or config.modules is not None:
+        raise ValueError("this MaQDConfig comes from a converted model; make a new one")
+    existing = getattr(getattr(model, "config", None), "quantization_config", None)
+    if existing is not None or modules_of(model, (MaQDLinear, PackedLinear)):  # type: ignore[arg-type]
+        raise ValueError(
+            f"{type(model).__name__} is quantised already; load the float model to convert it"
+        )
+    plan = plan_conversion(model, config)
+    _check_finite(model, plan)
+    config = replace(config, modules={})
+    context = BatchContext()
+    _convert_linears(model, plan, context)
+    _convert_embedding(model, plan, context)
+    for name, norm_plan in plan.norms.items():
+        _convert_norm(model, name, norm_plan, config, context)
+    for _, layer in modules_of(model, (MaQDLinear, MaQDEmbedding)):  # type: ignore[arg-type]
+        layer.reset_quantizer("search")
+    context.attach(base_of(model))
+    config.modules = describe(model, config, plan)
+    if hasattr(model, "config"):
+        model.config.quantization_config = config
+    return make_report(model, config, plan)
+
+
+def _check_finite(model: nn.Module, plan: ConversionPlan) -> None:
+    for name in [*plan.linears, *([plan.embedding] if plan.embedding else [])]:
+        weight = model.get_submodule(name).weight
+        if not bool(torch.isfinite(weight).all()):  # type: ignore[arg-type]
+            raise ValueError(
+                f"{name}.weight holds NaN or infinity: the float checkpoint is broken, "
+                "nothing was converted"
+            )
+
+
+def _convert_linears(model: nn.Module, plan: ConversionPlan, context: BatchContext) -> None:
+    for name, spec in plan.linears.items():
+        if name == plan.head and plan.head_tied:
+            continue
+        linear = model.get_submodule(name)
+        replace_module(model, name, MaQDLinear.from_linear(linear, spec, context, start=None))
+
+
+def _output_scale(embedding: nn.Embedding) -> float:
+    """Gemma and Bart scale their embedding's output; 1 for a plain one."""
+    scale = getattr(embedding, "embed_scale", 1.0)
+    return float(getattr(embedding, "scalar_embed_scale", scale))
+
+
+def _convert_embedding(model: nn.Module, plan: ConversionPlan, context: BatchContext) -> None:
+    if plan.embedding is None:
+        return
+    embedding = model.get_submodule(plan.embedding)
+    assert isinstance(embedding, nn.Embedding)
+    head_spec = plan.linears.get(plan.head or "")
+    levels = head_spec.weight_levels if head_spec else None
+    table = MaQDEmbedding.from_embedding(
+        embedding, levels or 255, _output_scale(embedding), start=None
+    )
+    replace_module(model, plan.embedding, table)
+    if plan.head is not None and plan.head_tied and head_spec is not None:
+        tie_head(model, plan.embedding, plan.head, head_spec, context)
+
+
+def _convert_norm(
+    model: nn.Module, name: str, plan: NormPlan, config: MaQDConfig, context: BatchContext
+) -> None:
+    norm, kind = model.get_submodule(name), plan.kind
+    spec = config.norm_spec(kind.centered, kind.has_bias)
+    if not plan.gated:
+        spec = replace(spec, statistics="token")
+    weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+    new = LayerBatchNorm(kind.features, spec, kind.eps, context, weight.device, weight.dtype)
+    with torch.no_grad():
+        assert new.weight is not None
+        new.weight.copy_(kind.gamma(norm))
+        if new.bias is not None:
+            new.bias.copy_(norm.bias)  # type: ignore[arg-type]
+    absorb_into = [model.get_submodule(n) for n in plan.absorbed_by]
+    if absorb_into:
+        absorb_affine(new, absorb_into)  # type: ignore[arg-type]
+    replace_module(model, name, new)
+
+
+def _levels_text(spec: LinearSpec) -> str:
+    weight = "float weights" if spec.weight_levels is None else f"{spec.weight_levels} levels"
+    group = f", groups of {spec.group_size}" if spec.group_size else ""
+    if spec.activation_levels is None:
+        return f"{weight}{group}, float activations"
+    return f"{weight}{group}, {spec.activation_levels}-level {spec.activation_scaling} activations"
+
+
+def _norm_text(norm: LayerBatchNorm, reason: str) -> str:
+    statistics = {
+        "token": "per token",
+        "gated": "layer-batch norm, gate " + ("closed" if float(norm.gate) == 0 else "open"),
+        "static": "static, folded into its consumers" if norm.spec.absorbed else "static",
+    }[norm.spec.statistics]
+    return f"{statistics} ({reason})" if reason else statistics
+
+
+def make_report(
+    model: nn.Module, config: MaQDConfig, plan: ConversionPlan | None = None
+) -> ConversionReport:
+    report = ConversionReport(config.state, size=model_size(model))
+    for name, layer in modules_of(model, (MaQDLinear, PackedLinear)):  # type: ignore[arg-type]
+        report.linears[name] = _levels_text(layer.spec)
+    for name, table in modules_of(model, (MaQDEmbedding, PackedEmbedding)):  # type: ignore[arg-type]
+        report.embeddings[name] = f"{table.levels} levels, a scale a row"
+    for name, norm in modules_of(model, LayerBatchNorm):
+        norm_plan = plan.norms.get(name) if plan else None
+        report.norms[name] = _norm_text(norm, norm_plan.not_gated if norm_plan else "")
+        if norm_plan and norm_plan.not_absorbed:
+            report.not_absorbed[name] = norm_plan.not_absorbed
+    report.kept = dict(plan.kept) if plan else {}
+    return report

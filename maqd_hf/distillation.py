@@ -1,0 +1,257 @@
+"""Distillation from the float model, with the output head inside the loss.
+
+Not in the paper: forward KL from the float model is the best-known recipe for short budgets.
+
+The logits of 1024 tokens over 49 thousand words are 200 MB, and a KL needs several such tensors.
+So they never exist at once here: during training the head's forward is the identity, the model
+hands *hidden states* to its ``loss_function``, and ``distillation_loss`` runs head, teacher's head,
+softmax and the gradient of all three for a few hundred tokens at a time. The gradient of a KL is
+closed form (student minus teacher probabilities), so it is computed together with the loss:
+recomputing the chunks in backward (``torch.utils.checkpoint``) would run both heads twice. The loss
+stays *inside* the model's forward, where DDP and FSDP2 expect the head's parameters to be used.
+
+A model whose logits are not exactly what its head returns (soft-capping, scaled logits), or that
+does not use its ``loss_function``, is found out by a probe (``head_is_deferrable``) and goes through
+the same loss with whole logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .nn import MaQDLinear
+
+IGNORE = -100
+"""The label of a token that does not count."""
+
+
+class Logits(NamedTuple):
+    """Logits (N, vocabulary) as ``hidden @ weight.T + bias``, or, without ``weight``, whole."""
+
+    hidden: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def cast(self, dtype: torch.dtype) -> Logits:
+        """The same with the head in ``dtype``, for the products of ``rows``."""
+        weight, bias = (None if t is None else t.to(dtype) for t in (self.weight, self.bias))
+        return Logits(self.hidden, weight, bias)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Logits of the rows ``start:stop``, at least float32."""
+        chunk = self.hidden[start:stop]
+        if self.weight is not None:
+            chunk = nn.functional.linear(chunk.to(self.weight.dtype), self.weight, self.bias)
+        return chunk if chunk.dtype == torch.float64 else chunk.float()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a token costs: ``weight * T^2 * KL(teacher || student) + (1 - weight) * CE(labels)``.
+
+    Args:
+        temperature: T, divides both logits in the KL; T^2 keeps its gradient's size.
+        weight: share of the KL; without a teacher the loss is the cross entropy alone.
+        chunk_tokens: tokens whose logits exist at the same time.
+    """
+
+    temperature: float = 1.0
+    weight: float = 1.0
+    chunk_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be positive")
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"weight={self.weight}: 1 = only the teacher, 0 = only the labels")
+        if self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be at least 1")
+
+
+def distillation_loss(
+    student: Logits, teacher: Logits | None, labels: Tensor, objective: Objective
+) -> Tensor:
+    """The objective summed over N tokens: a scalar, differentiable in ``student``.
+
+    Args:
+        student: N rows; ``teacher``: N rows over the same vocabulary, or None.
+        labels: (N,) token or class ids; rows without one are the caller's to leave out.
+
+    >>> logits = Logits(torch.tensor([[0.0, 1.0]]))
+    >>> float(distillation_loss(logits, logits, torch.tensor([0]), Objective()))
+    0.0
+    """
+    loss: Tensor = _DistillationLoss.apply(*student, teacher, labels, objective)
+    return loss
+
+
+class _DistillationLoss(torch.autograd.Function):
+    """Loss and gradients in one pass over the chunks; backward only hands the gradients out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        teacher: Logits | None,
+        labels: Tensor,
+        objective: Objective,
+    ) -> Tensor:
+        dtype = _matmul_dtype(hidden)
+        student = Logits(hidden, weight, bias).cast(dtype)
+        target = None if teacher is None else teacher.cast(dtype)
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight and weight is not None else None
+        grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), objective.chunk_tokens):
+                stop = min(start + objective.chunk_tokens, len(hidden))
+                expected = None if target is None else target.rows(start, stop)
+                loss, grad = _token_losses(
+                    student.rows(start, stop), expected, labels[start:stop], objective
+                )
+                total += loss
+                if grad_bias is not None:
+                    grad_bias += grad.sum(dim=0)
+                if grad_hidden is not None:
+                    back = grad if student.weight is None else grad.to(dtype) @ student.weight
+                    grad_hidden[start:stop] = back
+                if grad_weight is not None:
+                    _add_outer(grad_weight, grad.to(dtype), hidden[start:stop].to(dtype))
+        ctx.grads = grad_hidden, grad_weight, grad_bias
+        return total.to(torch.promote_types(hidden.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.grads is None:
+            raise RuntimeError("the distillation loss was already differentiated; run it again")
+        scaled = [None if g is None else g.mul_(grad) for g in ctx.grads]
+        ctx.grads = None  # scaled in place: a second backward would find them changed
+        return *scaled, None, None, None
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _add_outer(total: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """``total += rows.T @ columns``, without a temporary where the dtypes allow it."""
+    if total.dtype == rows.dtype:
+        total.addmm_(rows.t(), columns)
+    else:
+        total += rows.t() @ columns
+
+
+def _token_losses(
+    logits: Tensor, expected: Tensor | None, labels: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of some rows and its gradient in ``logits`` (whose memory it may take)."""
+    share = 0.0 if expected is None else objective.weight
+    loss = torch.zeros((), dtype=torch.float64, device=logits.device)
+    grad = None
+    if expected is not None and share > 0:
+        heat = objective.temperature
+        log_p = (logits / heat).log_softmax(dim=-1)
+        log_q = (expected / heat).log_softmax(dim=-1)
+        q = log_q.exp()
+        loss += (log_q.sub_(log_p).mul_(q)).sum(dtype=torch.float64) * (share * heat**2)
+        grad = log_p.exp_().sub_(q).mul_(share * heat)
+    if share < 1:
+        log_p = logits.log_softmax(dim=-1)
+        column = labels.unsqueeze(-1)
+        loss -= log_p.gather(1, column).sum(dtype=torch.float64) * (1 - share)
+        entropy_grad = log_p.exp_()
+        entropy_grad.scatter_add_(1, column, -torch.ones_like(entropy_grad[:, :1]))
+        entropy_grad.mul_(1 - share)
+        grad = entropy_grad if grad is None else grad.add_(entropy_grad)
+    assert grad is not None
+    return loss, grad
+
+
+# --------------------------------------------------------------------- a model with a deferred head
+
+LossFunction = Callable[..., Tensor]
+
+
+def bare_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a compiled or PEFT wrapper."""
+    model = getattr(model, "_orig_mod", model)
+    inner = getattr(model, "get_base_model", None)
+    return inner() if inner is not None else model  # type: ignore[no-any-return, return-value]
+
+
+@contextmanager
+def deferred_head(model: nn.Module, loss_function: LossFunction) -> Iterator[None]:
+    """Within this context ``model`` returns hidden states for logits, and hands them to the loss.
+
+    The head's ``forward`` is the identity (its hooks still run: FSDP2 gathers its parameters
+    there), and ``loss_function(logits=hidden, labels=..., **kwargs)`` stands for the model's own.
+    """
+    bare = bare_model(model)
+    head = bare.get_output_embeddings()
+    own_loss = bare.__dict__.get("_loss_function")
+    head.forward = _identity
+    bare.loss_function = loss_function
+    try:
+        yield
+    finally:
+        del head.forward
+        if own_loss is None:
+            del bare._loss_function
+        else:
+            bare.loss_function = own_loss
+
+
+def _identity(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def head_of(model: nn.Module, hidden: Tensor) -> Logits:
+    """``hidden`` (N, features) with the head that a ``deferred_head`` left out, differentiable.
+
+    A quantised head rounds its input and its weight here, once and not once a chunk.
+    """
+    head = bare_model(model).get_output_embeddings()
+    if isinstance(head, MaQDLinear):
+        return Logits(head.activation(hidden), head.quantized_weight(), head.bias)
+    return Logits(hidden, head.weight, head.bias)
+
+
+@torch.no_grad()
+def head_is_deferrable(model: nn.Module) -> bool:
+    """Whether the model's logits are its head's output and nothing else, seen in a tiny forward."""
+    bare = bare_model(model)
+    get_head = getattr(bare, "get_output_embeddings", lambda: None)
+    if type(get_head()) not in (nn.Linear, MaQDLinear):
+        return False
+    seen: list[Tensor] = []
+    handed: list[Tensor] = []
+
+    def spy(logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        handed.append(logits)
+        return logits.sum()
+
+    handle = get_head().register_forward_hook(lambda head, args, output: seen.append(output))
+    training = bare.training
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=bare.device)
+    try:
+        bare.eval()
+        with deferred_head(bare, spy):
+            output = bare(input_ids=tokens, labels=tokens, use_cache=False)
+    except (TypeError, ValueError, RuntimeError):
+        return False  # other inputs, or a shape only true logits have: whole logits will do
+    finally:
+        handle.remove()
+        bare.train(training)
+    return len(seen) == len(handed) == 1 and seen[0] is handed[0] is output.logits

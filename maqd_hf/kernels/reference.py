@@ -1,0 +1,71 @@
+"""Packed products in plain torch: unpack a block of rows, multiply, forget it.
+
+Never more than ``_BLOCK`` weights are float at a time, so a packed model stays packed in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..functional import weight_values
+from ..packing import unpack_codes
+
+_BLOCK = 1 << 22
+
+
+def unpack_weight(
+    words: Tensor, levels: int, columns: int, scale: Tensor, offset: Tensor | None
+) -> Tensor:
+    """Float weight (rows, columns) of packed ``words`` (rows, words): the inverse of packing.
+
+    The very expression the simulated layer uses, so both have equal values bit for bit.
+    """
+    codes = unpack_codes(words, levels, columns).to(scale.dtype)
+    return weight_values(codes, scale, offset, levels)
+
+
+def packed_linear(
+    x: Tensor,
+    words: Tensor,
+    levels: int,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x @ W.T + bias`` with W from int32 ``words`` (out, words); x (..., in) -> (..., out).
+
+    Args:
+        x: input on its own grid already (or float, for weight-only models).
+        words: packed codes, ``packing.pack_codes`` row by row.
+        levels: M of the weight.
+        scale: (out, groups), what one code is worth.
+        offset: (out, 1) or None.
+        bias: (out,) or None.
+    """
+    columns, rows = x.shape[-1], words.shape[0]
+    block = max(1, _BLOCK // columns)
+    parts = []
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        weight = unpack_weight(
+            words[start:stop],
+            levels,
+            columns,
+            scale[start:stop],
+            None if offset is None else offset[start:stop],
+        )
+        part_bias = None if bias is None else bias[start:stop].to(x.dtype)
+        parts.append(torch.nn.functional.linear(x, weight.to(x.dtype), part_bias))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def packed_embedding(
+    ids: Tensor, words: Tensor, levels: int, columns: int, scale: Tensor, offset: Tensor | None
+) -> Tensor:
+    """Rows ``ids`` (...) of a packed table: (..., columns), float32. Unpacks those rows only."""
+    flat = ids.flatten()
+    rows = unpack_weight(
+        words[flat], levels, columns, scale[flat], None if offset is None else offset[flat]
+    )
+    return rows.view(*ids.shape, columns)

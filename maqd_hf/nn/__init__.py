@@ -1,0 +1,20 @@
+"""Layers: trainable (``MaQDLinear``, ``MaQDEmbedding``, ``LayerBatchNorm``) and packed."""
+
+from .context import BatchContext, FirstToken
+from .embedding import MaQDEmbedding
+from .linear import ActivationQuantizer, LinearSpec, MaQDLinear
+from .norm import LayerBatchNorm, NormSpec
+from .packed import PackedEmbedding, PackedLinear
+
+__all__ = [
+    "ActivationQuantizer",
+    "BatchContext",
+    "FirstToken",
+    "LayerBatchNorm",
+    "LinearSpec",
+    "MaQDEmbedding",
+    "MaQDLinear",
+    "NormSpec",
+    "PackedEmbedding",
+    "PackedLinear",
+]

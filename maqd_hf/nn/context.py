@@ -1,0 +1,76 @@
+"""What a layer needs to know of the batch it cannot see: which tokens are padding, which are first.
+
+A norm or an activation quantiser receives hidden states alone. ``BatchContext`` is filled by a
+forward pre-hook on the base model and read by every converted layer below it. It stays filled until
+the next forward, because gradient checkpointing runs layers again during backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+FirstToken = Literal["own", "shared"]
+"""Whether the first token of a sequence keeps statistics and steps of its own. Pretrained models
+park a massive activation there, which would own every shared scale; decoding never meets it."""
+
+
+class BatchContext:
+    """Token masks of the current forward, each (batch, tokens) bool or None (= unknown).
+
+    ``valid``: False on padding. ``first``: True on the first token of each sequence, which is
+    nowhere when the forward continues a key/value cache.
+    """
+
+    def __init__(self) -> None:
+        self.valid: Tensor | None = None
+        self.first: Tensor | None = None
+
+    def attach(self, base_model: nn.Module) -> None:
+        """Fill this context at every forward of ``base_model`` (the module that gets the mask)."""
+        base_model.register_forward_pre_hook(self._capture, with_kwargs=True)
+
+    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            self.valid = self.first = None
+            return
+        batch, length = tokens.shape[:2]
+        valid = None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch:
+            valid = mask[:, -length:].bool()
+        self.valid = valid
+        self.first = self._first_tokens(batch, length, valid, kwargs, tokens.device)
+
+    @staticmethod
+    def _first_tokens(
+        batch: int, length: int, valid: Tensor | None, kwargs: dict[str, Any], device: torch.device
+    ) -> Tensor:
+        position = kwargs.get("position_ids")
+        if isinstance(position, Tensor) and position.dim() == 2 and position.shape[1] == length:
+            first = (position == 0).expand(batch, length)
+        else:
+            past = kwargs.get("past_key_values")
+            seen = past.get_seq_length() if past is not None else 0
+            rank = (
+                torch.arange(1, length + 1, device=device).expand(batch, length)
+                if valid is None
+                else valid.cumsum(dim=1)
+            )
+            first = rank + seen == 1
+        return first if valid is None else first & valid
+
+    def masks_for(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """``(valid, first)`` if they describe the tokens of ``x`` (B, T, ..., D), else None."""
+        return self._fit(self.valid, x), self._fit(self.first, x)
+
+    @staticmethod
+    def _fit(mask: Tensor | None, x: Tensor) -> Tensor | None:
+        if mask is None or x.dim() != 3 or x.shape[:2] != mask.shape:
+            return None
+        return mask

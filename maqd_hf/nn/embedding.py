@@ -1,0 +1,133 @@
+"""A trainable quantised embedding, row by row on the same grid as the linear layers.
+
+Not in the paper: in small models the (tied) embedding is a fifth of the parameters, so at 2-bit
+weights a float one would be two thirds of the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import check_levels, fake_quantize_weight, weight_codes
+from .linear import LinearSpec, MaQDLinear
+
+
+class MaQDEmbedding(nn.Embedding):
+    """Embedding whose rows are standardised, round-clipped and rescaled like a weight's rows.
+
+    Input ids (...), output (..., dim). Parameters as in ``MaQDLinear`` with one group per row; a
+    tied head is a ``MaQDLinear`` that holds the very same parameters. ``output_scale`` multiplies
+    the output (Gemma scales its embedding, but not the head tied to it).
+
+    >>> table = MaQDEmbedding.from_embedding(nn.Embedding(10, 8), levels=15)
+    >>> table(torch.tensor([3])).unique().numel() <= 15
+    True
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        levels: int,
+        padding_idx: int | None = None,
+        output_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.levels, self.output_scale = check_levels(levels), output_scale
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        rows = torch.empty(num_embeddings, 1, device=device, dtype=dtype)
+        self.weight_step = nn.Parameter(rows, requires_grad=False)
+        self.weight_log_scale = nn.Parameter(torch.empty_like(rows))
+        self.weight_offset = nn.Parameter(torch.empty_like(rows))
+        if not self.weight.is_meta:
+            self.reset_quantizer("gaussian")
+
+    def as_linear(self, spec: LinearSpec) -> MaQDLinear:
+        """A head tied to this table: a ``MaQDLinear`` holding the same parameters.
+
+        The grid is the table's; of ``spec`` the settings of the activations count.
+        """
+        spec = replace(spec, weight_levels=self.levels, group_size=None, weight_offset=True)
+        head = MaQDLinear(self.embedding_dim, self.num_embeddings, False, spec, device="meta")
+        for name in ("weight", "weight_step", "weight_log_scale", "weight_offset"):
+            setattr(head, name, getattr(self, name))
+        return head
+
+    def reset_quantizer(self, start: Literal["gaussian", "search"] = "search") -> None:
+        """Start values from the current rows, see ``MaQDLinear.reset_quantizer``."""
+        self.as_linear(LinearSpec(self.levels, None)).reset_quantizer(start)
+
+    def weight_codes(self) -> Tensor:
+        """Codes (rows, dim), float in 0..M-1."""
+        return weight_codes(self.weight, self.weight_step, self.levels)
+
+    def quantized_weight(self) -> Tensor:
+        """The table in force, (rows, dim)."""
+        return fake_quantize_weight(
+            self.weight,
+            self.weight_step,
+            self.weight_log_scale.exp(),
+            self.weight_offset,
+            self.levels,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        ids = input.flatten()
+
+        def look_up(table: Tensor) -> Tensor:
+            return nn.functional.embedding(ids, table, self.padding_idx)
+
+        rows = fake_quantize_weight(
+            look_up(self.weight),
+            look_up(self.weight_step),
+            look_up(self.weight_log_scale).exp(),
+            look_up(self.weight_offset),
+            self.levels,
+        )
+        return rows.view(*input.shape, self.embedding_dim) * self.output_scale
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        levels: int,
+        output_scale: float = 1.0,
+        start: Literal["gaussian", "search"] | None = "search",
+    ) -> MaQDEmbedding:
+        """A quantised copy of ``embedding`` on its device."""
+        dtype = torch.promote_types(embedding.weight.dtype, torch.float32)
+        table = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            levels,
+            embedding.padding_idx,
+            output_scale,
+            device="meta",
+            dtype=dtype,
+        ).to_empty(device=embedding.weight.device)
+        with torch.no_grad():
+            table.weight.copy_(embedding.weight)
+        if start is not None and not embedding.weight.is_meta:
+            table.reset_quantizer(start)
+        return table
+
+    def to_embedding(self) -> nn.Embedding:
+        """A plain ``nn.Embedding`` with the quantised rows."""
+        table = nn.Embedding(
+            self.num_embeddings,
+            self.embedding_dim,
+            self.padding_idx,
+            device="meta",
+            dtype=self.weight.dtype,
+        ).to_empty(device=self.weight.device)
+        with torch.no_grad():
+            table.weight.copy_(self.quantized_weight())
+        return table
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, levels={self.levels}"

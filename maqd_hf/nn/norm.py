@@ -1,0 +1,177 @@
+"""Layer-Batch Normalization: trains like a layer norm, and at inference its statistics are fixed.
+
+Our reading of arXiv:2403.14999. In training every sample is divided by the root mean square pooled
+over its own tokens and features, with the gradient through it; a running average of the log
+statistic becomes the one scalar used at inference. A LayerNorm's centring stays exact and per token
+(W(x - mean) costs nothing extra: centring is linear), RMS norms are not centred.
+
+Why pooled and not per token: a running average of per-token statistics destroys a model that was
+trained with per-token ones, pooled statistics do not (``scripts/lbn_experiments.py``).
+
+Not in the paper, for pretrained models:
+- ``gate`` g in [0, 1] mixes log statistics, (1 - g) * token + g * pooled, so that conversion
+  (g = 0) changes nothing and a schedule can move the model over;
+- the first token of a sequence may keep its own statistic (``first_token="own"``): pretrained
+  models park a massive activation there (rms 960 against 6 to 30 in SmolLM2-135M). It costs
+  nothing in decoding, where no first token occurs;
+- ``pooling="geometric"`` averages log statistics, so that one massive token cannot own the mean.
+
+Static norms alone are not new; see FakeLN (arXiv:2409.13710, 2507.02559), TaperNorm (2602.10408),
+PRepBN/SLAB (2405.11582), RBN (2210.05153), PowerNorm (2003.07845).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import normalize, pooled_log_ms, token_log_ms, widen
+from .context import BatchContext, FirstToken
+
+Statistics = Literal["token", "gated", "static"]
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """How one norm computes; plain values, as they stand in a checkpoint's config.
+
+    Args:
+        centered: subtract each token's mean first (LayerNorm) or not (RMSNorm).
+        weight, bias: whether an affine is left (False once absorbed by the consumers).
+        statistics: "token" (the original norm), "gated" (QAT, see module docstring) or "static".
+        first_token: "own": the first token of a sequence keeps its own statistic; "shared": it
+            takes part like any other.
+        pooling: "mean" of squares over the sample's tokens, or "geometric" (mean of logs).
+        momentum: weight of a new sample statistic in the running average.
+        absorbed: static only: the scalar lives in the consumers, this module passes x through.
+    """
+
+    centered: bool = False
+    weight: bool = True
+    bias: bool = False
+    statistics: Statistics = "gated"
+    first_token: FirstToken = "shared"
+    pooling: Literal["mean", "geometric"] = "mean"
+    momentum: float = 0.05
+    absorbed: bool = False
+
+
+def _recomputing() -> bool:
+    """True while autograd runs a forward again for gradient checkpointing."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
+class LayerBatchNorm(nn.Module):
+    """Layer-Batch Normalization over inputs (batch, tokens, features); see the module docstring.
+
+    Parameters ``weight`` and ``bias`` are (features,) or None. Buffers, float32 and in every
+    checkpoint: ``running_log_ms`` (1,), ``batches_seen`` (1,), ``gate`` (1,). Buffers, because they
+    change in forward and must neither be sharded nor optimised.
+
+    >>> norm = LayerBatchNorm(4, NormSpec(weight=False))
+    >>> x = torch.randn(2, 3, 4)
+    >>> torch.allclose(norm(x), nn.functional.rms_norm(x, (4,), eps=norm.eps))  # gate 0
+    True
+    """
+
+    running_log_ms: Tensor
+    batches_seen: Tensor
+    gate: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        spec: NormSpec,
+        eps: float = 1e-6,
+        context: BatchContext | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.features, self.spec, self.eps = features, spec, eps
+        self.context = context or BatchContext()
+
+        def affine(wanted: bool) -> nn.Parameter | None:
+            empty = torch.empty(features, device=device, dtype=dtype)
+            return nn.Parameter(empty) if wanted else None
+
+        self.weight, self.bias = affine(spec.weight), affine(spec.bias)
+        for name in ("running_log_ms", "batches_seen", "gate"):
+            self.register_buffer(name, torch.zeros(1, device=device, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Affine to identity, statistics forgotten, gate closed (the original norm)."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self.reset_statistics()
+
+    def reset_statistics(self) -> None:
+        """Forget the running statistic and close the gate."""
+        for buffer in (self.running_log_ms, self.batches_seen, self.gate):
+            buffer.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, ..., features) -> the same shape and dtype."""
+        y = widen(x)
+        if self.spec.centered:
+            y = y - y.mean(dim=-1, keepdim=True)
+        y = self._static(y) if self.spec.statistics == "static" else self._dynamic(y)
+        if self.weight is not None:
+            y = y * self.weight
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype)
+
+    def _dynamic(self, x: Tensor) -> Tensor:
+        token = token_log_ms(x, self.eps)
+        if self.spec.statistics == "token":
+            return normalize(x, token)
+        valid, first = self.context.masks_for(x)
+        own_first = first if self.spec.first_token == "own" else None
+        if self.training:
+            counted = _both(valid, None if own_first is None else ~own_first)
+            pooled = pooled_log_ms(token, counted, geometric=self.spec.pooling == "geometric")
+            self._observe(pooled, counted)
+        else:
+            pooled = self.running_log_ms
+        gate = self.gate.to(token.dtype)
+        mixed = torch.lerp(token, pooled.to(token.dtype).expand_as(token), gate)
+        return normalize(x, mixed if own_first is None else torch.where(own_first, token, mixed))
+
+    def _static(self, x: Tensor) -> Tensor:
+        static = self.running_log_ms
+        absorbed = static if self.spec.absorbed else torch.zeros_like(static)
+        _, first = self.context.masks_for(x)
+        if self.spec.first_token == "own" and first is not None:
+            token = token_log_ms(x, self.eps)
+            return normalize(x, torch.where(first, token, static) - absorbed)
+        if self.spec.absorbed:
+            return x
+        return normalize(x, static.view([1] * (x.dim() - 1)))
+
+    @torch.no_grad()
+    def _observe(self, pooled: Tensor, counted: Tensor | None) -> None:
+        if _recomputing():
+            return
+        new = pooled.detach().float().flatten()
+        has_tokens = torch.ones_like(new) if counted is None else counted.any(dim=1).float()
+        samples = has_tokens.sum()
+        self.batches_seen += (samples > 0).float()
+        momentum = torch.clamp(1 / self.batches_seen.clamp(min=1), min=self.spec.momentum)
+        average = (new * has_tokens).sum() / samples.clamp(min=1)
+        self.running_log_ms.lerp_(average.expand(1), momentum * (samples > 0))
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, eps={self.eps}, {self.spec}"
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a & b

@@ -1,0 +1,170 @@
+"""Inference layers that hold packed codes and never a float weight.
+
+The codes stand in the parameter named ``weight``, as int32 words: a loader that does not know this
+package fails on the shape instead of giving a random model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..functional import scaled_round_clip, widen
+from ..packing import pack_codes, words_per_row
+from .context import BatchContext
+from .embedding import MaQDEmbedding
+from .linear import ActivationQuantizer, LinearSpec, MaQDLinear, activation_step
+
+
+def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: object = None) -> nn.Parameter:
+    empty = torch.empty(shape, dtype=dtype, device=device)  # type: ignore[call-overload]
+    return nn.Parameter(empty, requires_grad=False)
+
+
+class PackedLinear(nn.Module):
+    """Linear layer on packed codes; the packed form of ``MaQDLinear``.
+
+    Frozen parameters (parameters and not buffers, so that offloading moves them): ``weight``
+    (out, words) int32, ``weight_scale`` (out, groups), ``weight_offset`` (out, 1) or None,
+    ``activation_step`` (1,) or None, all float32; ``bias`` (out,) or None, float32.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        spec: LinearSpec,
+        context: BatchContext | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if spec.weight_levels is None:
+            raise ValueError("a packed layer needs weight_levels; float weights are not packed")
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.levels: int = spec.weight_levels
+        self.context = context or BatchContext()
+        words = words_per_row(in_features, self.levels)
+        floats = torch.float32
+        self.weight = _frozen((out_features, words), torch.int32, device)
+        self.weight_scale = _frozen((out_features, spec.groups(in_features)), floats, device)
+        self.weight_offset = (
+            _frozen((out_features, 1), floats, device) if spec.weight_offset else None
+        )
+        self.activation_step = _frozen((1,), floats, device) if spec.static_activations else None
+        self.bias = _frozen((out_features,), floats, device) if bias else None
+
+    @classmethod
+    @torch.no_grad()
+    def from_qat(cls, layer: MaQDLinear) -> PackedLinear:
+        """Pack a trained layer; ``ValueError`` if its activations were never calibrated."""
+        packed = cls(
+            layer.in_features,
+            layer.out_features,
+            layer.bias is not None,
+            layer.spec,
+            device=layer.weight.device,
+        )
+        packed.weight.copy_(pack_codes(layer.weight_codes(), packed.levels))
+        assert layer.weight_log_scale is not None
+        packed.weight_scale.copy_(layer.weight_log_scale.exp())
+        if packed.weight_offset is not None and layer.weight_offset is not None:
+            packed.weight_offset.copy_(layer.weight_offset)
+        if packed.bias is not None:
+            packed.bias.copy_(layer.bias)
+        if isinstance(layer.activation, ActivationQuantizer):
+            if not layer.activation.calibrated:
+                raise ValueError(
+                    f"the activation step of {layer} was never set: calibrate the model (or train "
+                    "it, or set_step) before packing, or use activation_scaling='token'"
+                )
+            packed.context = layer.activation.context
+            if packed.activation_step is not None and layer.activation.log_step is not None:
+                packed.activation_step.copy_(layer.activation.log_step.exp())
+        return packed
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """``x`` on the activation grid, or ``x`` itself for float activations."""
+        levels = self.spec.activation_levels
+        if levels is None:
+            return x
+        step = activation_step(x, self.spec, self.activation_step, self.context)
+        return scaled_round_clip(widen(x), levels, step, self.spec.surrogate).to(x.dtype)
+
+    def dequantized_weight(self) -> Tensor:
+        """The float weight (out, in), for inspection and for leaving the format."""
+        return kernels.unpack_weight(
+            self.weight, self.levels, self.in_features, self.weight_scale, self.weight_offset
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.packed_linear(
+            self.quantize_input(x),
+            self.weight,
+            self.levels,
+            self.weight_scale,
+            self.weight_offset,
+            self.bias,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.spec}"
+
+
+class PackedEmbedding(nn.Module):
+    """Embedding on packed codes; parameters as in ``PackedLinear``, one scale per row."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        levels: int,
+        padding_idx: int | None = None,
+        output_scale: float = 1.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.levels, self.padding_idx, self.output_scale = levels, padding_idx, output_scale
+        words = words_per_row(embedding_dim, levels)
+        self.weight = _frozen((num_embeddings, words), torch.int32, device)
+        self.weight_scale = _frozen((num_embeddings, 1), torch.float32, device)
+        self.weight_offset = _frozen((num_embeddings, 1), torch.float32, device)
+
+    @classmethod
+    @torch.no_grad()
+    def from_qat(cls, table: MaQDEmbedding) -> PackedEmbedding:
+        """Pack a trained embedding."""
+        packed = cls(
+            table.num_embeddings,
+            table.embedding_dim,
+            table.levels,
+            table.padding_idx,
+            table.output_scale,
+            table.weight.device,
+        )
+        packed.weight.copy_(pack_codes(table.weight_codes(), table.levels))
+        packed.weight_scale.copy_(table.weight_log_scale.exp())
+        packed.weight_offset.copy_(table.weight_offset)
+        return packed
+
+    def tie(self, head: PackedLinear) -> None:
+        """Make ``head`` share this table's words, scales and offsets."""
+        for name in ("weight", "weight_scale", "weight_offset"):
+            setattr(head, name, getattr(self, name))
+
+    def dequantized_weight(self) -> Tensor:
+        """The float table (rows, dim)."""
+        return kernels.unpack_weight(
+            self.weight, self.levels, self.embedding_dim, self.weight_scale, self.weight_offset
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = kernels.packed_embedding(
+            ids, self.weight, self.levels, self.embedding_dim, self.weight_scale, self.weight_offset
+        )
+        return rows * self.output_scale
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, levels={self.levels}"

@@ -1,0 +1,211 @@
+"""Compare models, float or quantised, on the same text: perplexity, size and speed.
+
+    python scripts/evaluate_model.py --model smollm2-135m-instruct ./my-packed-model
+    python scripts/evaluate_model.py --model A B --dataset Salesforce/wikitext \
+        --dataset_config_name wikitext-2-raw-v1 --max_windows 24 --output results.json
+    python scripts/evaluate_model.py --task classification --model ./my-encoder \
+        --dataset sst2.parquet --text_column text --label_column label
+
+A model is an id on the Hub, a folder, or the name of an embedded model (`maqd_hf.embedded`). All
+models see the same windows, one after the other in one process; the ratio is to the first one.
+`evaluate.load(maqd_hf.metrics.path("token_perplexity"))` gives the same perplexity in Python.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import evaluate
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+)
+
+import maqd_hf  # registers the quantised models with transformers
+import maqd_hf.metrics
+from maqd_hf.data import EMBEDDED, load_split, load_text
+from maqd_hf.embedded import resolve_model
+from maqd_hf.perplexity import text_perplexity
+from maqd_hf.size import model_size
+
+MIB = 2**20
+
+
+@dataclass
+class Arguments:
+    model: list[str] = field(metadata={"help": "Ids, folders or embedded models, compared."})
+    task: Literal["perplexity", "classification"] = "perplexity"
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer for all models; default: each its own."}
+    )
+    dataset: str = field(
+        default=EMBEDDED, metadata={"help": "'embedded', a file, a folder or a Hub id."}
+    )
+    dataset_config_name: str | None = None
+    dataset_split: str = "test"
+    text_column: str | None = field(default=None, metadata={"help": "Default: the obvious one."})
+    label_column: str = "label"
+    window: int = field(default=512, metadata={"help": "Positions per window, or per text."})
+    stride: int | None = field(default=None, metadata={"help": "Default: window (disjoint)."})
+    max_windows: int | None = field(default=None, metadata={"help": "Default: the whole text."})
+    max_texts: int | None = field(default=None, metadata={"help": "Classify only the first."})
+    separate_texts: bool = field(
+        default=False, metadata={"help": "Windows never cross from one text to the next."}
+    )
+    add_bos: bool | None = field(
+        default=None, metadata={"help": "true or false; default: as the tokenizer does."}
+    )
+    batch_size: int = 1
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = field(default=None, metadata={"help": "Default: a GPU if there is one."})
+    output: str | None = field(default=None, metadata={"help": "Write the results as JSON here."})
+
+
+def perplexity(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
+    texts = load_text(
+        args.dataset,
+        split=args.dataset_split,
+        column=args.text_column,
+        config_name=args.dataset_config_name,
+    )
+    result = text_perplexity(
+        model,
+        tokenizer,
+        (row["text"] for row in texts),
+        args.window,
+        args.stride,
+        join=None if args.separate_texts else "\n\n",
+        add_bos=args.add_bos,
+        batch_size=args.batch_size,
+        max_windows=args.max_windows,
+        progress=True,
+    )
+    derived = {
+        "perplexity": result.perplexity,
+        "tokens_per_second": result.tokens_per_second,
+    }
+    return derived | asdict(result)
+
+
+@torch.inference_mode()
+def accuracy(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
+    data = load_split(args.dataset, split=args.dataset_split, config_name=args.dataset_config_name)
+    text_column = args.text_column or "text"
+    for column in (text_column, args.label_column):
+        if column not in data.column_names:
+            raise ValueError(
+                f"{args.dataset}: no column {column!r}; there are {', '.join(data.column_names)}."
+            )
+    data = data.select(range(min(len(data), args.max_texts or len(data))))
+    metric = evaluate.load(maqd_hf.metrics.path("accuracy"))
+    tokens, began = 0, time.perf_counter()
+    model.eval()
+    for batch in tqdm(data.iter(args.batch_size), total=-(-len(data) // args.batch_size)):
+        inputs = tokenizer(
+            batch[text_column],
+            padding=True,
+            truncation=True,
+            max_length=args.window,
+            return_tensors="pt",
+        ).to(model.device)
+        tokens += int(inputs["attention_mask"].sum())
+        chosen = model(**inputs).logits.argmax(-1)
+        metric.add_batch(predictions=chosen.tolist(), references=batch[args.label_column])
+    seconds = time.perf_counter() - began
+    return metric.compute() | {
+        "texts": len(data),
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "protocol": f"share of {len(data)} texts with the right class, each cut at "
+        f"{args.window} tokens.",
+    }
+
+
+TASKS = {
+    "perplexity": (AutoModelForCausalLM, perplexity),
+    "classification": (AutoModelForSequenceClassification, accuracy),
+}
+
+
+def evaluate_one(args: Arguments, name: str, device: str) -> tuple[dict[str, Any], Any]:
+    """Measurements of one model, and its vocabulary, by which comparisons are judged."""
+    auto_class, measure = TASKS[args.task]
+    folder = resolve_model(name)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.tokenizer or name))
+    model = auto_class.from_pretrained(folder, dtype=args.dtype).to(device)
+    size = model_size(model)
+    row = {"model": name, "dtype": str(model.dtype).removeprefix("torch.")}
+    row |= measure(args, model, tokenizer)
+    row |= {"bits_per_weight": size.bits_per_weight, "file_bytes": size.file_bytes}
+    return row, tokenizer.get_vocab()
+
+
+def print_table(rows: list[dict[str, Any]], score: str) -> None:
+    """One line per model; the ratio is to the first."""
+    header = ("model", score, "ratio", "bits/weight", "MiB", "tokens/s")
+    lines = [
+        (
+            row["model"],
+            f"{row[score]:.4g}" if row[score] >= 1e4 else f"{row[score]:.4f}",
+            f"{row['ratio_to_first']:.4f}",
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['file_bytes'] / MIB:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    for line in (header, *lines):
+        first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join([line[0].ljust(len(first)), *rest]))
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = HfArgumentParser(Arguments, description=__doc__)  # type: ignore[arg-type]
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    score = "accuracy" if args.task == "classification" else "perplexity"
+    rows: list[dict[str, Any]] = []
+    first_vocabulary = None
+    for name in args.model:
+        row, vocabulary = evaluate_one(args, name, device)
+        first_vocabulary = first_vocabulary or vocabulary
+        row["same_tokenizer_as_first"] = vocabulary == first_vocabulary
+        first = (rows or [row])[0][score]
+        row["ratio_to_first"] = row[score] / first if first else float("nan")
+        rows.append(row)
+    print_table(rows, score)
+    print(rows[0]["protocol"])
+    if score == "perplexity" and not all(row["same_tokenizer_as_first"] for row in rows):
+        print("The tokenizers differ: compare bits_per_byte (in --output), not perplexity.")
+    report = {
+        "arguments": asdict(args),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "maqd_hf": getattr(maqd_hf, "__version__", None),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "datasets": datasets.__version__,
+            "python": platform.python_version(),
+        },
+        "results": rows,
+    }
+    if args.output:
+        Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    main()
