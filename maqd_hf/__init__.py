@@ -9,6 +9,7 @@ from .conversion import quantize_model
 from .finalize import dequantize_model, pack_model
 from .hf_quantizer import register
 from .report import ConversionReport
+from .saving import save_model
 from .size import model_size
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "model_size",
     "pack_model",
     "quantize_model",
+    "save_model",
 ]
 
 register()

@@ -57,7 +57,7 @@ class GateSchedule(TrainerCallback):
         done = step / max(steps, 1)
         if done >= self.end:
             return 1.0
-        return max(0.0, (done - self.start) / (self.end - self.start))
+        return 0.0 if done <= self.start else (done - self.start) / (self.end - self.start)
 
     def selected(self, model: nn.Module) -> list[LayerBatchNorm]:
         """The norms this schedule moves; ``ValueError`` for a pattern that matches none."""
@@ -210,10 +210,10 @@ def _sample(modules: list[nn.Module], kind: type[nn.Module]) -> list[Any]:
 
 
 def _weight_metrics(layer: MaQDLinear) -> dict[str, Tensor]:
-    levels, step = layer.weight_levels, layer.weight_step
-    if levels is None or step is None:
+    levels = layer.weight_levels
+    if levels is None or layer.weight_step is None:
         return {}
-    weight, step = _local(layer.weight), _local(step)
+    weight, step = _local(layer.weight), _local(layer.weight_step)
     if not weight.numel():  # FSDP2: this rank holds no row of the layer
         return {}
     u = standardize_weight(weight).view(*step.shape, -1) / step.unsqueeze(-1)

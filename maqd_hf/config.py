@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -19,7 +19,13 @@ FORMAT_VERSION = 1
 _LINEAR_FIELDS = tuple(f.name for f in fields(LinearSpec))
 
 
-@dataclass(eq=True)
+def _patterns(value: Any, what: str) -> list[str]:
+    if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+        raise ValueError(f"{what}={value!r}: give a list of glob patterns, e.g. ['*.down_proj']")
+    return list(value)
+
+
+@dataclass(eq=True, kw_only=True)
 class MaQDConfig(QuantizationConfigMixin):
     """Settings of a MaQD model; JSON in ``config.json: quantization_config``.
 
@@ -38,12 +44,16 @@ class MaQDConfig(QuantizationConfigMixin):
             stay per token, the final one anchors the scale of the logits.
         lbn_pooling: "mean" of squares, or "geometric" (mean of their logs).
         lbn_momentum: weight of a new sample statistic in the running average.
-        targets: glob patterns of module names to convert (relative to the base model; names
-            outside it start with "/"); None = every Linear of the base model.
-        exclude: glob patterns to leave alone; wins over ``targets``.
+        targets: glob patterns of layers to convert (names relative to the base model; outside it
+            they start with "/"); None = every Linear of the base model. The embedding and the
+            output head follow ``embedding_levels`` instead.
+        exclude: glob patterns of modules to leave alone; wins over everything else.
         overrides: glob pattern -> settings of ``LinearSpec`` for the layers it matches; the last
-            match wins, e.g. ``{"*.down_proj": {"weight_levels": 255}}``.
+            match wins, e.g. ``{"*.down_proj": {"weight_levels": 255}}``. A head tied to the
+            embedding takes its grid from it and only the settings of activations from here.
         state, modules, format_version: written by the library, not by users.
+
+    A pattern that matches nothing in the model raises when the model is converted.
 
     >>> MaQDConfig(weight_levels=4, group_size=64).linear_spec("layers.0.mlp.up_proj").group_size
     64
@@ -68,7 +78,7 @@ class MaQDConfig(QuantizationConfigMixin):
     state: Literal["qat", "packed"] = "qat"
     modules: dict[str, dict[str, Any]] | None = None
     format_version: int = FORMAT_VERSION
-    quant_method: str = QUANT_METHOD
+    quant_method: str = QUANT_METHOD  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.quant_method != QUANT_METHOD:
@@ -86,6 +96,9 @@ class MaQDConfig(QuantizationConfigMixin):
             raise ValueError(f"lbn_momentum={self.lbn_momentum} must be in (0, 1]")
         if self.embedding_levels is not None:
             check_levels(self.embedding_levels, "embedding_levels")
+        self.targets = None if self.targets is None else _patterns(self.targets, "targets")
+        self.exclude = _patterns(self.exclude, "exclude")
+        self.overrides = dict(self.overrides)
         for pattern, settings in self.overrides.items():
             unknown = sorted(set(settings) - set(_LINEAR_FIELDS))
             if unknown:
@@ -93,15 +106,22 @@ class MaQDConfig(QuantizationConfigMixin):
                     f"overrides[{pattern!r}] has unknown settings {unknown}; "
                     f"allowed are {sorted(_LINEAR_FIELDS)}"
                 )
-        self.linear_spec("")  # validates the plain settings
-        for pattern in self.overrides:
-            self.linear_spec(pattern)
+        plain = self.plain_linear_spec()
+        for settings in self.overrides.values():
+            replace(plain, **settings)
 
-    def linear_spec(self, name: str) -> LinearSpec:
-        """The settings in force for the layer called ``name``."""
-        settings: dict[str, Any] = {key: getattr(self, key) for key in _LINEAR_FIELDS}
+    def plain_linear_spec(self) -> LinearSpec:
+        """The settings of a layer that no override matches."""
+        return LinearSpec(**{key: getattr(self, key) for key in _LINEAR_FIELDS})
+
+    def linear_spec(self, name: str, **defaults: Any) -> LinearSpec:
+        """The settings in force for the layer called ``name``.
+
+        ``defaults`` replace plain settings; what an override says still wins over them.
+        """
+        settings = asdict(self.plain_linear_spec()) | defaults
         for pattern, changes in self.overrides.items():
-            if name == pattern or fnmatchcase(name, pattern):
+            if fnmatchcase(name, pattern):
                 settings.update(changes)
         return LinearSpec(**settings)
 
@@ -116,25 +136,39 @@ class MaQDConfig(QuantizationConfigMixin):
             momentum=self.lbn_momentum,
         )
 
-    def left_out(self, name: str, layer: bool = False) -> str | None:
-        """Why ``name`` is not converted, or None if it is; ``targets`` only speak of layers."""
+    def targeted(self, name: str) -> bool:
+        """Whether ``targets`` name the layer explicitly."""
+        return any(fnmatchcase(name, pattern) for pattern in self.targets or ())
+
+    def left_out(self, name: str, layer: bool = False, outside: bool = False) -> str | None:
+        """Why ``name`` is not converted, or None if it is.
+
+        ``targets`` only speak of layers (``layer``); ``outside`` admits names outside the base.
+        """
         for pattern in self.exclude:
             if fnmatchcase(name, pattern):
                 return f"excluded by {pattern!r}"
         if layer and self.targets is not None:
-            hit = any(fnmatchcase(name, pattern) for pattern in self.targets)
-            return None if hit else "not in targets"
-        return "outside the base model (name it in targets)" if name.startswith("/") else None
+            return None if self.targeted(name) else "not in targets"
+        if name.startswith("/") and not outside:
+            return "outside the base model (name it in targets)"
+        return None
 
     # QuantizationConfigMixin prints, compares and writes configs its own way; ours is plain JSON.
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
-        return copy.deepcopy(asdict(self))
+        """All fields as plain JSON values; ``overrides`` as a list of pairs.
+
+        transformers writes JSON objects with sorted keys, and the order of overrides matters.
+        """
+        overrides = [[pattern, settings] for pattern, settings in self.overrides.items()]
+        return copy.deepcopy({f.name: getattr(self, f.name) for f in fields(self)}) | {
+            "overrides": copy.deepcopy(overrides)
+        }
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The fields that differ from the defaults, and what identifies the format."""
-        default = {f.name: getattr(type(self)(), f.name) for f in fields(self)}
+        default = type(self)().to_dict()
         keep = {"quant_method", "state", "format_version"}
         return {k: v for k, v in self.to_dict().items() if k in keep or v != default[k]}
 

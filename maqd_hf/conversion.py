@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .building import base_of, describe, modules_of, replace_module, tie_head
+from .building import (
+    QUANTIZED,
+    attach_context,
+    describe,
+    modules_of,
+    replace_module,
+    tie_head,
+)
 from .config import MaQDConfig
 from .folding import absorb_affine
 from .matching import ConversionPlan, NormPlan, plan_conversion
@@ -63,35 +70,35 @@ def quantize_model(
     if config.state != "qat" or config.modules is not None:
         raise ValueError("this MaQDConfig comes from a converted model; make a new one")
     existing = getattr(getattr(model, "config", None), "quantization_config", None)
-    if existing is not None or modules_of(model, (MaQDLinear, PackedLinear)):  # type: ignore[arg-type]
+    if existing is not None or modules_of(model, MaQDLinear, PackedLinear):
         raise ValueError(
             f"{type(model).__name__} is quantised already; load the float model to convert it"
         )
     plan = plan_conversion(model, config)
     _check_finite(model, plan)
-    config = replace(config, modules={})
     context = BatchContext()
     _convert_linears(model, plan, context)
-    _convert_embedding(model, plan, context)
+    _convert_embedding(model, plan, config.embedding_levels, context)
     for name, norm_plan in plan.norms.items():
         _convert_norm(model, name, norm_plan, config, context)
-    for _, layer in modules_of(model, (MaQDLinear, MaQDEmbedding)):  # type: ignore[arg-type]
+    for _, layer in modules_of(model, MaQDLinear, MaQDEmbedding):
         layer.reset_quantizer("search")
-    context.attach(base_of(model))
-    config.modules = describe(model, config, plan)
-    if hasattr(model, "config"):
-        model.config.quantization_config = config
+    attach_context(model, context)
+    absorbed_by = {name: norm.absorbed_by for name, norm in plan.norms.items()}
+    tied_to = {plan.head: plan.embedding} if plan.head and plan.embedding and plan.head_tied else {}
+    config = replace(config, modules=describe(model, config, absorbed_by, tied_to))
+    model.config.quantization_config = config  # type: ignore[union-attr]
     return make_report(model, config, plan)
 
 
 def _check_finite(model: nn.Module, plan: ConversionPlan) -> None:
-    for name in [*plan.linears, *([plan.embedding] if plan.embedding else [])]:
-        weight = model.get_submodule(name).weight
-        if not bool(torch.isfinite(weight).all()):  # type: ignore[arg-type]
-            raise ValueError(
-                f"{name}.weight holds NaN or infinity: the float checkpoint is broken, "
-                "nothing was converted"
-            )
+    for name in [*plan.linears, *plan.norms, *([plan.embedding] if plan.embedding else [])]:
+        for tensor_name, tensor in model.get_submodule(name).named_parameters():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"{name}.{tensor_name} holds NaN or infinity: the float checkpoint is broken, "
+                    "nothing was converted"
+                )
 
 
 def _convert_linears(model: nn.Module, plan: ConversionPlan, context: BatchContext) -> None:
@@ -102,25 +109,17 @@ def _convert_linears(model: nn.Module, plan: ConversionPlan, context: BatchConte
         replace_module(model, name, MaQDLinear.from_linear(linear, spec, context, start=None))
 
 
-def _output_scale(embedding: nn.Embedding) -> float:
-    """Gemma and Bart scale their embedding's output; 1 for a plain one."""
-    scale = getattr(embedding, "embed_scale", 1.0)
-    return float(getattr(embedding, "scalar_embed_scale", scale))
-
-
-def _convert_embedding(model: nn.Module, plan: ConversionPlan, context: BatchContext) -> None:
-    if plan.embedding is None:
+def _convert_embedding(
+    model: nn.Module, plan: ConversionPlan, levels: int | None, context: BatchContext
+) -> None:
+    if plan.embedding is None or levels is None:
         return
     embedding = model.get_submodule(plan.embedding)
     assert isinstance(embedding, nn.Embedding)
-    head_spec = plan.linears.get(plan.head or "")
-    levels = head_spec.weight_levels if head_spec else None
-    table = MaQDEmbedding.from_embedding(
-        embedding, levels or 255, _output_scale(embedding), start=None
-    )
+    table = MaQDEmbedding.from_embedding(embedding, levels, plan.embedding_scale, start=None)
     replace_module(model, plan.embedding, table)
-    if plan.head is not None and plan.head_tied and head_spec is not None:
-        tie_head(model, plan.embedding, plan.head, head_spec, context)
+    if plan.head is not None and plan.head_tied:
+        tie_head(model, plan.embedding, plan.head, plan.linears[plan.head], context)
 
 
 def _convert_norm(
@@ -130,11 +129,11 @@ def _convert_norm(
     spec = config.norm_spec(kind.centered, kind.has_bias)
     if not plan.gated:
         spec = replace(spec, statistics="token")
-    weight: torch.Tensor = norm.weight  # type: ignore[assignment]
-    new = LayerBatchNorm(kind.features, spec, kind.eps, context, weight.device, weight.dtype)
+    gamma = kind.gamma(norm)
+    new = LayerBatchNorm(kind.features, spec, kind.eps, context, gamma.device, gamma.dtype)
     with torch.no_grad():
         assert new.weight is not None
-        new.weight.copy_(kind.gamma(norm))
+        new.weight.copy_(gamma)
         if new.bias is not None:
             new.bias.copy_(norm.bias)  # type: ignore[arg-type]
     absorb_into = [model.get_submodule(n) for n in plan.absorbed_by]
@@ -164,14 +163,24 @@ def make_report(
     model: nn.Module, config: MaQDConfig, plan: ConversionPlan | None = None
 ) -> ConversionReport:
     report = ConversionReport(config.state, size=model_size(model))
-    for name, layer in modules_of(model, (MaQDLinear, PackedLinear)):  # type: ignore[arg-type]
+    for name, layer in modules_of(model, MaQDLinear, PackedLinear):
         report.linears[name] = _levels_text(layer.spec)
-    for name, table in modules_of(model, (MaQDEmbedding, PackedEmbedding)):  # type: ignore[arg-type]
+    for name, table in modules_of(model, MaQDEmbedding, PackedEmbedding):
         report.embeddings[name] = f"{table.levels} levels, a scale a row"
     for name, norm in modules_of(model, LayerBatchNorm):
         norm_plan = plan.norms.get(name) if plan else None
         report.norms[name] = _norm_text(norm, norm_plan.not_gated if norm_plan else "")
         if norm_plan and norm_plan.not_absorbed:
             report.not_absorbed[name] = norm_plan.not_absorbed
-    report.kept = dict(plan.kept) if plan else {}
+    report.kept = dict(plan.kept) if plan else _untouched(model)
     return report
+
+
+def _untouched(model: nn.Module) -> dict[str, str]:
+    """Layers with a matrix that are not ours."""
+    return {
+        name: f"float ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if not isinstance(module, QUANTIZED)
+        and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    }

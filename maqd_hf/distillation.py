@@ -11,8 +11,8 @@ recomputing the chunks in backward (``torch.utils.checkpoint``) would run both h
 stays *inside* the model's forward, where DDP and FSDP2 expect the head's parameters to be used.
 
 A model whose logits are not exactly what its head returns (soft-capping, scaled logits), or that
-does not use its ``loss_function``, is found out by a probe (``head_is_deferrable``) and goes through
-the same loss with whole logits.
+does not use its ``loss_function``, is found out by a probe (``head_is_deferrable``) and goes
+through the same loss with whole logits.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class _DistillationLoss(torch.autograd.Function):
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("the distillation loss was already differentiated; run it again")
         scaled = [None if g is None else g.mul_(grad) for g in ctx.grads]
@@ -188,7 +188,7 @@ def bare_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a compiled or PEFT wrapper."""
     model = getattr(model, "_orig_mod", model)
     inner = getattr(model, "get_base_model", None)
-    return inner() if inner is not None else model  # type: ignore[no-any-return, return-value]
+    return inner() if inner is not None else model  # type: ignore[return-value]
 
 
 @contextmanager
@@ -232,8 +232,8 @@ def head_of(model: nn.Module, hidden: Tensor) -> Logits:
 def head_is_deferrable(model: nn.Module) -> bool:
     """Whether the model's logits are its head's output and nothing else, seen in a tiny forward."""
     bare = bare_model(model)
-    get_head = getattr(bare, "get_output_embeddings", lambda: None)
-    if type(get_head()) not in (nn.Linear, MaQDLinear):
+    head: Any = getattr(bare, "get_output_embeddings", lambda: None)()
+    if type(head) not in (nn.Linear, MaQDLinear):
         return False
     seen: list[Tensor] = []
     handed: list[Tensor] = []
@@ -242,7 +242,7 @@ def head_is_deferrable(model: nn.Module) -> bool:
         handed.append(logits)
         return logits.sum()
 
-    handle = get_head().register_forward_hook(lambda head, args, output: seen.append(output))
+    handle = head.register_forward_hook(lambda module, args, output: seen.append(output))
     training = bare.training
     tokens = torch.zeros(1, 2, dtype=torch.long, device=bare.device)
     try:

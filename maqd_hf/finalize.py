@@ -1,25 +1,36 @@
-"""The two ways out of training: ``pack_model`` for inference, ``dequantize_model`` back to float."""
+"""The ways out of training: ``pack_model`` for inference, ``dequantize_model`` back to float."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .building import QUANTIZED, TIED_TENSORS, modules_of, replace_module
+from .building import (
+    QUANTIZED,
+    TIED_TENSORS,
+    describe,
+    modules_of,
+    note_tied_tensors,
+    remove_context,
+    replace_module,
+)
 from .conversion import make_report, quantization_config
 from .folding import absorb_scale
-from .matching import Names, is_linear, looks_like_norm, probe_norm
+from .integrity import checksum
+from .matching import Names, is_linear
 from .nn import (
     ActivationQuantizer,
     LayerBatchNorm,
+    LinearSpec,
     MaQDEmbedding,
     MaQDLinear,
     PackedEmbedding,
     PackedLinear,
 )
+from .probing import probe_norm
 from .report import ConversionReport
 
 
@@ -37,22 +48,35 @@ def pack_model(model: nn.Module) -> ConversionReport:
     if config.state != "qat":
         raise ValueError("this model is packed already")
     _check_packable(model)
-    names = Names(model)
-    modules: dict[str, Any] = {k: dict(v) for k, v in (config.modules or {}).items()}
+    names, entries = Names(model), config.modules or {}
+    absorbed_by = {
+        names.absolute(norm): [names.absolute(n) for n in entry["absorbed_by"]]
+        for norm, entry in entries.items()
+        if entry["kind"] == "norm"
+    }
+    tied_to = {
+        names.absolute(head): names.absolute(entry["tied_to"])
+        for head, entry in entries.items()
+        if "tied_to" in entry
+    }
     for name, layer in modules_of(model, MaQDLinear):
-        if layer.spec.weight_levels is not None and "tied_to" not in modules[names.relative(name)]:
-            replace_module(model, name, PackedLinear.from_qat(layer))
+        if layer.spec.weight_levels is not None:
+            packed = PackedLinear.from_qat(layer)
+            if name in tied_to:
+                packed.bias = layer.bias  # may itself be tied, as that of BERT's head is
+            replace_module(model, name, packed)
     for name, table in modules_of(model, MaQDEmbedding):
         replace_module(model, name, PackedEmbedding.from_qat(table))
-    for relative, entry in modules.items():
-        if "tied_to" in entry:
-            _pack_tied_head(model, names.absolute(relative), names.absolute(entry["tied_to"]))
+    for head, embedding in tied_to.items():
+        model.get_submodule(embedding).tie(model.get_submodule(head))  # type: ignore[operator]
+        note_tied_tensors(model, embedding, head)
     for name, norm in modules_of(model, LayerBatchNorm):
-        entry = modules[names.relative(name)]
-        _freeze_norm(norm, [model.get_submodule(names.absolute(n)) for n in entry["absorbed_by"]])
-        entry.update(asdict(norm.spec))
+        _freeze_norm(norm, [model.get_submodule(n) for n in absorbed_by[name]])
+    modules = describe(model, config, absorbed_by, tied_to)
+    for relative, entry in modules.items():
+        entry["crc32"] = checksum(model.get_submodule(names.absolute(relative)))
     config = replace(config, state="packed", modules=modules)
-    model.config.quantization_config = config  # type: ignore[union-attr, assignment]
+    model.config.quantization_config = config  # type: ignore[union-attr]
     model.eval()
     return make_report(model, config)
 
@@ -65,8 +89,10 @@ def _check_packable(model: nn.Module) -> None:
                 "maqd_hf.calibration.calibrate_activations(model, batches), train with "
                 "MaQDTrainer, or use activation_scaling='token'"
             )
-        if not bool(layer.weight.isfinite().all()):
-            raise ValueError(f"{name}.weight holds NaN or infinity: training diverged")
+    for name, module in modules_of(model, *QUANTIZED, LayerBatchNorm):
+        for tensor_name, tensor in module.state_dict().items():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name}.{tensor_name} holds NaN or infinity: training diverged")
     for name, norm in modules_of(model, LayerBatchNorm):
         gate = float(norm.gate)
         if norm.spec.statistics == "gated" and gate not in (0.0, 1.0):
@@ -76,20 +102,6 @@ def _check_packable(model: nn.Module) -> None:
             )
         if gate == 1 and norm.spec.statistics == "gated" and not bool(norm.batches_seen):
             raise ValueError(f"{name}: its gate is open but it never saw a batch in training mode")
-
-
-def _pack_tied_head(model: nn.Module, head: str, embedding: str) -> None:
-    old, table = model.get_submodule(head), model.get_submodule(embedding)
-    assert isinstance(old, MaQDLinear) and isinstance(table, PackedEmbedding)
-    packed = PackedLinear.from_qat(old)
-    table.tie(packed)
-    replace_module(model, head, packed)
-    keys = getattr(model, "all_tied_weights_keys", None)
-    if keys is not None:
-        for name in TIED_TENSORS:
-            keys.pop(f"{head}.{name}", None)
-        for name in ("weight", "weight_scale", "weight_offset"):
-            keys[f"{head}.{name}"] = f"{embedding}.{name}"
 
 
 @torch.no_grad()
@@ -104,76 +116,88 @@ def _freeze_norm(norm: LayerBatchNorm, consumers: list[nn.Module]) -> None:
         absorb_scale(norm, consumers)  # type: ignore[arg-type]
 
 
+# ------------------------------------------------------------------------------ back to float
+
+
 @torch.no_grad()
-def dequantize_model(model: nn.Module) -> list[str]:
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Turn a QAT or packed model into a plain float one, in place; its weights keep their grid.
 
-    Returns the names of what a plain architecture cannot express and was therefore left: static
-    norms, and biases that a norm's beta moved into a layer that had none. Activations are no
-    longer quantised.
+    Activations are no longer quantised. ``dtype`` is that of the result, by default the model's.
+
+    Returns the names of the modules a plain architecture cannot express: static norms, and layers
+    whose bias came from a norm's beta where the original has none. They stay as they are, and the
+    model still needs this package to load. If there are none, plain transformers loads it.
     """
     config = quantization_config(model)
-    clean = type(model.config).from_dict(  # type: ignore[union-attr, operator]
-        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}  # type: ignore[union-attr, operator]
-    )
-    with torch.device("meta"):
-        skeleton = type(model)(clean)
-    originals, left = dict(skeleton.named_modules()), []
-    for name, module in modules_of(model, QUANTIZED):
-        packed = isinstance(module, (PackedLinear, PackedEmbedding))
-        weight = module.dequantized_weight() if packed else module.quantized_weight()
-        _restore(model, name, originals[name], weight, getattr(module, "bias", None), left)
+    dtype = dtype or model.dtype  # type: ignore[assignment]
+    originals, left = dict(_float_skeleton(model).named_modules()), []
+    for name, module in modules_of(model, *QUANTIZED):
+        plain = _plain_layer(originals[name], module)
+        if isinstance(plain, MaQDLinear):
+            left.append(name)
+        replace_module(model, name, plain.to(dtype))
     for name, norm in modules_of(model, LayerBatchNorm):
         if norm.spec.statistics == "static" or float(norm.gate) != 0:
             left.append(name)
         else:
-            _restore_norm(model, name, originals[name], norm)
-    for relative, entry in (config.modules or {}).items():
-        if "tied_to" in entry:
-            names = Names(model)
-            source = model.get_submodule(names.absolute(entry["tied_to"]))
-            model.get_submodule(names.absolute(relative)).weight = source.weight
-    keys = getattr(model, "all_tied_weights_keys", {})
+            replace_module(model, name, _plain_norm(originals[name], norm).to(dtype))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    keys: dict[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
     for key in [k for k in keys if k.rpartition(".")[2] in TIED_TENSORS]:
         del keys[key]
-    if not left:
-        del model.config.quantization_config  # type: ignore[union-attr]
-    for attribute in ("hf_quantizer", "quantization_method"):
-        model.__dict__.pop(attribute, None)
-    model.is_quantized = False  # type: ignore[assignment]
+    model.tie_weights()  # type: ignore[operator]
+    _forget_quantization(model)
+    if left:
+        remaining = replace(config, state="qat", modules=describe(model, config, {}, {}))
+        model.config.quantization_config = remaining  # type: ignore[union-attr]
+    else:
+        remove_context(model)
     return left
 
 
-def _restore(
-    model: nn.Module,
-    name: str,
-    original: nn.Module,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    left: list[str],
-) -> None:
-    weight = weight.detach().clone()
-    if is_linear(original) and not isinstance(original, nn.Linear):
-        weight = weight.t().contiguous()
-    original.weight = nn.Parameter(weight)
+def _float_skeleton(model: nn.Module) -> nn.Module:
+    settings = model.config.to_dict()  # type: ignore[union-attr, operator]
+    settings.pop("quantization_config", None)
+    with torch.device("meta"):
+        skeleton: nn.Module = type(model)(type(model.config).from_dict(settings))  # type: ignore[union-attr, operator]
+    return skeleton
+
+
+def _plain_layer(original: nn.Module, layer: Any) -> nn.Module:
+    """The float layer of ``layer``'s weight: ``original`` filled, or a float ``MaQDLinear``."""
+    packed = isinstance(layer, (PackedLinear, PackedEmbedding))
+    weight = (layer.dequantized_weight() if packed else layer.quantized_weight()).clone()
+    bias = getattr(layer, "bias", None)
+    if bias is not None and getattr(original, "bias", None) is None:
+        spec = LinearSpec(weight_levels=None, activation_levels=None)
+        kept = MaQDLinear(layer.in_features, layer.out_features, True, spec, device="meta")
+        kept.weight, kept.bias = nn.Parameter(weight), nn.Parameter(bias.clone())
+        return kept
+    is_conv1d = is_linear(original) and not isinstance(original, nn.Linear)
+    original.weight = nn.Parameter(weight.t().contiguous() if is_conv1d else weight)
     if bias is not None:
-        if getattr(original, "bias", None) is None:
-            left.append(f"{name}.bias")
-        original.bias = nn.Parameter(bias.detach().clone())
-    for buffer_name, buffer in original.named_buffers():  # Gemma's embed_scale
-        source = model.get_submodule(name)
-        value = torch.as_tensor(getattr(source, "output_scale", 1.0))
-        setattr(original, buffer_name, value.to(buffer.dtype).expand(buffer.shape).clone())
-    replace_module(model, name, original)
+        original.bias = nn.Parameter(bias.clone())
+    for name, buffer in original.named_buffers():  # Gemma's embed_scale
+        scale = torch.full(buffer.shape, layer.output_scale, dtype=buffer.dtype)
+        setattr(original, name, scale.to(weight.device))
+    return original
 
 
-def _restore_norm(model: nn.Module, name: str, original: nn.Module, norm: LayerBatchNorm) -> None:
+def _plain_norm(original: nn.Module, norm: LayerBatchNorm) -> nn.Module:
     kind = probe_norm(original)
-    assert looks_like_norm(original) and not isinstance(kind, str)
-    device, dtype = norm.gate.device, original.weight.dtype  # type: ignore[union-attr]
-    gamma = torch.ones(norm.features, device=device) if norm.weight is None else norm.weight
-    original.weight = nn.Parameter((gamma.detach() - float(kind.unit_offset)).to(dtype))  # type: ignore[arg-type]
+    assert not isinstance(kind, str)  # it was recognised when the model was converted
+    ones = torch.ones(norm.features, device=norm.gate.device)
+    gamma = ones if norm.weight is None else norm.weight
+    original.weight = nn.Parameter(gamma - float(kind.unit_offset))
     if kind.has_bias:
-        beta = torch.zeros_like(gamma) if norm.bias is None else norm.bias
-        original.bias = nn.Parameter(beta.detach().to(dtype))  # type: ignore[arg-type]
-    replace_module(model, name, original)
+        original.bias = nn.Parameter(torch.zeros_like(ones) if norm.bias is None else norm.bias)
+    return original
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    del model.config.quantization_config  # type: ignore[union-attr]
+    for attribute in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(attribute, None)
+    model.is_quantized = False  # type: ignore[assignment]

@@ -159,7 +159,7 @@ class _ScaledRoundClip(torch.autograd.Function):
         return dequantize(quantize(x, levels, step), levels, step)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step = ctx.saved_tensors
         u = x / step
         slope = SURROGATES[ctx.surrogate](u, ctx.levels)
@@ -224,13 +224,17 @@ def standardize_weight(weight: Tensor) -> Tensor:
     return centred / std
 
 
+def _grouped(weight: Tensor, table: Tensor) -> Tensor:
+    """View of (out, in) as (out, groups, in / groups), for a ``table`` (out, groups)."""
+    return weight.unflatten(1, (table.shape[1], -1))
+
+
 @torch.no_grad()
 def weight_codes(weight: Tensor, step: Tensor, levels: int) -> Tensor:
     """Codes (out, in), float in 0..M-1, of standardised ``weight`` with ``step`` (out, groups)."""
-    out_features, groups = step.shape
     centred, std = center_rows(weight)
-    u = centred.div_(std).view(out_features, groups, -1).div_(step.unsqueeze(-1))
-    return _codes_(u, levels).view_as(weight)
+    u = _grouped(centred.div_(std), step).div_(step.unsqueeze(-1))
+    return _codes_(u, levels).flatten(1)
 
 
 def weight_values(codes: Tensor, scale: Tensor, offset: Tensor | None, levels: int) -> Tensor:
@@ -238,9 +242,7 @@ def weight_values(codes: Tensor, scale: Tensor, offset: Tensor | None, levels: i
 
     ``scale`` is (out, groups), one code unit in weight units; ``offset`` (out, 1) or None.
     """
-    out_features, groups = scale.shape
-    grouped = codes.view(out_features, groups, -1)
-    weight = dequantize(grouped, levels, scale.unsqueeze(-1)).view(codes.shape)
+    weight = dequantize(_grouped(codes, scale), levels, scale.unsqueeze(-1)).flatten(1)
     return weight if offset is None else weight.add_(offset)
 
 
@@ -257,18 +259,17 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         return weight_values(weight_codes(weight, step, levels), scale, offset, levels)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, step, scale = ctx.saved_tensors
         levels: int = ctx.levels
-        out_features, groups = step.shape
         hat, std = center_rows(weight)
         hat.div_(std)
-        u = hat.view(out_features, groups, -1) / step.unsqueeze(-1)
-        grouped = grad.view_as(u)
+        u = _grouped(hat, step) / step.unsqueeze(-1)
+        grouped = _grouped(grad, step)
         grad_weight = None
         if ctx.needs_input_grad[0]:
             slope = _clip(u, levels).mul_((scale / step).unsqueeze(-1))
-            grad_hat = slope.mul_(grouped).view_as(weight)
+            grad_hat = slope.mul_(grouped).flatten(1)
             along = torch.einsum("oi,oi->o", grad_hat, hat).div_(weight.shape[1]).unsqueeze(1)
             grad_hat.sub_(grad_hat.mean(dim=1, keepdim=True)).addcmul_(hat, along, value=-1)
             grad_weight = grad_hat.div_(std)

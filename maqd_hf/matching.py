@@ -1,211 +1,33 @@
-"""Which modules of a model are converted, why the others are not, and who consumes each norm.
+"""Which modules of a model are converted, and why the others are not.
 
-Nothing here changes a model. ``plan_conversion`` looks at classes (Linear, Conv1D, Embedding),
-*probes* norms numerically (class names lie: T5LayerNorm is an RMS norm, Gemma multiplies by
-1 + weight) and runs one tiny traced forward to learn which layers read each norm's output, so that
-no table of families is needed and an unknown family is refused by name instead of corrupted.
+``plan_conversion`` decides everything before anything is touched. It looks at exact classes
+(Linear, Conv1D, Embedding) and at what ``probing`` found out about the norms.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import MaQDConfig
 from .nn import LinearSpec
+from .probing import (
+    NormKind,
+    Trace,
+    looks_like_norm,
+    probe_embedding,
+    probe_norm,
+    trace_norms,
+)
 
 _QK_NORM = re.compile(r"(^|[._])(q|k|query|key)_?(layer)?_?norm$")
 _T5_LIKE = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano")
-
-
-# --------------------------------------------------------------------------------------- norms
-
-
-@dataclass(frozen=True)
-class NormKind:
-    """What a norm computes, found by probing it."""
-
-    features: int
-    centered: bool
-    unit_offset: bool  # multiplies by 1 + weight
-    has_bias: bool
-    eps: float
-
-    def gamma(self, norm: nn.Module) -> Tensor:
-        """The factor the norm really multiplies by, (features,)."""
-        weight: Tensor = norm.weight.detach()  # type: ignore[union-attr, operator, assignment]
-        return weight + 1 if self.unit_offset else weight
-
-
-def looks_like_norm(module: nn.Module) -> bool:
-    """A leaf whose class calls itself a norm."""
-    named = "norm" in type(module).__name__.lower()
-    return named and not any(True for _ in module.children())
-
-
-def probe_norm(norm: nn.Module) -> NormKind | str:
-    """Run ``norm`` on random numbers and recognise it; a string says why it was not."""
-    weight = getattr(norm, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1:
-        return "has no one-dimensional weight"
-    if len(inspect.signature(norm.forward).parameters) != 1:
-        return "takes more than the hidden states"
-    eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
-    if not isinstance(eps, float):
-        return "has no eps this version knows"
-    clone = copy.deepcopy(norm).to_empty(device="cpu").float().eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in clone.parameters():
-            parameter.uniform_(0.5, 1.5, generator=generator)
-        x = 3 * torch.randn(2, 3, weight.numel(), generator=generator) + 0.7
-        try:
-            y = clone(x)
-        except (RuntimeError, TypeError, ValueError) as error:
-            return f"could not be probed ({error})"
-        bias = getattr(clone, "bias", None)
-        for centered in (False, True):
-            z = x - x.mean(-1, keepdim=True) if centered else x
-            z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
-            for unit_offset in (False, True):
-                expected = z * (clone.weight + unit_offset)  # type: ignore[operator]
-                expected = expected if bias is None else expected + bias
-                if torch.allclose(y, expected, rtol=1e-4, atol=1e-4):
-                    return NormKind(weight.numel(), centered, unit_offset, bias is not None, eps)
-    return f"computes neither an RMS norm nor a layer norm ({type(norm).__name__})"
-
-
-# ----------------------------------------------------------------------------------- the trace
-
-
-@dataclass
-class NormUse:
-    """Who reads a norm's output: module names of linears, and anything else, in words."""
-
-    consumers: list[str] = field(default_factory=list)
-    others: set[str] = field(default_factory=set)
-    runs: int = 0
-
-
-_METADATA_GETTERS = {
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "is_meta", "requires_grad", "is_cuda")
-}
-_METADATA_CALLS = {Tensor.size, Tensor.dim, Tensor.is_floating_point, Tensor.__hash__}
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _tensors(value)
-
-
-class _ConsumerTrace(TorchFunctionMode):
-    """Follows the outputs of norms by identity through one forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.uses: dict[str, NormUse] = {}
-        self.order: list[str] = []
-        self._made_by: dict[int, tuple[str, Tensor]] = {}  # keeps outputs alive: ids stay unique
-        self._inside = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self._inside and func not in _METADATA_GETTERS and func not in _METADATA_CALLS:
-            self.note((args, kwargs), getattr(func, "__name__", str(func)))
-        return func(*args, **kwargs)
-
-    def note(self, tree: Any, user: str) -> None:
-        """Record that ``user`` reads every traced tensor in ``tree``."""
-        for tensor in _tensors(tree):
-            if id(tensor) in self._made_by:
-                self.uses[self._made_by[id(tensor)][0]].others.add(user)
-
-    def enter_linear(self, name: str, args: tuple[Any, ...]) -> None:
-        for tensor in _tensors(args):
-            if id(tensor) in self._made_by:
-                self.uses[self._made_by[id(tensor)][0]].consumers.append(name)
-        self._inside += 1
-
-    def enter_norm(self, name: str, args: tuple[Any, ...]) -> None:
-        self.note(args, f"norm {name}")
-        self._inside += 1
-
-    def leave(self, norm: str | None, output: Any) -> None:
-        self._inside -= 1
-        if norm is not None and isinstance(output, Tensor):
-            use = self.uses.setdefault(norm, NormUse())
-            use.runs += 1
-            self.order.append(norm)
-            self._made_by[id(output)] = (norm, output)
-
-
-def example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """A tiny input for one forward of a transformers model, on its device."""
-    config: Any = model.config
-    device = next(model.parameters()).device
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        dtype = next(model.parameters()).dtype
-        return {"pixel_values": torch.zeros(1, config.num_channels, height, width, dtype=dtype)}
-    vocabulary = config.get_text_config().vocab_size
-    ids = torch.arange(4, device=device).remainder(vocabulary).unsqueeze(0)
-    inputs = {"input_ids": ids}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    return inputs
-
-
-def trace_norms(
-    model: nn.Module, norms: dict[str, nn.Module], linears: dict[str, nn.Module]
-) -> tuple[dict[str, NormUse], list[str]]:
-    """Run one tiny forward; return each norm's uses and the norms in the order they ran."""
-    trace = _ConsumerTrace()
-    handles = []
-    for name, module in linears.items():
-        enter = lambda _, args, name=name: trace.enter_linear(name, args)  # noqa: E731
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(lambda *_: trace.leave(None, None)))
-    for name, module in norms.items():
-        enter = lambda _, args, name=name: trace.enter_norm(name, args)  # noqa: E731
-        handles.append(module.register_forward_pre_hook(enter))
-        leave = lambda _m, _a, output, name=name: trace.leave(name, output)  # noqa: E731
-        handles.append(module.register_forward_hook(leave))
-    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    for owner in {id(model): model, id(base): base}.values():
-        note = lambda _m, _a, output: trace.note(output, "the model's output")  # noqa: E731
-        handles.append(owner.register_forward_hook(note))
-    training = model.training
-    try:
-        model.eval()
-        with torch.no_grad(), trace:
-            model(**example_inputs(model))
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return trace.uses, trace.order
-
-
-# ------------------------------------------------------------------------------------ the plan
 
 
 class Names:
@@ -251,17 +73,18 @@ class ConversionPlan:
     embedding: str | None = None
     head: str | None = None
     head_tied: bool = False
+    embedding_scale: float = 1.0
     kept: dict[str, str] = field(default_factory=dict)
 
 
 def is_linear(module: nn.Module) -> bool:
     """A layer this version can convert: exactly Linear or Conv1D, subclasses may do anything."""
-    return type(module) in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return type(module) in (nn.Linear, Conv1D)
 
 
 def linear_width(module: nn.Module) -> int:
     """Input width of a Linear or Conv1D."""
-    return module.weight.shape[0 if isinstance(module, Conv1D) else 1]  # type: ignore[union-attr, index, return-value]
+    return module.weight.shape[0 if isinstance(module, Conv1D) else 1]  # type: ignore[index, return-value]
 
 
 def find_module(model: nn.Module, module: nn.Module | None) -> str | None:
@@ -269,14 +92,137 @@ def find_module(model: nn.Module, module: nn.Module | None) -> str | None:
     return next((n for n, m in model.named_modules() if m is module), None) if module else None
 
 
-def _plan_linears(model: nn.Module, config: MaQDConfig, names: Names, plan: ConversionPlan) -> None:
-    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+@dataclass
+class _Survey:
+    """What there is to decide on: convertible layers, recognised norms, and what a forward does."""
+
+    linears: dict[str, nn.Module]
+    norms: dict[str, NormKind]
+    shared: dict[str, list[str]]
+    trace: Trace
+
+
+def _shared_modules(model: nn.Module) -> dict[str, list[str]]:
+    """Modules that stand in several places, or whose weight does: name -> the other places.
+
+    One converted layer could not serve both; an embedding with its tied head is planned apart.
+    """
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        places.setdefault(id(module if weight is None else weight), []).append(name)
+    return {
+        name: [other for other in names if other != name]
+        for names in places.values()
+        if len(names) > 1
+        for name in names
+    }
+
+
+def _survey(model: nn.Module, config: MaQDConfig, names: Names, plan: ConversionPlan) -> _Survey:
+    shared = _shared_modules(model)
+    linears = {n: m for n, m in model.named_modules() if is_linear(m)}
+    norms: dict[str, NormKind] = {}
     for name, module in model.named_modules():
-        if name in (plan.head, plan.embedding) or not is_linear(module):
+        if not looks_like_norm(module):
+            continue
+        kind = config.left_out(names.relative(name)) or probe_norm(module)
+        if isinstance(kind, NormKind) and name in shared:
+            kind = f"shared with {shared[name][0]}"
+        if isinstance(kind, str):
+            plan.kept[name] = kind
+        else:
+            norms[name] = kind
+    trace = trace_norms(model, {n: model.get_submodule(n) for n in norms}, linears)
+    return _Survey(linears, norms, shared, trace)
+
+
+# -------------------------------------------------------------------------- embedding and head
+
+
+def _embeddings(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # models without tokens
+        return None, None
+
+
+def _plan_embedding(
+    model: PreTrainedModel, config: MaQDConfig, names: Names, plan: ConversionPlan, found: _Survey
+) -> None:
+    """The input embedding and the output head, which are one tensor in many models."""
+    embedding, head = _embeddings(model)
+    name, head_name = find_module(model, embedding), find_module(model, head)
+    levels = config.embedding_levels
+    if not isinstance(embedding, nn.Embedding) or name is None:
+        if levels is None:
+            return
+        raise ValueError(
+            f"embedding_levels={levels}, but {type(model).__name__} has no token embedding of a "
+            f"known kind ({type(embedding).__name__}); set embedding_levels=None"
+        )
+    tied = head is not None and head.weight is embedding.weight
+    reason = "embedding_levels is None" if levels is None else config.left_out(names.relative(name))
+    if tied and head_name is not None:
+        head_reason = config.left_out(names.relative(head_name), outside=True)
+        reason = reason or (head_reason and f"its tied head is {head_reason}")
+    if reason is not None:
+        plan.kept[name] = reason
+        if tied and head_name is not None:
+            plan.kept[head_name] = f"tied to the embedding ({reason})"
+    elif levels is not None:
+        plan.embedding = name
+        plan.embedding_scale = _check_embedding(embedding, name, head_name if tied else None, found)
+    if head_name in found.linears and head_name not in plan.kept:
+        _plan_head(head_name, tied, config, names, plan)
+
+
+def _check_embedding(
+    embedding: nn.Embedding, name: str, tied_head: str | None, found: _Survey
+) -> float:
+    scale = probe_embedding(embedding)
+    others = [other for other in found.shared.get(name, ()) if other != tied_head]
+    if others:
+        scale = f"shares its weight with {others[0]}"
+    if isinstance(scale, str):
+        raise ValueError(
+            f"{name} ({type(embedding).__name__}) {scale}: it cannot be quantised; "
+            "set embedding_levels=None or exclude it"
+        )
+    return scale
+
+
+def _plan_head(
+    head: str, tied: bool, config: MaQDConfig, names: Names, plan: ConversionPlan
+) -> None:
+    relative = names.relative(head)
+    if config.embedding_levels is None:
+        if not config.targeted(relative):
+            plan.kept[head] = "embedding_levels is None"
+        return  # else an ordinary layer
+    reason = config.left_out(relative, outside=True)
+    if reason is not None:
+        plan.kept[head] = reason
+        return
+    levels = config.embedding_levels
+    spec = config.linear_spec(relative, weight_levels=levels, group_size=None)
+    if tied:
+        spec = replace(spec, weight_levels=levels, group_size=None, weight_offset=True)
+    plan.head, plan.head_tied, plan.linears[head] = head, tied, spec
+
+
+# ---------------------------------------------------------------------------- linears and norms
+
+
+def _plan_linears(config: MaQDConfig, names: Names, plan: ConversionPlan, found: _Survey) -> None:
+    for name, module in found.linears.items():
+        if name in plan.linears or name in plan.kept:
             continue
         reason = config.left_out(names.relative(name), layer=True)
-        if reason is None and model_type in _T5_LIKE and name.endswith(".wo"):
-            reason = "its caller reads weight.dtype and casts the input to it"
+        if name in found.shared:
+            reason = reason or f"shares its weight with {found.shared[name][0]}"
+        if name in found.trace.reads:
+            reason = reason or f"its weight is read by the model itself ({found.trace.reads[name]})"
         if reason is not None:
             plan.kept[name] = reason
             continue
@@ -288,93 +234,101 @@ def _plan_linears(model: nn.Module, config: MaQDConfig, names: Names, plan: Conv
         plan.linears[name] = spec
 
 
-def _plan_embedding(model: Any, config: MaQDConfig, plan: ConversionPlan) -> None:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    head_name = find_module(model, head)
-    name = find_module(model, embedding)
-    if config.embedding_levels is None:
-        for part in (name, head_name):
-            if part is not None:
-                plan.kept[part] = "embedding_levels is None"
-        plan.head = head_name
-        return
-    if not isinstance(embedding, nn.Embedding) or name is None:
-        raise ValueError(
-            f"embedding_levels={config.embedding_levels}, but the input embedding of "
-            f"{type(model).__name__} is {type(embedding).__name__}; set embedding_levels=None"
-        )
-    plan.embedding = name
-    if isinstance(head, nn.Linear) and head_name is not None:
-        plan.head, plan.head_tied = head_name, head.weight is embedding.weight
-        spec = config.linear_spec("/" + head_name)
-        plan.linears[head_name] = LinearSpec(
-            config.embedding_levels,
-            spec.activation_levels,
-            spec.activation_scaling,
-            spec.first_token,
-            surrogate=spec.surrogate,
-        )
-
-
-def _refuse_absorption(use: NormUse | None, plan: ConversionPlan) -> str:
-    if use is None or not use.runs:
-        return "the traced forward did not reach it"
+def _refuse_absorption(name: str, plan: ConversionPlan, trace: Trace) -> str:
+    use = trace.uses.get(name)
+    if trace.failure or use is None:
+        return trace.failure or "the traced forward did not reach it"
     if use.runs > 1:
         return "it runs more than once a forward"
     if use.others:
         return f"its output also feeds {', '.join(sorted(use.others))}"
     if not use.consumers:
         return "no Linear reads its output"
-    outside = [name for name in use.consumers if name not in plan.linears]
-    if outside:
-        return f"its consumer {outside[0]} is not converted"
-    if plan.head_tied and plan.head in use.consumers:
-        return "its consumer is the tied head"
+    for consumer in use.consumers:
+        if consumer not in plan.linears:
+            return f"its consumer {consumer} is not converted"
+        if plan.head_tied and consumer == plan.head:
+            return "its consumer is the tied head"
+        if trace.calls[consumer] > 1:
+            return f"its consumer {consumer} is called {trace.calls[consumer]} times a forward"
     return ""
 
 
-def _plan_norms(model: nn.Module, config: MaQDConfig, names: Names, plan: ConversionPlan) -> None:
-    norms: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if not looks_like_norm(module):
-            continue
-        kind = config.left_out(names.relative(name)) or probe_norm(module)
-        if isinstance(kind, str):
-            plan.kept[name] = kind
-        else:
-            norms[name] = module
-            plan.norms[name] = NormPlan(kind)
-    linears = {n: m for n, m in model.named_modules() if is_linear(m)}
-    uses, order = trace_norms(model, norms, linears)
-    in_base = [n for n in order if not names.relative(n).startswith("/")]
-    for name, norm in plan.norms.items():
-        norm.not_absorbed = _refuse_absorption(uses.get(name), plan)
+def _plan_norms(config: MaQDConfig, names: Names, plan: ConversionPlan, found: _Survey) -> None:
+    in_base = [n for n in found.trace.order or found.norms if not names.relative(n).startswith("/")]
+    for name, kind in found.norms.items():
+        norm = plan.norms[name] = NormPlan(kind)
+        norm.not_absorbed = _refuse_absorption(name, plan, found.trace)
         if not norm.not_absorbed:
-            norm.absorbed_by = list(uses[name].consumers)
+            norm.absorbed_by = list(found.trace.uses[name].consumers)
         if _QK_NORM.search(name) and not config.lbn_qk_norm:
             norm.gated, norm.not_gated = False, "q/k norm (lbn_qk_norm switches it on)"
         elif in_base and name == in_base[-1] and not config.lbn_final_norm:
             norm.gated, norm.not_gated = False, "final norm (lbn_final_norm switches it on)"
 
 
+# ------------------------------------------------------------------------------------ the whole
+
+
+def _check_patterns(
+    config: MaQDConfig, names: Names, model: nn.Module, linears: Iterable[str]
+) -> None:
+    everything = [names.relative(name) for name, _ in model.named_modules()]
+    layers = [names.relative(name) for name in linears]
+    for what, patterns, candidates in (
+        ("targets", config.targets or (), layers),
+        ("overrides", config.overrides, layers),
+        ("exclude", config.exclude, everything),
+    ):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in candidates):
+                raise ValueError(
+                    f"{what} pattern {pattern!r} matches nothing in {type(model).__name__}; "
+                    f"its names look like {layers[0]!r}, {layers[-1]!r}"
+                )
+
+
 def plan_conversion(model: nn.Module, config: MaQDConfig) -> ConversionPlan:
-    """Decide what ``quantize_model`` will do; ``ValueError`` when nothing matches."""
-    names, plan = Names(model), ConversionPlan()
-    _plan_embedding(model, config, plan)
-    _plan_linears(model, config, names, plan)
-    if not plan.linears:
-        classes = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "weight")})
+    """Decide what ``quantize_model`` will do.
+
+    Raises:
+        ValueError: not a transformers model this version takes, nothing to convert, or a pattern
+            that matches nothing.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is not a transformers model")
+    if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"nothing to convert in {type(model).__name__}: targets={config.targets}, "
-            f"exclude={config.exclude}; its layers with a weight are {classes}, convertible are "
-            "Linear and Conv1D. Left alone: "
-            + ("; ".join(f"{n} ({why})" for n, why in list(plan.kept.items())[:5]) or "nothing")
+            f"{type(model).__name__} is an encoder-decoder, and maqd_hf converts causal language "
+            "models and encoders; convert its encoder class alone, e.g. T5EncoderModel"
         )
-    _plan_norms(model, config, names, plan)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has weights that are offloaded or not loaded yet; load it "
+            "whole into memory to convert it"
+        )
+    names, plan = Names(model), ConversionPlan()
+    found = _survey(model, config, names, plan)
+    if found.linears:
+        _check_patterns(config, names, model, found.linears)
+    _plan_embedding(model, config, names, plan, found)
+    _plan_linears(config, names, plan, found)
+    if not plan.linears:
+        raise ValueError(_nothing_to_convert(model, config, plan))
+    _plan_norms(config, names, plan, found)
     known = {*plan.linears, *plan.norms, *plan.kept, plan.embedding}
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
-        if own and name not in known and any(p.dim() > 1 for p in own):
+        if name not in known and any(p.dim() > 1 for p in own):
             plan.kept[name] = f"{type(module).__name__} is not a layer this version converts"
     return plan
+
+
+def _nothing_to_convert(model: nn.Module, config: MaQDConfig, plan: ConversionPlan) -> str:
+    classes = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "weight")})
+    left = "; ".join(f"{name} ({why})" for name, why in list(plan.kept.items())[:5])
+    return (
+        f"nothing to convert in {type(model).__name__}: targets={config.targets}, "
+        f"exclude={config.exclude}; its layers with a weight are {classes}, convertible are "
+        f"Linear and Conv1D. Left alone: {left or 'nothing'}"
+    )

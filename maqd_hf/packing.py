@@ -37,8 +37,8 @@ def words_per_row(columns: int, levels: int) -> int:
 def pack_codes(codes: Tensor, levels: int) -> Tensor:
     """Pack integer codes (..., columns), each in 0..levels-1, to int32 words (..., words).
 
-    Raises ``ValueError`` when a code is out of range or, in a float tensor, no whole number: a wrong
-    code would corrupt its neighbours.
+    Raises ``ValueError`` when a code is out of range or (in a float tensor) no whole number: it
+    would corrupt its neighbours.
 
     >>> pack_codes(torch.tensor([[1, 2, 3, 0, 1]]), levels=4).tolist()
     [[313]]

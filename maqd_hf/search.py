@@ -27,8 +27,8 @@ def _search(rows: Tensor, levels: int, importance: Tensor | None) -> Tensor:
     full = torch.where(full > 0, full, _EMPTY_STEP)
     best, best_error = full, _error(rows, levels, full, importance)
     # coarse: from slightly beyond the full range down to a tenth; then halve around the best, twice
-    for exponent in range(-1, _COARSE):
-        candidate = full * _RATIO**exponent
+    for power in range(-1, _COARSE):
+        candidate = full * _RATIO**power
         best, best_error = _keep_better(rows, levels, candidate, best, best_error, importance)
     for exponent in (0.5, 0.25):
         centre = best

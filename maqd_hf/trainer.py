@@ -14,13 +14,9 @@ What it adds to ``transformers.Trainer``, and why a plain one will not do:
 
 from __future__ import annotations
 
-import json
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,18 +25,18 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
-from .callbacks import GateSchedule, QuantizerMonitor, RankAgreement
 from .calibration import calibrate_activations
+from .callbacks import GateSchedule, QuantizerMonitor, RankAgreement
+from .checkpoints import first_interrupt, is_complete, last_complete_checkpoint
 from .distillation import (
     IGNORE,
     Logits,
-    Objective,
     bare_model,
     deferred_head,
     distillation_loss,
@@ -55,61 +51,11 @@ from .nn import (
     PackedEmbedding,
     PackedLinear,
 )
+from .training_args import MaQDTrainingArguments
+
+__all__ = ["MaQDTrainer", "MaQDTrainingArguments", "last_complete_checkpoint"]
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class MaQDTrainingArguments(TrainingArguments):
-    """``transformers.TrainingArguments`` and what quantisation-aware training adds.
-
-    Starting points for ``learning_rate`` (latents; extrapolated from published runs, sweep x3
-    around them): 3e-5 at 4 bit, 1e-4 at 3, 2e-4 at 2, 3e-4 ternary.
-    """
-
-    distillation_temperature: float = field(
-        default=1.0, metadata={"help": "Divides teacher's and student's logits in the KL."}
-    )
-    distillation_weight: float = field(
-        default=1.0, metadata={"help": "Share of the KL; the rest is cross entropy with the labels."}
-    )
-    kl_chunk_tokens: int = field(
-        default=256, metadata={"help": "Tokens whose logits exist at once during training."}
-    )
-    scale_learning_rate: float = field(
-        default=1e-4,
-        metadata={"help": "For weight scales and activation steps, both logarithms: relative."},
-    )
-    lbn_start: float = field(
-        default=0.0, metadata={"help": "Fraction of all steps at which the norms' gate starts."}
-    )
-    lbn_end: float = field(
-        default=0.4, metadata={"help": "Fraction of all steps from which the gate is open (1)."}
-    )
-    lbn_norms: list[str] | None = field(
-        default=None, metadata={"help": "Glob patterns of the norms to open; default: all."}
-    )
-    calibration_batches: int = field(
-        default=4, metadata={"help": "Training batches that set uncalibrated activation steps."}
-    )
-    quantizer_logging_steps: int | None = field(
-        default=None,
-        metadata={"help": "Logs at multiples of it look into quantisers; default: all, 0: none."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.objective()  # validates the distillation settings
-        if self.scale_learning_rate < 0:
-            raise ValueError(f"scale_learning_rate={self.scale_learning_rate} must not be negative")
-        if self.ddp_broadcast_buffers is None:
-            self.ddp_broadcast_buffers = False  # RankAgreement averages, DDP would take rank 0's
-
-    def objective(self) -> Objective:
-        """What a token costs, as these arguments say."""
-        return Objective(
-            self.distillation_temperature, self.distillation_weight, self.kl_chunk_tokens
-        )
 
 
 class MaQDTrainer(Trainer):
@@ -125,6 +71,9 @@ class MaQDTrainer(Trainer):
     Raises:
         ValueError: teacher and model do not fit, or the arguments contradict each other.
     """
+
+    args: MaQDTrainingArguments
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -170,9 +119,16 @@ class MaQDTrainer(Trainer):
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            if plugin.fsdp_version != 2:
+                raise ValueError("FSDP 1 is not supported: set fsdp_config={'version': 2}")
+            # Its policy would round latents and logarithms of scales to bf16 before they are
+            # quantised; autocast alone halves what can be halved, the products.
+            plugin.mixed_precision_policy = None
         bare = bare_model(self.model)
         self._causal = (
-            LOSS_MAPPING.get(getattr(bare, "loss_type", None)) is ForCausalLMLoss
+            LOSS_MAPPING.get(str(getattr(bare, "loss_type", ""))) is ForCausalLMLoss
             and not bare.config.is_encoder_decoder
         )
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
@@ -205,7 +161,7 @@ class MaQDTrainer(Trainer):
         self._probe_heads()
         self.ranks.stop_requested, self.ranks.between_steps = False, True
         try:
-            with _first_interrupt(self._request_stop):
+            with first_interrupt(self._request_stop):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
         except KeyboardInterrupt:  # raised by someone's code, or by a second Ctrl-C
             if self.ranks.between_steps and self.args.world_size == 1 and self.state.global_step:
@@ -223,11 +179,11 @@ class MaQDTrainer(Trainer):
         if not resume:
             return None
         if resume is True:
-            found = last_complete_checkpoint(self.args.output_dir)
+            found = last_complete_checkpoint(str(self.args.output_dir))
             if found is None:
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
             return found
-        if not _is_complete(Path(resume)):
+        if not is_complete(Path(resume)):
             raise ValueError(
                 f"{resume} has no readable {TRAINER_STATE_NAME}, the last file a checkpoint gets: "
                 "it was cut off while being written, or is not a checkpoint. "
@@ -242,7 +198,8 @@ class MaQDTrainer(Trainer):
             return
         with torch.random.fork_rng():  # a resumed run does not come here: same numbers for both
             batches = list(islice(self.get_train_dataloader(), self.args.calibration_batches))
-            calibrate_activations(self.model, [self._prepare_inputs(batch) for batch in batches])
+            batches = [self._prepare_inputs(batch) for batch in batches]
+            calibrate_activations(self.model, batches, progress=not self.args.disable_tqdm)
         for quantizer in quantizers:  # every rank saw other batches
             if quantizer.log_step is not None and self.args.world_size > 1:
                 quantizer.log_step.data.copy_(broadcast(quantizer.log_step.data))
@@ -263,7 +220,8 @@ class MaQDTrainer(Trainer):
             ours, theirs = (getattr(m.config, what, None) for m in (student, teacher))
             if ours != theirs:
                 raise ValueError(f"the teacher has {what}={theirs}, the model {ours}")
-        return teacher.to(self.args.device).eval()
+        self._move_model_to_device(teacher, self.args.device)
+        return teacher.eval()
 
     def _probe_heads(self) -> None:
         """See, before anything is wrapped, for which models the head can move into the loss."""
@@ -284,7 +242,7 @@ class MaQDTrainer(Trainer):
         batches of all ranks. A training loss with ``return_outputs`` goes with true logits.
         """
         deferred = self._defers.get(id(self.model), False) and not return_outputs
-        in_training = model.training and "labels" in inputs and self.label_smoother is None
+        in_training = self.model.training and "labels" in inputs and self.label_smoother is None
         if not in_training or (self.teacher is None and not deferred):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         target = self._teacher_logits(inputs)
@@ -305,10 +263,10 @@ class MaQDTrainer(Trainer):
         inputs = {k: v for k, v in inputs.items() if k not in ("labels", "num_items_in_batch")}
         with ExitStack() as stack:
             stack.enter_context(self.accelerator.autocast())
-            if self._defers[id(self.teacher)]:
-                stack.enter_context(deferred_head(self.teacher, _no_loss))
-            output = self.teacher(**inputs).logits
-            return head_of(self.teacher, output) if self._defers[id(self.teacher)] else Logits(output)
+            if not self._defers.get(id(self.teacher), False):
+                return Logits(self.teacher(**inputs).logits)
+            stack.enter_context(deferred_head(self.teacher, _no_loss))
+            return head_of(self.teacher, self.teacher(**inputs).logits)
 
     @torch.compiler.disable
     def _deferred_loss(
@@ -357,7 +315,7 @@ class MaQDTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """As in Trainer, with labels that nothing predicts taken out before they are counted."""
-        return super().get_batch_samples(  # type: ignore[no-any-return]
+        return super().get_batch_samples(
             map(self._drop_unpredicted, epoch_iterator), num_batches, device
         )
 
@@ -366,7 +324,7 @@ class MaQDTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As in Trainer, on the labels that training counts."""
         inputs = self._drop_unpredicted(inputs)
-        return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[no-any-return]
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _drop_unpredicted(self, batch: dict[str, Any]) -> dict[str, Any]:
         """-100 for labels of padding and, in a causal model, of what follows no real token."""
@@ -374,8 +332,9 @@ class MaQDTrainer(Trainer):
         if not isinstance(labels, Tensor) or labels.dim() != 2 or "shift_labels" in batch:
             return batch
         mask = batch.get("attention_mask")
-        fits = isinstance(mask, Tensor) and mask.shape == labels.shape
-        counted = mask.bool() if fits else torch.ones_like(labels, dtype=torch.bool)
+        counted = torch.ones_like(labels, dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.shape == labels.shape:
+            counted = mask.bool()
         if self._causal:
             counted = counted & nn.functional.pad(counted[:, :-1], (1, 0), value=False)
         return {**batch, "labels": labels.masked_fill(~counted, IGNORE)}
@@ -391,9 +350,12 @@ class MaQDTrainer(Trainer):
             or (isinstance(module, MaQDLinear) and module.weight_levels is not None)
             for parameter in module.parameters()
         }
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        names = super().get_decay_parameter_names(model)
-        return [n for n in names if id(parameters[n]) not in free and parameters[n].dim() > 1]
+        matrices = {
+            name
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if parameter.dim() > 1 and id(parameter) not in free
+        }
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """Trainer's optimizer, with the logarithmic scales in a group of their own."""
@@ -428,10 +390,10 @@ class MaQDTrainer(Trainer):
         The loss is the mean over batches: with blocks of equal length it is that of all tokens.
         """
         output: EvalLoopOutput = super().evaluation_loop(*args, **kwargs)
-        for name in [n for n in output.metrics if n.endswith("_loss")] if self._causal else []:
-            loss = output.metrics[name]
-            perplexity = math.exp(loss) if loss < 700 else math.inf
-            output.metrics[name.removesuffix("loss") + "perplexity"] = perplexity
+        metrics: dict[str, float] = output.metrics or {}
+        for name in [n for n in metrics if n.endswith("_loss") and self._causal]:
+            perplexity = math.exp(metrics[name]) if metrics[name] < 700 else math.inf
+            metrics[name.removesuffix("loss") + "perplexity"] = perplexity
         return output
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -439,28 +401,6 @@ class MaQDTrainer(Trainer):
         # marks a checkpoint as complete.
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
-
-
-def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint in ``folder`` that was written to its end, or None.
-
-    transformers' ``get_last_checkpoint`` takes any folder of that name, also one whose writer was
-    killed half-way.
-    """
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        if _is_complete(path):
-            return str(path)
-        logger.warning(f"{path} was cut off while being written and is left out.")
-    return None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _shift(labels: Tensor) -> Tensor:
@@ -472,38 +412,19 @@ def _no_loss(**kwargs: Any) -> Tensor:
     raise AssertionError("the teacher is called without labels")
 
 
-def _is_packed(model: Iterable[nn.Module] | nn.Module) -> bool:
+def _is_packed(model: nn.Module) -> bool:
     return any(isinstance(m, (PackedLinear, PackedEmbedding)) for m in model.modules())
 
 
 @contextmanager
-def _passing_for_float(model: nn.Module | None) -> Iterator[None]:
+def _passing_for_float(model: PreTrainedModel | None) -> Iterator[None]:
     """Trainer refuses quantised models at construction, where it cannot know that they are only to
     be evaluated. Ours refuses in ``train``."""
     if model is None or not _is_packed(model) or not getattr(model, "is_quantized", False):
         yield
         return
-    model.is_quantized = False
+    model.is_quantized = False  # type: ignore[assignment]
     try:
         yield
     finally:
-        model.is_quantized = True
-
-
-@contextmanager
-def _first_interrupt(request_stop: Callable[[], None]) -> Iterator[None]:
-    """Turn the first SIGINT within into a request; the next one does what it did before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handler(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        request_stop()
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        model.is_quantized = True  # type: ignore[assignment]

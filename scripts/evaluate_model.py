@@ -39,6 +39,7 @@ from maqd_hf.perplexity import text_perplexity
 from maqd_hf.size import model_size
 
 MIB = 2**20
+JOINS = {"blank_line": "\n\n", "newline": "\n", "nothing": "", "separate": None}
 
 
 @dataclass
@@ -59,8 +60,9 @@ class Arguments:
     stride: int | None = field(default=None, metadata={"help": "Default: window (disjoint)."})
     max_windows: int | None = field(default=None, metadata={"help": "Default: the whole text."})
     max_texts: int | None = field(default=None, metadata={"help": "Classify only the first."})
-    separate_texts: bool = field(
-        default=False, metadata={"help": "Windows never cross from one text to the next."}
+    join: Literal["blank_line", "newline", "nothing", "separate"] = field(
+        default="blank_line",
+        metadata={"help": "Between texts; 'separate': no window crosses from text to text."},
     )
     add_bos: bool | None = field(
         default=None, metadata={"help": "true or false; default: as the tokenizer does."}
@@ -84,7 +86,7 @@ def perplexity(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
         (row["text"] for row in texts),
         args.window,
         args.stride,
-        join=None if args.separate_texts else "\n\n",
+        join=JOINS[args.join],
         add_bos=args.add_bos,
         batch_size=args.batch_size,
         max_windows=args.max_windows,
@@ -145,9 +147,13 @@ def evaluate_one(args: Arguments, name: str, device: str) -> tuple[dict[str, Any
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.tokenizer or name))
     model = auto_class.from_pretrained(folder, dtype=args.dtype).to(device)
     size = model_size(model)
-    row = {"model": name, "dtype": str(model.dtype).removeprefix("torch.")}
-    row |= measure(args, model, tokenizer)
-    row |= {"bits_per_weight": size.bits_per_weight, "file_bytes": size.file_bytes}
+    row = {
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **measure(args, model, tokenizer),
+        "bits_per_weight": size.bits_per_weight,
+        "file_bytes": size.file_bytes,
+    }
     return row, tokenizer.get_vocab()
 
 

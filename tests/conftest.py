@@ -7,6 +7,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Exact laws are about the reference; test_kernels_native.py compares the compiled paths with it.
+os.environ.setdefault("MAQD_KERNEL", "reference")
 
 from pydoc_data.topics import topics
 
@@ -25,6 +27,12 @@ from transformers import (
 
 CONTEXT = 128  # positions the tiny models have
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")  # ids 0, 1, 2
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers, alone or in any order."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

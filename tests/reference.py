@@ -7,6 +7,7 @@ Our reading of arXiv:2403.14999.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def level_values(levels: int) -> list[float]:
 def thresholds(levels: int) -> list[float]:
     """The M - 1 points half-way between neighbouring levels."""
     values = level_values(levels)
-    return [(low + high) / 2 for low, high in zip(values, values[1:], strict=False)]
+    return [(low + high) / 2 for low, high in pairwise(values)]
 
 
 def nearest_code(u: float, levels: int) -> int:
@@ -39,7 +40,9 @@ def heaviside_sum(u: float, levels: int) -> float:
 def round_clip(x: Tensor, levels: int, step: Tensor | float) -> Tensor:
     """``step * f(x / step)``, element by element."""
     steps = torch.as_tensor(step, dtype=x.dtype).expand_as(x).flatten().tolist()
-    values = [s * heaviside_sum(v / s, levels) for v, s in zip(x.flatten().tolist(), steps, strict=True)]
+    values = [
+        s * heaviside_sum(v / s, levels) for v, s in zip(x.flatten().tolist(), steps, strict=True)
+    ]
     return torch.tensor(values, dtype=x.dtype).view_as(x)
 
 
@@ -96,7 +99,9 @@ def fake_quantized_weight(
         for j, group in enumerate(row.split(width)):
             u = group / step[i, j]
             inside = u.clamp(-levels / 2, levels / 2)  # gradient 1 inside the range, 0 outside
-            parts.append(scale[i, j] * (inside + (round_clip(u.detach(), levels, 1.0) - inside).detach()))
+            parts.append(
+                scale[i, j] * (inside + (round_clip(u.detach(), levels, 1.0) - inside).detach())
+            )
         rows.append(torch.cat(parts) + (0 if offset is None else offset[i]))
     return torch.stack(rows)
 

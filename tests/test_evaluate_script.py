@@ -61,11 +61,11 @@ def test_two_models_on_the_same_windows(
     assert expected.protocol in printed
 
 
-def test_dtype_and_separate_texts(script, saved_llama, sample_text, tmp_path):
+def test_dtype_and_separate_texts_with_bos(script, saved_llama, sample_text, tmp_path):
     texts = sample_text[:1000].split("\n\n")
     Dataset.from_dict({"body": texts}).to_parquet(tmp_path / "x.parquet")
     source = ["--model", saved_llama, "--dataset", tmp_path / "x.parquet", "--window", 64]
-    report = run(script, *source, "--dtype", "bfloat16", "--separate_texts", "--add_bos", "true")
+    report = run(script, *source, "--dtype", "bfloat16", "--join", "separate", "--add_bos", "true")
     (row,) = report["results"]
     assert row["dtype"] == "bfloat16"
     assert row["tokens"] == sum(len(text.encode()) for text in texts)

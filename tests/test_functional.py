@@ -38,7 +38,9 @@ def test_every_grid_has_exactly_its_levels_symmetric_about_zero() -> None:
 
 @pytest.mark.parametrize("step", [0.037, 1.0, 250.0])
 @pytest.mark.parametrize("levels", SOME_LEVELS)
-def test_round_clip_is_the_nearest_level_and_the_sum_of_heavisides(levels: int, step: float) -> None:
+def test_round_clip_is_the_nearest_level_and_the_sum_of_heavisides(
+    levels: int, step: float
+) -> None:
     x = torch.randn(300, dtype=torch.float64) * step * levels / 3
     codes = F.quantize(x, levels, step)
     assert codes.tolist() == [reference.nearest_code(v / step, levels) for v in x.tolist()]
@@ -144,7 +146,7 @@ def test_unknown_surrogate_names_the_known_ones() -> None:
 
 @pytest.mark.parametrize("width", [1, 2, 33, 1000])
 def test_standardised_rows_have_mean_zero_and_variance_one(width: int) -> None:
-    weight = torch.randn(7, width) * torch.logspace(-3, 3, 7).unsqueeze(1) + 0.5
+    weight = torch.randn(7, width) * torch.logspace(-1, 3, 7).unsqueeze(1) + 0.5
     hat = F.standardize_weight(weight.double())
     torch.testing.assert_close(hat, reference.standardize(weight.double()), rtol=1e-9, atol=1e-9)
     if width > 1:
@@ -210,15 +212,18 @@ def test_latents_are_invariant_to_scale_and_shift(groups: int) -> None:
 
 
 @pytest.mark.parametrize("levels", SOME_LEVELS)
-def test_a_quantised_row_takes_at_most_m_values_symmetric_about_its_offset(levels: int) -> None:
+def test_a_quantised_row_takes_at_most_m_values_symmetric(levels: int) -> None:
     weight = torch.randn(4, 3000)
-    step, scale = torch.full((4, 1), F.gaussian_step(levels)), random_steps(4, 1, dtype=weight.dtype)
+    step, scale = (
+        torch.full((4, 1), F.gaussian_step(levels)),
+        random_steps(4, 1, dtype=weight.dtype),
+    )
     rows = F.fake_quantize_weight(weight, step, scale, None, levels)
     for row in rows:
         values = row.unique()
         assert len(values) <= levels
-        assert math.isclose(values[0].item(), -values[-1].item(), rel_tol=1e-6)
-        assert bool(torch.isin(values, -values).all()) or levels > 16
+        if levels <= 16:  # with more, 3000 draws need not meet both ends of the grid
+            assert torch.equal(values, -values.flip(0))
 
 
 def test_weight_path_does_not_write_to_its_inputs() -> None:
@@ -246,7 +251,9 @@ def test_pooled_statistic_counts_valid_tokens_of_its_own_sample_only(geometric: 
     assert pooled.shape == (3, 1)
     for b in range(3):
         counted = [token[b, t] for t in range(6) if valid[b, t] or not valid[b].any()]
-        torch.testing.assert_close(pooled[b, 0], reference.sample_log_ms(counted, geometric).double())
+        torch.testing.assert_close(
+            pooled[b, 0], reference.sample_log_ms(counted, geometric).double()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -188,7 +188,7 @@ def packed_logits(client: RunClient, tmp_path_factory: pytest.TempPathFactory) -
         from maqd_hf.model_card import model_card
 
         model, tokenizer = tiny_llama(), tiny_tokenizer()
-        config = MaQDConfig(weight_levels=16, activation_levels=255)
+        config = MaQDConfig(weight_levels=16, activation_levels=255, activation_scaling="token")
         report = quantize_model(model, config)
         pack_model(model)
         torch.save(logits(model), sys.argv[1])

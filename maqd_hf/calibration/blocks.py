@@ -1,9 +1,9 @@
 """Walking a transformer block by block with the inputs a real forward would give each block.
 
 Calibration needs the inputs of one block at a time, for all samples, while the blocks before it are
-already quantised. A forward over the whole model for every block would cost the square of the depth,
-so the arguments of all blocks are captured in one forward (masks, rotary embeddings: small, mostly
-shared) and only the hidden states are passed on by hand. Where a model does something between two
+already quantised. A forward over the whole model for every block would cost the square of the
+depth, so the arguments of all blocks (masks, rotary embeddings: small, mostly shared) are captured
+once and only the hidden states are passed on by hand. Where a model does something between two
 blocks (the output of one is not the input of the next: an encoder followed by a decoder), a new
 ``Segment`` starts and is captured by a forward of its own.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import ActivationQuantizer, BatchContext, LayerBatchNorm, MaQDLinear
+from ..nn import ActivationQuantizer, LayerBatchNorm, MaQDLinear
 
 Batch = dict[str, Tensor]
 Batches = Tensor | Iterable[Tensor | Mapping[str, Any]]
@@ -163,8 +163,8 @@ def _first_tensor(output: Any) -> Tensor:
 
 @dataclass
 class Call:
-    """One call of a block during a forward; ``rest`` of each batch: arguments but for the hidden
-    states, and the masks of the contexts at that time."""
+    """One call of a block in a forward; ``rest``: its arguments for each batch but for the hidden
+    states."""
 
     block: nn.Module
     rest: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -173,12 +173,13 @@ class Call:
 class Segment:
     """Consecutive block calls, each fed with the output of the one before.
 
-    ``hidden`` holds, per batch, the states that enter the next call.
+    ``hidden`` holds, per batch, the states that enter the next call. ``start``: how many block
+    calls come before this segment. ``plain``: the blocks return hidden states and nothing else.
     """
 
-    def __init__(self, model: nn.Module, calls: list[Call], start: int) -> None:
-        self.model, self.calls, self.start = model, calls, start
-        self.plain = True
+    def __init__(self, model: nn.Module, start: int, plain: bool) -> None:
+        self.model, self.start, self.plain = model, start, plain
+        self.calls: list[Call] = []
         self.hidden: list[Tensor] = []
         self.contexts = {
             m.context: None
@@ -231,8 +232,8 @@ class Segment:
         args, kwargs = call.rest[index]
         return _first_tensor(call.block(hidden, *args, **kwargs))
 
-    def run_until(self, call: Call, index: int, layer: nn.Module) -> Tensor | None:
-        """The input of ``layer`` inside ``call``; None if it is not reached."""
+    def input_of(self, layer: nn.Module, call: Call, index: int) -> Tensor | None:
+        """What ``layer`` gets in ``call`` for batch ``index``; None if it is not reached."""
         found: list[Tensor] = []
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -242,6 +243,16 @@ class Segment:
         with watching([layer], see), suppress(_Stop):
             self.run(call, index, self.hidden[index])
         return found[0] if found else None
+
+    def advance(self, call: Call) -> None:
+        """Move the hidden states behind ``call``, whose captured arguments are dropped."""
+        self.hidden = [self.run(call, index, hidden) for index, hidden in enumerate(self.hidden)]
+        call.rest.clear()
+
+    def release(self) -> None:
+        """Drop what was captured."""
+        self.hidden.clear()
+        self.masks.clear()
 
 
 def find_segments(model: nn.Module, batch: Batch) -> list[Segment]:
@@ -268,8 +279,7 @@ def find_segments(model: nn.Module, batch: Batch) -> list[Segment]:
     segments: list[Segment] = []
     for position, (block, continues) in enumerate(order):
         if not continues:
-            segments.append(Segment(model, [], position))
-            segments[-1].plain = plain
+            segments.append(Segment(model, position, plain))
         segments[-1].calls.append(Call(block))
     return segments
 

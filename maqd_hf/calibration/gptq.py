@@ -1,16 +1,40 @@
-"""Start values of the weights: searched grid, error compensation, least-squares scales."""
+"""Start values of the weights: a searched grid, error compensation (GPTQ), least-squares scales.
+
+What helped, on stories260K (Llama, 0.26 M; one scale per row; 32x256 tokens of TinyStories; nats on
+256 other windows, float 1.598):
+
+===============================================  ======  ======  ======  ======
+weight levels                                        16       8       4       3
+===============================================  ======  ======  ======  ======
+plain GPTQ (correction=0, sweeps=0)               1.688   2.074   3.510   4.237
+correction=0.5, sweeps=2 (default)                1.672   1.947   3.009   3.512
+===============================================  ======  ======  ======  ======
+
+With an earlier version (no cost on row means, scales fitted to the damped moments):
+
+===============================================  ======  ======  ======  ======
+plain GPTQ, scales of the searched grid           1.687   2.075   3.511   4.219
+least-squares scales and offset                   1.691   2.043   3.460   4.275
+the same, sweeps=2                                1.685   2.040   3.401   3.965
+the same, correction=1                            1.676   1.990   3.251   3.873
+the same, correction=0.5                          1.669   1.954   3.073   3.682
+the same, correction=0.5, sweeps=2                1.668   1.934   2.967   3.539
+===============================================  ======  ======  ======  ======
+
+So the correction is what matters, half of it more than all of it; sweeps help below 16 levels;
+least-squares scales alone are a wash.
+"""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..functional import dequantize, grid_center, quantize
-from ..nn import MaQDLinear
+from ..nn import MaQDEmbedding, MaQDLinear
 from ..search import search_step
 from .blocks import (
     Batch,
@@ -28,377 +52,278 @@ from .blocks import (
     shared_inputs,
     watching,
 )
-
-logger = logging.getLogger(__name__)
-
-_MARGIN = 0.01  # of a step: how far latents stay from the thresholds of their cell
-_BISECTIONS = 60
-
-
-# ------------------------------------------------------------------------------- one matrix
-
-
-@dataclass
-class InputMoments:
-    """What a layer's inputs on the calibration data boil down to.
-
-    ``second`` (in, in): mean of x x^T over the counted tokens; ``cross`` (in, in): mean of
-    (x_float - x) x^T, where x_float is the input in the float model, or None.
-    """
-
-    second: Tensor
-    cross: Tensor | None = None
-    tokens: int = 0
-
-    def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
-        total = self.tokens + len(x)
-        if total == 0:
-            return
-        self.second.mul_(self.tokens / total).addmm_(x.t(), x, alpha=1 / total)
-        if x_float is not None and self.cross is not None:
-            self.cross.mul_(self.tokens / total).addmm_((x_float - x).t(), x, alpha=1 / total)
-        self.tokens = total
-
-
-def damped(second: Tensor, damp: float) -> Tensor:
-    """``second`` + damp * mean diagonal on the diagonal, float64 and positive definite.
-
-    Raises ``ValueError`` on NaN. Where rounding leaves it indefinite the damping grows tenfold
-    until it is not.
-    """
-    if not bool(second.isfinite().all()):
-        raise ValueError("the inputs hold NaN or infinity")
-    wide = second.double()
-    mean = float(wide.diagonal().mean())
-    identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device) * (mean or 1.0)
-    while True:
-        result = wide + damp * identity
-        if int(torch.linalg.cholesky_ex(result).info) == 0:
-            return result
-        damp = max(10 * damp, 1e-6)
-        logger.warning("the inputs' second moment is rank-deficient: damping raised to %g", damp)
-
-
-def compensation_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse: how errors of a column spread to later ones."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).float()
-
-
-@dataclass
-class Grid:
-    """``value = centre + step * (code - (M-1)/2)``; ``step`` (out, groups), ``centre`` (out, 1)."""
-
-    step: Tensor
-    centre: Tensor
-    levels: int
-
-    def column_step(self, columns: int) -> Tensor:
-        """Step of every weight, (out, columns)."""
-        return self.step.repeat_interleave(columns // self.step.shape[1], dim=1)
-
-    def codes(self, weight: Tensor) -> Tensor:
-        return quantize(weight - self.centre, self.levels, self.column_step(weight.shape[1]))
-
-    def values(self, codes: Tensor) -> Tensor:
-        return dequantize(codes, self.levels, self.column_step(codes.shape[1])) + self.centre
-
-
-def compensate(
-    weight: Tensor, grid: Grid, hessian: Tensor, factor: Tensor, order: Tensor, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """Round column by column, moving each column's error to the columns not yet rounded.
-
-    Returns codes and the values that were rounded, both (out, in). GPTQ, arXiv:2210.17323.
-    """
-    columns = len(order)
-    w = weight.t()[order].contiguous()
-    step = grid.column_step(columns).t()[order].contiguous()
-    centre = grid.centre.t()
-    codes = torch.empty_like(w)
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        block, errors = w[start:stop], torch.empty_like(w[start:stop])
-        for i in range(stop - start):
-            j = start + i
-            code = quantize(block[i] - centre[0], grid.levels, step[j])
-            value = dequantize(code, grid.levels, step[j]) + centre[0]
-            errors[i] = (block[i] - value) / factor[j, j]
-            codes[j] = code
-            block[i + 1 :].addr_(factor[j, j + 1 : stop], errors[i], alpha=-1)
-        w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-    back = torch.argsort(order)
-    return codes[back].t().contiguous(), w[back].t().contiguous()
-
-
-def descend(
-    weight: Tensor, grid: Grid, codes: Tensor, hessian: Tensor, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """One sweep of coordinate descent over the columns: each takes its best code given the rest.
-
-    Returns codes and the values that were rounded. The error cannot grow. arXiv:2309.01885.
-    """
-    columns = len(hessian)
-    h = hessian.float()
-    step, centre = grid.column_step(columns).t().contiguous(), grid.centre.t()
-    codes = codes.t().contiguous()
-    value = (grid.values(codes.t())).t().contiguous()
-    gradient = h @ (weight.t() - value)
-    rounded = torch.empty_like(value)
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        changes = torch.empty_like(value[start:stop])
-        for i, j in enumerate(range(start, stop)):
-            wanted = value[j] + gradient[j] / h[j, j]
-            code = quantize(wanted - centre[0], grid.levels, step[j])
-            new = dequantize(code, grid.levels, step[j]) + centre[0]
-            changes[i] = new - value[j]
-            codes[j], value[j], rounded[j] = code, new, wanted
-            gradient[start:stop].addr_(h[start:stop, j], changes[i], alpha=-1)
-        if stop < columns:
-            gradient[stop:].addmm_(h[stop:, start:stop], changes, alpha=-1)
-        if start:
-            gradient[:start].addmm_(h[:start, start:stop], changes, alpha=-1)
-    return codes.t().contiguous(), rounded.t().contiguous()
-
-
-def output_error(weight: Tensor, quantized: Tensor, second: Tensor) -> Tensor:
-    """Mean squared error of every output (out,), ``second`` being the inputs' second moment."""
-    gap = (weight - quantized).to(second.dtype)
-    return ((gap @ second) * gap).sum(-1)
-
-
-def refit(
-    weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, offset: bool
-) -> tuple[Tensor, Tensor]:
-    """Scales (out, groups) and offset (out, 1) of least output error for fixed codes.
-
-    A row in which a scale would turn negative keeps the grid's.
-    """
-    out_features, groups = grid.step.shape
-    wide = hessian.dtype
-    units = (codes - grid_center(grid.levels)).to(wide)
-    width = units.shape[1] // groups
-    basis = units.view(out_features, groups, width)
-    ones = torch.ones(1, units.shape[1], dtype=wide, device=units.device)
-    target = weight.to(wide) if offset else (weight - grid.centre).to(wide)
-    terms = groups + int(offset)
-    gram = torch.empty(out_features, terms, terms, dtype=wide, device=units.device)
-    for g in range(groups):
-        part = slice(g * width, (g + 1) * width)
-        spread = units[:, part] @ hessian[part]
-        gram[:, g, :groups] = (spread.view_as(basis) * basis).sum(-1)
-        if offset:
-            gram[:, g, groups] = gram[:, groups, g] = spread.sum(-1)
-    pull = target @ hessian
-    right = (pull.view_as(basis) * basis).sum(-1)
-    if offset:
-        gram[:, groups, groups] = (ones @ hessian @ ones.t()).squeeze()
-        right = torch.cat([right, pull.sum(-1, keepdim=True)], dim=1)
-    start = torch.cat([grid.step, grid.centre], dim=1)[:, :terms].to(wide)
-    ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-30)
-    gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    fit = torch.linalg.solve(gram, (right + ridge[:, None] * start).unsqueeze(-1)).squeeze(-1)
-    good = ((fit[:, :groups] > 0) & fit[:, :groups].isfinite()).all(dim=1, keepdim=True)
-    fit = torch.where(good, fit, start).to(grid.step.dtype)
-    return fit[:, :groups], fit[:, groups:] if offset else grid.centre
-
-
-# ---------------------------------------------------------------------------- codes -> latent
-
-
-def latent_for_codes(codes: Tensor, wanted: Tensor, grid: Grid) -> Tensor:
-    """Latent (out, in), near ``wanted``, whose codes on ``grid`` are ``codes``.
-
-    A layer standardises its latent, so the latent's row mean must be the grid's centre. Every
-    weight may move inside its cell (the outermost cells are open): all of a row move by the same
-    amount, clipped to their cells, found by bisection. Rows without a solution come as close as
-    they can; ``reproduces`` tells which.
-    """
-    step = grid.column_step(codes.shape[1]).double()
-    centred = (codes - grid_center(grid.levels)).double()
-    half = 0.5 - _MARGIN
-    infinite = torch.full_like(step, float("inf"))
-    low = torch.where(codes == 0, -infinite, (centred - half) * step)
-    high = torch.where(codes == grid.levels - 1, infinite, (centred + half) * step)
-    start = wanted.double() - grid.centre.double()
-    reach = (start.abs().amax(1, keepdim=True) + grid.levels * step.amax(1, keepdim=True)) * 2
-    reach = reach * codes.shape[1]
-    below, above = -reach, reach
-    for _ in range(_BISECTIONS):
-        middle = (below + above) / 2
-        too_high = (start + middle).clamp(low, high).mean(1, keepdim=True) > 0
-        below, above = torch.where(too_high, below, middle), torch.where(too_high, middle, above)
-    latent = (start + (below + above) / 2).clamp(low, high)
-    return (latent + grid.centre.double()).to(wanted.dtype)
-
-
-@torch.no_grad()
-def set_codes(layer: MaQDLinear, codes: Tensor, wanted: Tensor, grid: Grid) -> int:
-    """Give ``layer`` this grid and a latent near ``wanted`` with these codes.
-
-    Returns how many rows have no such latent; these have the codes of a latent near it.
-    """
-    layer.weight.copy_(latent_for_codes(codes, wanted, grid))
-    layer.set_grid(grid.step, grid.centre if layer.weight_offset is not None else None)
-    return int((layer.weight_codes() != codes).any(dim=1).sum())
-
-
-# ---------------------------------------------------------------------------------- one layer
-
-
-@dataclass(frozen=True)
-class GPTQOptions:
-    damp: float = 0.01
-    block_size: int = 128
-    act_order: bool = True
-    sweeps: int = 0
-    refit: bool = True
-    asymmetric: float = 0.0
-    skip_first: bool = True
-    weighted: bool = True
+from .compensation import (
+    Grid,
+    Hessian,
+    InputMoments,
+    compensate,
+    descend,
+    fit_scales,
+    output_error,
+    set_codes,
+)
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Relative output error on the calibration inputs, rounded to nearest and in the end."""
+    """Squared output error on the calibration inputs, relative to the squared output.
 
-    name: str
+    ``rounding_error``: codes rounded to nearest on the searched grid; ``error``: what came out.
+    ``unreachable_rows``: rows whose latent could not keep the compensated codes.
+    """
+
     rounding_error: float
     error: float
-    unreachable_rows: int
-
-
-@torch.no_grad()
-def quantize_layer(
-    layer: MaQDLinear,
-    name: str,
-    moments: InputMoments,
-    hessian: Tensor,
-    factor: Tensor,
-    order: Tensor,
-    options: GPTQOptions,
-) -> LayerResult:
-    levels = layer.spec.weight_levels
-    assert levels is not None and layer.weight_step is not None
-    weight = layer.weight.detach().float().clone()
-    second = moments.second
-    target = weight
-    if moments.cross is not None and options.asymmetric:
-        pull = weight.double() @ moments.cross.double()
-        moved = torch.cholesky_solve(pull.t(), torch.linalg.cholesky(hessian)).t()
-        target = weight + options.asymmetric * moved.float()
-    centre = target.mean(dim=1, keepdim=True)
-    if layer.weight_offset is None:
-        centre = torch.zeros_like(centre)
-    shape = layer.weight_step.shape
-    importance = second.diagonal().clamp(min=1e-12).view(shape[1], -1) if options.weighted else None
-    grouped = (target - centre).view(*shape, -1)
-    grid = Grid(search_step(grouped, levels, importance), centre, levels)
-    nearest = grid.codes(target)
-    wide = second.double()
-    energy = float(output_error(target, torch.zeros_like(target), wide).sum()) or 1.0
-    before = output_error(target, grid.values(nearest), wide)
-    codes, wanted = compensate(target, grid, hessian, factor, order, options.block_size)
-    for _ in range(options.sweeps):
-        codes, wanted = descend(target, grid, codes, hessian, options.block_size)
-    worse = output_error(target, grid.values(codes), wide) > before
-    codes = torch.where(worse.unsqueeze(1), nearest, codes)
-    wanted = torch.where(worse.unsqueeze(1), target, wanted)
-    lost = set_codes(layer, codes, wanted, grid)
-    if options.refit:
-        scale, offset = refit(
-            target, layer.weight_codes(), grid, hessian, layer.weight_offset is not None
-        )
-        layer.weight_log_scale.copy_(scale.log())
-        if layer.weight_offset is not None:
-            layer.weight_offset.copy_(offset)
-    after = output_error(target, layer.quantized_weight(), wide)
-    return LayerResult(name, float(before.sum()) / energy, float(after.sum()) / energy, lost)
-
-
-# ---------------------------------------------------------------------------------- the model
+    unreachable_rows: int = 0
 
 
 @dataclass
 class GPTQReport:
-    layers: list[LayerResult] = field(default_factory=list)
+    """What ``gptq`` did: results by layer name, layers that only got a weighted grid search, and
+    layers that no calibration input reached (they stay as they were)."""
+
+    layers: dict[str, LayerResult] = field(default_factory=dict)
+    searched: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        count = max(len(self.layers), 1)
+        before = sum(r.rounding_error for r in self.layers.values()) / count
+        after = sum(r.error for r in self.layers.values()) / count
+        lines = [
+            f"GPTQ: {len(self.layers)} layers, mean relative output error {before:.2e} rounded to "
+            f"nearest, {after:.2e} compensated"
+        ]
+        lost = sum(r.unreachable_rows for r in self.layers.values())
+        if lost:
+            lines.append(f"  {lost} row(s) could not keep their compensated codes")
+        if self.searched:
+            lines.append(f"  outside the blocks, grid search only: {', '.join(self.searched)}")
+        if self.unseen:
+            lines.append(f"  reached by no calibration input: {', '.join(self.unseen)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    damp: float
+    act_order: bool
+    correction: float
+    sweeps: int
+    skip_first: bool
+    block_size: int
 
 
 def gptq(
     model: nn.Module,
     data: Batches,
-    options: GPTQOptions = GPTQOptions(),
     *,
+    damp: float = 0.01,
+    act_order: bool = True,
+    correction: float = 0.5,
+    sweeps: int = 2,
+    skip_first: bool = True,
+    block_size: int = 128,
     batch_size: int = 4,
     progress: bool = True,
 ) -> GPTQReport:
+    """Quantise the weights of a freshly converted model with error compensation, in place.
+
+    Args:
+        model: a model converted by ``quantize_model``; its latents are taken as the float weights.
+        data: token ids (samples, tokens), or batches (ids, or a tokenizer's mappings).
+        damp: added to the second moment's diagonal, as a share of its mean.
+        act_order: round the columns with the largest inputs first.
+        correction: how much of the error that a layer's input inherits from the quantised layers
+            before it the layer shall make up for, 0 (plain GPTQ) .. 1. Costs one more forward,
+            and memory for the inputs of one block's layers on all of ``data``.
+        sweeps: of coordinate descent over the codes afterwards.
+        skip_first: leave first tokens (massive activations) out; padding always is.
+        block_size: columns rounded before the rest of the matrix is updated.
+        batch_size: samples in a forward when ``data`` is one tensor.
+        progress: show a bar.
+
+    Blocks are done in the order the model calls them, each on inputs from the quantised ones before
+    it, and inside a block layer after layer. The latents stay near the compensated weights and have
+    exactly the compensated codes, so training goes on from here. Layers outside the blocks get a
+    grid search weighted by their inputs; a head tied to the embedding keeps the embedding's grid.
+    Activations are not quantised meanwhile; calibrate their steps afterwards.
+
+    Raises:
+        ValueError: no data, nothing to quantise, or inputs with NaN or infinity (names the layer).
+
+    GPTQ is arXiv:2210.17323; the correction has the aim of GPTAQ (arXiv:2504.02692), here as a
+    regression: the target W + correction * W E[(x_float - x) x^T] E[x x^T]^-1 replaces W.
+    """
+    if not 0 <= correction <= 1:
+        raise ValueError(f"correction={correction}: a share, 0 (plain GPTQ) to 1")
+    if damp < 0 or sweeps < 0 or block_size < 1:
+        raise ValueError(f"damp={damp}, sweeps={sweeps} must be >= 0, block_size={block_size} >= 1")
+    names = {
+        m: n
+        for n, m in model.named_modules()
+        if isinstance(m, MaQDLinear) and m.weight_step is not None
+    }
+    if not names:
+        raise ValueError("the model has no quantised weights: convert it with quantize_model first")
     batches = as_batches(data, model, batch_size)
-    names = {m: n for n, m in model.named_modules() if isinstance(m, MaQDLinear)}
+    settings = _Settings(damp, act_order, correction, sweeps, skip_first, block_size)
     report = GPTQReport()
     with evaluating(model), float_activations(model):
         segments = find_segments(model, batches[0])
-        total = sum(len(s.calls) for s in segments)
-        with tqdm(total=total, desc="gptq", unit="block", disable=not progress) as bar:
+        total = sum(len(segment.calls) for segment in segments)
+        with tqdm(total=total, desc="GPTQ", unit="block", disable=not progress) as bar:
             for segment in segments:
                 segment.capture(batches)
-                _Walk(segment, batches, options, names, report).run(bar)
+                walk = _Walk(segment, batches, settings, names, report)
+                for call in segment.calls:
+                    walk.quantize(call)
+                    bar.update()
+                segment.release()
+        inside = {m for s in segments for call in s.calls for m in call.block.modules()}
+        _search_outside(model, batches, {m: n for m, n in names.items() if m not in inside}, report)
+    known = {*report.layers, *report.searched}
+    tied = {id(t.weight) for t in model.modules() if isinstance(t, MaQDEmbedding)}
+    report.unseen = [n for m, n in names.items() if n not in known and id(m.weight) not in tied]
     return report
 
 
 class _Walk:
-    def __init__(self, segment, batches, options, names, report):
-        self.segment, self.options, self.names, self.report = segment, options, names, report
-        self.counted = [counted_tokens(b, options.skip_first) for b in batches]
-        self.done = set()
-        self.hidden_float = list(segment.hidden) if options.asymmetric else []
+    """Quantises the blocks of a segment one after the other."""
 
-    def run(self, bar):
-        s = self.segment
-        for call in s.calls:
-            groups = shared_inputs(s, call)
-            floats = self._float_inputs(call, groups) if self.options.asymmetric else None
-            for index, group in enumerate(groups):
-                group = [
-                    l for l in group if l.spec.weight_levels is not None and l not in self.done
-                ]
-                if not group:
-                    continue
-                n = group[0].in_features
-                z = lambda: torch.zeros(n, n, device=group[0].weight.device)
-                moments = InputMoments(z(), z() if floats else None)
-                for i, counted in enumerate(self.counted):
-                    x = s.run_until(call, i, group[0])
-                    moments.add(rows_of(x, counted), floats[index][i] if floats else None)
-                self._quantize(group, moments)
-                self.done.update(group)
-            s.hidden = [s.run(call, i, h) for i, h in enumerate(s.hidden)]
-            bar.update()
+    def __init__(
+        self,
+        segment: Segment,
+        batches: list[Batch],
+        settings: _Settings,
+        names: dict[MaQDLinear, str],
+        report: GPTQReport,
+    ) -> None:
+        self.segment, self.settings, self.names, self.report = segment, settings, names, report
+        self.counted = [counted_tokens(batch, settings.skip_first) for batch in batches]
+        self.float_hidden = list(segment.hidden)
 
-    def _float_inputs(self, call, groups):
-        s = self.segment
-        kept = [[] for _ in groups]
-        first = {g[0]: k for k, g in enumerate(groups)}
-        for i, counted in enumerate(self.counted):
+    def quantize(self, call: Call) -> None:
+        """Quantise the layers of one block and move the hidden states behind it."""
+        segment = self.segment
+        groups = [
+            [m for m in group if m in self.names and self.names[m] not in self.report.layers]
+            for group in shared_inputs(segment, call)
+        ]
+        groups = [group for group in groups if group]
+        floats = self._float_inputs(call, groups) if self.settings.correction else {}
+        for group in groups:
+            first = group[0]
+            moments = InputMoments(first.in_features, first.weight.device)
+            for index, counted in enumerate(self.counted):
+                x = segment.input_of(first, call, index)
+                if x is not None:
+                    x_float = floats[first].pop(index, None) if floats else None
+                    moments.add(rows_of(x, counted), x_float)
+            self._quantize_group(group, moments)
+        segment.advance(call)
 
-            def see(layer, args, kwargs):
-                kept[first[layer]].append(rows_of(args[0], counted))
+    def _float_inputs(
+        self, call: Call, groups: list[list[MaQDLinear]]
+    ) -> dict[MaQDLinear, dict[int, Tensor]]:
+        """Inputs of each group's first layer in the float model, batch by batch; the block's
+        weights must still be float. Moves the float hidden states behind the block."""
+        inputs: dict[MaQDLinear, dict[int, Tensor]] = {group[0]: {} for group in groups}
+        index = 0
 
-            with float_weights(call.block), watching(first, see):
-                self.hidden_float[i] = s.run(call, i, self.hidden_float[i])
-        return kept
+        def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert isinstance(layer, MaQDLinear)
+            if index not in inputs[layer]:  # a layer may be called again: its first call counts
+                x = args[0] if args else kwargs["input"]
+                inputs[layer][index] = rows_of(x, self.counted[index])
 
-    def _quantize(self, group, moments):
-        hessian = damped(moments.second, self.options.damp)
-        n = len(hessian)
-        order = torch.arange(n)
-        if self.options.act_order:
-            order = hessian.diagonal().argsort(descending=True)
-        factor = compensation_factor(hessian[order][:, order])
+        with float_weights(call.block), watching(inputs, see):
+            for index, hidden in enumerate(self.float_hidden):
+                self.float_hidden[index] = self.segment.run(call, index, hidden)
+        return inputs
+
+    def _quantize_group(self, group: list[MaQDLinear], moments: InputMoments) -> None:
+        try:
+            hessian = Hessian.of(moments.second, self.settings.damp, self.settings.act_order)
+        except ValueError as error:
+            raise ValueError(f"{self.names[group[0]]}: {error}") from error
         for layer in group:
-            self.report.layers.append(
-                quantize_layer(
-                    layer, self.names[layer], moments, hessian, factor, order, self.options
-                )
+            self.report.layers[self.names[layer]] = _quantize_layer(
+                layer, moments, hessian, self.settings
             )
+
+
+def _quantize_layer(
+    layer: MaQDLinear, moments: InputMoments, hessian: Hessian, settings: _Settings
+) -> LayerResult:
+    assert layer.weight_step is not None and layer.weight_log_scale is not None
+    assert layer.spec.weight_levels is not None
+    second = moments.second
+    target = layer.weight.detach().float().clone()
+    if moments.drift is not None:
+        target += settings.correction * hessian.solve(target @ moments.drift)
+    grid = _search_grid(layer, target, second.diagonal())
+    nearest = grid.codes(target)
+    rounding_error = output_error(target, grid.values(nearest), second)
+    codes, wanted = compensate(target, grid, hessian, settings.block_size)
+    for _ in range(settings.sweeps):
+        codes, wanted = descend(target, grid, codes, hessian, settings.block_size)
+    worse = output_error(target, grid.values(codes), second) > rounding_error
+    codes = torch.where(worse.unsqueeze(1), nearest, codes)
+    wanted = torch.where(worse.unsqueeze(1), target, wanted)
+    unreachable = set_codes(layer, codes, wanted, grid)
+    has_offset = layer.weight_offset is not None
+    scale, offset = fit_scales(target, layer.weight_codes(), grid, second, has_offset)
+    layer.weight_log_scale.copy_(scale.log())
+    if layer.weight_offset is not None:
+        layer.weight_offset.copy_(offset)
+    size = float(output_error(target, torch.zeros_like(target), second).sum()) or 1.0
+    error = float(output_error(target, layer.quantized_weight(), second).sum())
+    return LayerResult(float(rounding_error.sum()) / size, error / size, unreachable)
+
+
+def _search_grid(layer: MaQDLinear, weight: Tensor, input_square: Tensor) -> Grid:
+    """The grid of least error of ``weight``, each column weighted by its mean squared input."""
+    assert layer.weight_step is not None and layer.spec.weight_levels is not None
+    centre = weight.mean(dim=1, keepdim=True)
+    if layer.weight_offset is None:
+        centre = torch.zeros_like(centre)
+    groups = layer.weight_step.shape[1]
+    floor = 1e-6 * float(input_square.mean()) or 1.0  # silent inputs still count a little
+    importance = (input_square + floor).view(groups, -1)
+    grouped = (weight - centre).view(len(weight), groups, -1)
+    step = search_step(grouped, layer.spec.weight_levels, importance)
+    return Grid(step, centre, layer.spec.weight_levels)
+
+
+def _search_outside(
+    model: nn.Module, batches: list[Batch], names: dict[MaQDLinear, str], report: GPTQReport
+) -> None:
+    """Weighted search for layers outside the blocks, on inputs from the quantised blocks."""
+    tied = {id(table.weight) for table in model.modules() if isinstance(table, MaQDEmbedding)}
+    squares: dict[MaQDLinear, Tensor] = {}
+    counted: Tensor | None = None
+
+    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(layer, MaQDLinear)
+        square = rows_of(args[0] if args else kwargs["input"], counted).square().sum(0)
+        squares[layer] = squares[layer] + square if layer in squares else square
+
+    layers = [layer for layer in names if id(layer.weight) not in tied]
+    if not layers:
+        return
+    with watching(layers, see):
+        for batch in batches:
+            counted = counted_tokens(batch, skip_first=False)
+            run_model(model, batch)
+    for layer, square in squares.items():
+        if not bool(square.isfinite().all()):
+            raise ValueError(f"{names[layer]}: its calibration inputs hold NaN or infinity")
+        weight = layer.weight.detach().float()
+        grid = _search_grid(layer, weight, square)
+        layer.set_grid(grid.step, grid.centre, refit=True)
+        report.searched.append(names[layer])

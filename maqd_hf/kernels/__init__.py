@@ -1,25 +1,58 @@
 """Packed matrix products: the one place that decides which implementation runs.
 
-``packed_linear`` and ``packed_embedding`` are what the packed layers call. ``info`` says what runs
-and why. The torch reference is always there and is the oracle for every other path.
+``reference`` is plain torch, always there, and the oracle for every other path. ``native`` is a
+compiled library for the CPU. ``native_weight`` says which of the two serves a layer, ``info`` says
+it to people. ``MAQD_KERNEL=reference`` (or a path of ``info()``) overrides the choice.
 """
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from . import native
+from .native import NativeWeight
 from .reference import packed_embedding, packed_linear, unpack_weight
 
-__all__ = ["info", "packed_embedding", "packed_linear", "unpack_weight"]
+__all__ = [
+    "NativeWeight",
+    "info",
+    "native_serves",
+    "packed_embedding",
+    "packed_linear",
+    "unpack_weight",
+]
 
 
-def info() -> dict[str, str]:
+def native_serves(
+    x: Tensor, weight: Tensor, levels: int, groups: int, activation_levels: int | None
+) -> bool:
+    """Whether the compiled kernel can multiply ``x`` (..., columns) with this packed weight."""
+    if activation_levels is None or torch.compiler.is_compiling() or native.chosen_path() is None:
+        return False
+    if x.device.type != "cpu" or weight.device.type != "cpu" or x.dtype == torch.float64:
+        return False
+    if not x.numel() or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    return type(x) is Tensor and native.fits(x.shape[-1], groups, levels)
+
+
+def info() -> dict[str, object]:
     """Which implementation serves packed layers on this machine, and why.
 
-    >>> info()["linear"]
-    'torch reference'
+    >>> sorted(info())
+    ['available', 'embedding', 'linear', 'why']
     """
+    path = native.chosen_path()
+    if path is not None:
+        why = "best instruction set of this machine that the compiled library has"
+    elif native.library() is None:
+        why = "the package was installed without a C compiler: weights are unpacked at every call"
+    else:
+        why = f"{native.PATH_VARIABLE} asks for the reference"
     return {
-        "linear": "torch reference",
+        "linear": f"native, {path}" if path else "torch reference",
         "embedding": "torch reference",
-        "why": "no native kernel is part of this version: weights are unpacked row block by row "
-        "block at every call, so memory stays packed and speed is that of unpacking",
+        "available": ["torch reference", *native.paths()],
+        "why": why,
     }

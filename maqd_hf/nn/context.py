@@ -41,29 +41,24 @@ class BatchContext:
             self.valid = self.first = None
             return
         batch, length = tokens.shape[:2]
-        valid = None
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch:
-            valid = mask[:, -length:].bool()
-        self.valid = valid
-        self.first = self._first_tokens(batch, length, valid, kwargs, tokens.device)
+        if not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch):
+            mask = None
+        self.valid = None if mask is None else mask[:, -length:].bool()
+        if mask is None:
+            mask = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+        self.first = self._first_tokens(mask.bool(), length, kwargs)
 
     @staticmethod
-    def _first_tokens(
-        batch: int, length: int, valid: Tensor | None, kwargs: dict[str, Any], device: torch.device
-    ) -> Tensor:
+    def _first_tokens(mask: Tensor, length: int, kwargs: dict[str, Any]) -> Tensor:
+        """``mask`` (batch, columns) covers the last ``length`` tokens and maybe those before."""
+        valid = mask[:, -length:]
         position = kwargs.get("position_ids")
         if isinstance(position, Tensor) and position.dim() == 2 and position.shape[1] == length:
-            first = (position == 0).expand(batch, length)
-        else:
-            past = kwargs.get("past_key_values")
-            seen = past.get_seq_length() if past is not None else 0
-            rank = (
-                torch.arange(1, length + 1, device=device).expand(batch, length)
-                if valid is None
-                else valid.cumsum(dim=1)
-            )
-            first = rank + seen == 1
-        return first if valid is None else first & valid
+            return (position == 0) & valid
+        past = kwargs.get("past_key_values")
+        seen = past.get_seq_length() if past is not None else 0
+        uncovered = max(seen + length - mask.shape[1], 0)  # cached tokens, taken as text
+        return (mask.cumsum(dim=1)[:, -length:] + uncovered == 1) & valid
 
     def masks_for(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """``(valid, first)`` if they describe the tokens of ``x`` (B, T, ..., D), else None."""

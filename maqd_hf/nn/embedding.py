@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..functional import check_levels, fake_quantize_weight, weight_codes
 from .linear import LinearSpec, MaQDLinear
+from .precision import Apply, mark_output_dtype, without_narrowing
 
 
 class MaQDEmbedding(nn.Embedding):
@@ -21,12 +22,15 @@ class MaQDEmbedding(nn.Embedding):
 
     Input ids (...), output (..., dim). Parameters as in ``MaQDLinear`` with one group per row; a
     tied head is a ``MaQDLinear`` that holds the very same parameters. ``output_scale`` multiplies
-    the output (Gemma scales its embedding, but not the head tied to it).
+    the output (Gemma scales its embedding, but not the head tied to it), which has the dtype of the
+    empty parameter ``output_like``.
 
     >>> table = MaQDEmbedding.from_embedding(nn.Embedding(10, 8), levels=15)
     >>> table(torch.tensor([3])).unique().numel() <= 15
     True
     """
+
+    output_like: nn.Parameter
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class MaQDEmbedding(nn.Embedding):
         output_scale: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        output_dtype: torch.dtype | None = None,
     ) -> None:
         self.levels, self.output_scale = check_levels(levels), output_scale
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
@@ -44,8 +49,13 @@ class MaQDEmbedding(nn.Embedding):
         self.weight_step = nn.Parameter(rows, requires_grad=False)
         self.weight_log_scale = nn.Parameter(torch.empty_like(rows))
         self.weight_offset = nn.Parameter(torch.empty_like(rows))
+        mark_output_dtype(self, output_dtype or dtype)
         if not self.weight.is_meta:
             self.reset_quantizer("gaussian")
+
+    def _apply(self, fn: Apply, recurse: bool = True) -> MaQDEmbedding:
+        wide = [p for p in self.parameters(recurse=False) if p is not self.output_like]
+        return super()._apply(without_narrowing(fn, wide), recurse)
 
     def as_linear(self, spec: LinearSpec) -> MaQDLinear:
         """A head tied to this table: a ``MaQDLinear`` holding the same parameters.
@@ -89,7 +99,8 @@ class MaQDEmbedding(nn.Embedding):
             look_up(self.weight_offset),
             self.levels,
         )
-        return rows.view(*input.shape, self.embedding_dim) * self.output_scale
+        rows = rows.view(*input.shape, self.embedding_dim) * self.output_scale
+        return rows.to(self.output_like.dtype)
 
     @classmethod
     def from_embedding(
@@ -109,6 +120,7 @@ class MaQDEmbedding(nn.Embedding):
             output_scale,
             device="meta",
             dtype=dtype,
+            output_dtype=embedding.weight.dtype,
         ).to_empty(device=embedding.weight.device)
         with torch.no_grad():
             table.weight.copy_(embedding.weight)
@@ -117,7 +129,12 @@ class MaQDEmbedding(nn.Embedding):
         return table
 
     def to_embedding(self) -> nn.Embedding:
-        """A plain ``nn.Embedding`` with the quantised rows."""
+        """A plain ``nn.Embedding`` with the quantised rows; it has no ``output_scale``."""
+        if self.output_scale != 1:
+            raise ValueError(
+                f"nn.Embedding cannot multiply by output_scale={self.output_scale}: copy "
+                "quantized_weight() into the model's own embedding class instead"
+            )
         table = nn.Embedding(
             self.num_embeddings,
             self.embedding_dim,

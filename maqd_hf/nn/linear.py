@@ -20,6 +20,7 @@ from ..functional import (
 )
 from ..search import search_step
 from .context import BatchContext, FirstToken
+from .precision import Apply, without_narrowing
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,9 @@ class MaQDLinear(nn.Linear):
             self.activation = ActivationQuantizer(spec, context or BatchContext(), device)
         if not self.weight.is_meta:
             self.reset_quantizer("gaussian")
+
+    def _apply(self, fn: Apply, recurse: bool = True) -> MaQDLinear:
+        return super()._apply(without_narrowing(fn, self.parameters()), recurse)
 
     @property
     def weight_levels(self) -> int | None:

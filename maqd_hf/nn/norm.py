@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..functional import normalize, pooled_log_ms, token_log_ms, widen
 from .context import BatchContext, FirstToken
+from .precision import Apply, without_narrowing
 
 Statistics = Literal["token", "gated", "static"]
 
@@ -118,6 +119,9 @@ class LayerBatchNorm(nn.Module):
         for buffer in (self.running_log_ms, self.batches_seen, self.gate):
             buffer.zero_()
 
+    def _apply(self, fn: Apply, recurse: bool = True) -> LayerBatchNorm:
+        return super()._apply(without_narrowing(fn, [*self.parameters(), *self.buffers()]), recurse)
+
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ..., features) -> the same shape and dtype."""
         y = widen(x)
@@ -161,10 +165,10 @@ class LayerBatchNorm(nn.Module):
     def _observe(self, pooled: Tensor, counted: Tensor | None) -> None:
         if _recomputing():
             return
-        new = pooled.detach().float().flatten()
-        has_tokens = torch.ones_like(new) if counted is None else counted.any(dim=1).float()
+        new = pooled.detach().to(self.running_log_ms.dtype).flatten()
+        has_tokens = torch.ones_like(new) if counted is None else counted.any(dim=1).to(new.dtype)
         samples = has_tokens.sum()
-        self.batches_seen += (samples > 0).float()
+        self.batches_seen += samples > 0
         momentum = torch.clamp(1 / self.batches_seen.clamp(min=1), min=self.spec.momentum)
         average = (new * has_tokens).sum() / samples.clamp(min=1)
         self.running_log_ms.lerp_(average.expand(1), momentum * (samples > 0))

@@ -15,6 +15,7 @@ from ..packing import pack_codes, words_per_row
 from .context import BatchContext
 from .embedding import MaQDEmbedding
 from .linear import ActivationQuantizer, LinearSpec, MaQDLinear, activation_step
+from .precision import Apply, mark_output_dtype, without_narrowing
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: object = None) -> nn.Parameter:
@@ -28,6 +29,9 @@ class PackedLinear(nn.Module):
     Frozen parameters (parameters and not buffers, so that offloading moves them): ``weight``
     (out, words) int32, ``weight_scale`` (out, groups), ``weight_offset`` (out, 1) or None,
     ``activation_step`` (1,) or None, all float32; ``bias`` (out,) or None, float32.
+
+    The compiled kernel sums integers, the torch reference floats: both use the same codes, and
+    their outputs agree to float32 rounding (about 1e-6 of the output's norm).
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class PackedLinear(nn.Module):
         )
         self.activation_step = _frozen((1,), floats, device) if spec.static_activations else None
         self.bias = _frozen((out_features,), floats, device) if bias else None
+        self._native: tuple[tuple[int, ...], kernels.NativeWeight] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -76,13 +81,16 @@ class PackedLinear(nn.Module):
         if isinstance(layer.activation, ActivationQuantizer):
             if not layer.activation.calibrated:
                 raise ValueError(
-                    f"the activation step of {layer} was never set: calibrate the model (or train "
-                    "it, or set_step) before packing, or use activation_scaling='token'"
+                    f"the activation step of MaQDLinear({layer.extra_repr()}) was never set: "
+                    "calibrate the model before packing, or use activation_scaling='token'"
                 )
             packed.context = layer.activation.context
             if packed.activation_step is not None and layer.activation.log_step is not None:
                 packed.activation_step.copy_(layer.activation.log_step.exp())
         return packed
+
+    def _apply(self, fn: Apply, recurse: bool = True) -> PackedLinear:
+        return super()._apply(without_narrowing(fn, self.parameters()), recurse)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """``x`` on the activation grid, or ``x`` itself for float activations."""
@@ -98,7 +106,38 @@ class PackedLinear(nn.Module):
             self.weight, self.levels, self.in_features, self.weight_scale, self.weight_offset
         )
 
+    def _native_weight(self) -> kernels.NativeWeight:
+        """The weight in the compiled kernel's layout, made again whenever a tensor changed."""
+        tensors = (self.weight, self.weight_scale, self.weight_offset, self.bias)
+        state = tuple(
+            number
+            for tensor in tensors
+            if tensor is not None
+            for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        )
+        if self._native is None or self._native[0] != state:
+            assert self.spec.activation_levels is not None
+            weight = kernels.NativeWeight(
+                self.weight,
+                self.levels,
+                self.in_features,
+                self.weight_scale,
+                self.weight_offset,
+                self.bias,
+                self.spec.activation_levels,
+            )
+            self._native = (state, weight)
+        return self._native[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_native": None}  # pointers do not travel: copies make their own
+
     def forward(self, x: Tensor) -> Tensor:
+        levels = self.spec.activation_levels
+        groups = self.weight_scale.shape[1]
+        if kernels.native_serves(x, self.weight, self.levels, groups, levels):
+            step = activation_step(x, self.spec, self.activation_step, self.context)
+            return self._native_weight()(x, step)
         return kernels.packed_linear(
             self.quantize_input(x),
             self.weight,
@@ -113,7 +152,12 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Embedding on packed codes; parameters as in ``PackedLinear``, one scale per row."""
+    """Embedding on packed codes; parameters as in ``PackedLinear``, one scale per row.
+
+    The output has the dtype of the empty parameter ``output_like``.
+    """
+
+    output_like: nn.Parameter
 
     def __init__(
         self,
@@ -123,6 +167,7 @@ class PackedEmbedding(nn.Module):
         padding_idx: int | None = None,
         output_scale: float = 1.0,
         device: torch.device | str | None = None,
+        output_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
@@ -131,6 +176,7 @@ class PackedEmbedding(nn.Module):
         self.weight = _frozen((num_embeddings, words), torch.int32, device)
         self.weight_scale = _frozen((num_embeddings, 1), torch.float32, device)
         self.weight_offset = _frozen((num_embeddings, 1), torch.float32, device)
+        mark_output_dtype(self, output_dtype or torch.float32)
 
     @classmethod
     @torch.no_grad()
@@ -143,11 +189,16 @@ class PackedEmbedding(nn.Module):
             table.padding_idx,
             table.output_scale,
             table.weight.device,
+            table.output_like.dtype,
         )
         packed.weight.copy_(pack_codes(table.weight_codes(), table.levels))
         packed.weight_scale.copy_(table.weight_log_scale.exp())
         packed.weight_offset.copy_(table.weight_offset)
         return packed
+
+    def _apply(self, fn: Apply, recurse: bool = True) -> PackedEmbedding:
+        wide = (self.weight_scale, self.weight_offset)
+        return super()._apply(without_narrowing(fn, wide), recurse)
 
     def tie(self, head: PackedLinear) -> None:
         """Make ``head`` share this table's words, scales and offsets."""
@@ -164,7 +215,7 @@ class PackedEmbedding(nn.Module):
         rows = kernels.packed_embedding(
             ids, self.weight, self.levels, self.embedding_dim, self.weight_scale, self.weight_offset
         )
-        return rows * self.output_scale
+        return (rows * self.output_scale).to(self.output_like.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, levels={self.levels}"

@@ -1,0 +1,257 @@
+"""One weight matrix: codes of little output error, their best scales, a latent that has them.
+
+Everything here minimises ``E |W x - Q x|^2`` over the calibration inputs ``x``, which enter it by
+their second moment ``E x x^T`` alone. Not in arXiv:2403.14999.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..functional import dequantize, grid_center, quantize
+from ..nn import MaQDLinear
+
+logger = logging.getLogger(__name__)
+
+_MARGIN = 0.01  # of a step: how far latents stay from the thresholds of their cell
+_BISECTIONS = 60
+_MEAN_WEIGHT = 0.1  # what a drift of a row's mean costs, as a share of the mean diagonal: behind a
+# LayerNorm it changes nothing (inputs sum to 0), but a latent could not follow it
+_RIDGE = 1e-4  # keeps scales that the inputs say little about where they are
+
+
+class InputMoments:
+    """What the inputs of a layer boil down to, summed up batch by batch.
+
+    ``second`` (in, in): mean of x x^T; ``drift`` (in, in): mean of (x_float - x) x^T, where x_float
+    is the input the layer gets in the float model; None until such inputs are added.
+    """
+
+    def __init__(self, features: int, device: torch.device | str | None = None) -> None:
+        self.second = torch.zeros(features, features, device=device)
+        self.drift: Tensor | None = None
+        self.tokens = 0
+
+    def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
+        """Take in inputs (tokens, in), float32."""
+        total = self.tokens + len(x)
+        if total == self.tokens:
+            return
+        old, new = self.tokens / total, 1 / total
+        self.second.mul_(old).addmm_(x.t(), x, alpha=new)
+        if x_float is not None and self.drift is None:
+            self.drift = torch.zeros_like(self.second)
+        if self.drift is not None:
+            self.drift.mul_(old)
+            if x_float is not None and x_float.shape == x.shape:  # experts may get other tokens
+                self.drift.addmm_((x_float - x).t(), x, alpha=new)
+        self.tokens = total
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """The damped second moment, and how the error of a column spreads to later ones.
+
+    ``matrix`` (in, in); ``order`` (in,): the columns in the order they are rounded; ``factor``
+    (in, in): upper U with U^T U = inverse of the reordered matrix.
+    """
+
+    matrix: Tensor
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, second: Tensor, damp: float, act_order: bool) -> Hessian:
+        """``damp`` times the mean of the diagonal is added to it, tenfold more until Cholesky's
+        method succeeds, and a small cost on row means. ``ValueError`` on NaN."""
+        if not bool(second.isfinite().all()):
+            raise ValueError(
+                "its calibration inputs hold NaN or infinity: the model or the data is broken"
+            )
+        diagonal = second.diagonal()
+        order = torch.arange(len(second), device=second.device)
+        if act_order:
+            order = diagonal.argsort(descending=True)
+        mean = float(diagonal.mean()) or 1.0
+        while True:
+            matrix = second.clone()
+            matrix.diagonal().add_(damp * mean)
+            matrix.add_(_MEAN_WEIGHT * mean / len(matrix))
+            # the lower factor of the reversed matrix, reversed, is the upper R with R R^T = matrix
+            lower, failed = torch.linalg.cholesky_ex(matrix[order][:, order].flip(0, 1))
+            if not int(failed):
+                break
+            damp = max(10 * damp, 1e-6)
+            logger.warning("the inputs' second moment is rank-deficient: damping %g", damp)
+        identity = torch.eye(len(second), dtype=second.dtype, device=second.device)
+        factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+        return cls(matrix, order, factor)
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """``rows`` (out, in) times the inverse of the matrix."""
+        solved = torch.empty_like(rows)
+        solved[:, self.order] = rows[:, self.order] @ self.factor.t() @ self.factor
+        return solved
+
+
+@dataclass
+class Grid:
+    """``value = centre + step * (code - (M-1)/2)``; ``step`` (out, groups), ``centre`` (out, 1)."""
+
+    step: Tensor
+    centre: Tensor
+    levels: int
+
+    def column_step(self, columns: int) -> Tensor:
+        """Step of every weight, (out, columns)."""
+        return self.step.repeat_interleave(columns // self.step.shape[1], dim=1)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        return quantize(weight - self.centre, self.levels, self.column_step(weight.shape[1]))
+
+    def values(self, codes: Tensor) -> Tensor:
+        return dequantize(codes, self.levels, self.column_step(codes.shape[1])) + self.centre
+
+
+def compensate(
+    weight: Tensor, grid: Grid, hessian: Hessian, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Round column by column, moving each column's error to the columns not yet rounded.
+
+    Returns codes and the values that were rounded, both (out, in). GPTQ, arXiv:2210.17323.
+    """
+    order, factor = hessian.order, hessian.factor
+    columns = len(order)
+    w = weight.t()[order].contiguous()
+    step = grid.column_step(columns).t()[order].contiguous()
+    centre = grid.centre.t()
+    codes = torch.empty_like(w)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        block, errors = w[start:stop], torch.empty_like(w[start:stop])
+        for i in range(stop - start):
+            j = start + i
+            code = quantize(block[i] - centre[0], grid.levels, step[j])
+            value = dequantize(code, grid.levels, step[j]) + centre[0]
+            errors[i] = (block[i] - value) / factor[j, j]
+            codes[j] = code
+            block[i + 1 :].addr_(factor[j, j + 1 : stop], errors[i], alpha=-1)
+        w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    back = torch.argsort(order)
+    return codes[back].t().contiguous(), w[back].t().contiguous()
+
+
+def descend(
+    weight: Tensor, grid: Grid, codes: Tensor, hessian: Hessian, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """One sweep of coordinate descent over the columns: each takes its best code given the rest.
+
+    Returns codes and the values that were rounded. The error cannot grow. arXiv:2309.01885.
+    """
+    h = hessian.matrix
+    columns = len(h)
+    step, centre = grid.column_step(columns).t().contiguous(), grid.centre.t()
+    codes = codes.t().contiguous()
+    value = grid.values(codes.t()).t().contiguous()
+    gradient = h @ (weight.t() - value)
+    rounded = torch.empty_like(value)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        changes = torch.empty_like(value[start:stop])
+        for i, j in enumerate(range(start, stop)):
+            wanted = value[j] + gradient[j] / h[j, j]
+            code = quantize(wanted - centre[0], grid.levels, step[j])
+            new = dequantize(code, grid.levels, step[j]) + centre[0]
+            changes[i] = new - value[j]
+            codes[j], value[j], rounded[j] = code, new, wanted
+            gradient[start:stop].addr_(h[start:stop, j], changes[i], alpha=-1)
+        if stop < columns:
+            gradient[stop:].addmm_(h[stop:, start:stop], changes, alpha=-1)
+        if start:
+            gradient[:start].addmm_(h[:start, start:stop], changes, alpha=-1)
+    return codes.t().contiguous(), rounded.t().contiguous()
+
+
+def output_error(weight: Tensor, quantized: Tensor, second: Tensor) -> Tensor:
+    """Mean squared error of every output (out,), ``second`` being the inputs' second moment."""
+    gap = (weight - quantized).to(second.dtype)
+    return ((gap @ second) * gap).sum(-1)
+
+
+def fit_scales(
+    weight: Tensor, codes: Tensor, grid: Grid, second: Tensor, offset: bool
+) -> tuple[Tensor, Tensor]:
+    """Scales (out, groups) and offset (out, 1) of least output error for these codes.
+
+    The error cannot grow: a row in which a scale would turn negative keeps the grid's.
+    ``offset=False`` leaves the offset at the grid's centre.
+    """
+    out_features, groups = grid.step.shape
+    units = codes - grid_center(grid.levels)
+    basis = units.view(out_features, groups, -1)
+    width = basis.shape[-1]
+    # normal equations of the row's error, one unknown per group and one for the offset
+    gram = torch.empty(out_features, groups + 1, groups + 1, device=units.device)
+    for g in range(groups):
+        part = slice(g * width, (g + 1) * width)
+        spread = units[:, part] @ second[part]
+        gram[:, g, :groups] = (spread.view_as(basis) * basis).sum(-1)
+        gram[:, g, groups] = gram[:, groups, g] = spread.sum(-1)
+    gram[:, groups, groups] = second.sum()
+    pull = (weight - grid.centre) @ second
+    right = torch.cat([(pull.view_as(basis) * basis).sum(-1), pull.sum(-1, keepdim=True)], dim=1)
+    terms = groups + int(offset)
+    gram, right = gram[:, :terms, :terms].double(), right[:, :terms].double()
+    start = torch.cat([grid.step, torch.zeros_like(grid.centre)], dim=1)[:, :terms].double()
+    # relative to what inputs without correlation would give: the true ones may see nothing of a row
+    ridge = _RIDGE * basis.square().sum(-1).mean(1) * second.diagonal().mean()
+    ridge = ridge.double().clamp(min=1e-30).unsqueeze(1)
+    gram.diagonal(dim1=1, dim2=2).add_(ridge)
+    fit = torch.linalg.solve(gram, (right + ridge * start).unsqueeze(-1)).squeeze(-1)
+    good = fit.isfinite().all(1, keepdim=True) & (fit[:, :groups] > 0).all(1, keepdim=True)
+    fit = torch.where(good, fit, start).to(grid.step.dtype)
+    return fit[:, :groups], grid.centre + fit[:, groups:] if offset else grid.centre
+
+
+# ---------------------------------------------------------------------------- codes -> latent
+
+
+def latent_for_codes(codes: Tensor, wanted: Tensor, grid: Grid) -> Tensor:
+    """Latent (out, in), near ``wanted``, whose codes on ``grid`` are ``codes``.
+
+    A layer standardises its latent, so the latent's row mean must be the grid's centre. Every
+    weight may move inside its cell (the outermost cells are open): all of a row move by the same
+    amount, clipped to their cells, found by bisection. Rows without a solution come as close as
+    they can; ``reproduces`` tells which.
+    """
+    step = grid.column_step(codes.shape[1]).double()
+    centred = (codes - grid_center(grid.levels)).double()
+    half = 0.5 - _MARGIN
+    infinite = torch.full_like(step, float("inf"))
+    low = torch.where(codes == 0, -infinite, (centred - half) * step)
+    high = torch.where(codes == grid.levels - 1, infinite, (centred + half) * step)
+    start = wanted.double() - grid.centre.double()
+    reach = (start.abs().amax(1, keepdim=True) + grid.levels * step.amax(1, keepdim=True)) * 2
+    reach = reach * codes.shape[1]
+    below, above = -reach, reach
+    for _ in range(_BISECTIONS):
+        middle = (below + above) / 2
+        too_high = (start + middle).clamp(low, high).mean(1, keepdim=True) > 0
+        below, above = torch.where(too_high, below, middle), torch.where(too_high, middle, above)
+    latent = (start + (below + above) / 2).clamp(low, high)
+    return (latent + grid.centre.double()).to(wanted.dtype)
+
+
+@torch.no_grad()
+def set_codes(layer: MaQDLinear, codes: Tensor, wanted: Tensor, grid: Grid) -> int:
+    """Give ``layer`` this grid and a latent near ``wanted`` with these codes.
+
+    Returns how many rows have no such latent; these have the codes of a latent near it.
+    """
+    layer.weight.copy_(latent_for_codes(codes, wanted, grid))
+    layer.set_grid(grid.step, grid.centre if layer.weight_offset is not None else None)
+    return int((layer.weight_codes() != codes).any(dim=1).sum())

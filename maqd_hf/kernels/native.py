@@ -1,0 +1,207 @@
+"""The compiled CPU kernel: loading it, repacking a layer's words for it, calling it.
+
+The library is plain C (``csrc/packed.c``) built by the package's own build and called through
+ctypes. Where it is missing, or for what it does not cover (float activations, group sizes that are
+no multiple of its chunk, float64, gradients, tracing), the caller uses the torch reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..functional import grid_center
+from ..packing import codes_per_word, unpack_codes
+
+_ROWS = 16  # rows of a block, as in packed.c
+_PARALLEL = 1 << 17  # multiplications below which a second thread costs more than it brings
+PATH_VARIABLE = "MAQD_KERNEL"
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset", "constant", "bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "groups", "chunks")),
+        ("bits", ctypes.c_int32),
+        ("zero", ctypes.c_float),
+    ]
+
+
+class _Input(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "step", "sums")]
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None if the package was installed without a compiler."""
+    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not found:
+        return None
+    lib = ctypes.CDLL(str(found[0]))
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    lib.maqd_path_name.restype = ctypes.c_char_p
+    lib.maqd_repack.argtypes = [pointer, i64, i64, i32, i32, i32, pointer]
+    lib.maqd_quantize.argtypes = [pointer, i64, i64, i64, i32, pointer, pointer, i64, pointer]
+    lib.maqd_linear.argtypes = [pointer, pointer, i64, pointer, i32, i32]
+    for function in (lib.maqd_repack, lib.maqd_quantize, lib.maqd_linear):
+        function.restype = None
+    return lib
+
+
+@lru_cache(maxsize=1)
+def paths() -> dict[str, int]:
+    """Instruction sets the library was built for and this machine runs, slowest first."""
+    lib = library()
+    if lib is None:
+        return {}
+    return {
+        lib.maqd_path_name(i).decode(): i for i in range(lib.maqd_paths()) if lib.maqd_supported(i)
+    }
+
+
+def chosen_path() -> str | None:
+    """The path that runs: the best one, or what the environment variable MAQD_KERNEL names.
+
+    ``MAQD_KERNEL=reference`` switches the library off. ``ValueError`` for an unknown path.
+    """
+    wanted = os.environ.get(PATH_VARIABLE)
+    if wanted == "reference":
+        return None
+    if wanted is not None and wanted not in paths():
+        raise ValueError(
+            f"{PATH_VARIABLE}={wanted!r}: this machine and build run {['reference', *paths()]}"
+        )
+    return wanted or (list(paths())[-1] if paths() else None)
+
+
+def storage_bits(levels: int) -> int:
+    """Bits a code takes in the kernel's layout: 2, 4 or 8."""
+    return 2 if levels <= 4 else 4 if levels <= 16 else 8
+
+
+def fits(columns: int, groups: int, levels: int) -> bool:
+    """Whether the layout covers this shape: groups must consist of whole chunks."""
+    return groups == 1 or (columns // groups) % (32 // storage_bits(levels)) == 0
+
+
+def _pointer(tensor: Tensor) -> int:
+    return int(tensor.data_ptr())
+
+
+class NativeWeight:
+    """One layer's weight in the kernel's layout, and its product with inputs.
+
+    Args:
+        words, levels, scale, offset, bias: as in ``reference.packed_linear``, on the CPU.
+        columns: input width.
+        activation_levels: M of the inputs this weight will meet.
+    """
+
+    def __init__(
+        self,
+        words: Tensor,
+        levels: int,
+        columns: int,
+        scale: Tensor,
+        offset: Tensor | None,
+        bias: Tensor | None,
+        activation_levels: int,
+    ) -> None:
+        lib = library()
+        assert lib is not None
+        self._lib, self.activation_levels = lib, activation_levels
+        self.rows, self.columns, self.groups = words.shape[0], columns, scale.shape[1]
+        bits = storage_bits(levels)
+        inputs = 32 // bits
+        chunks = -(-columns // inputs)
+        blocks = -(-self.rows // _ROWS)
+        self.stride = chunks * inputs
+        # 4 KiB more than needed: the kernel prefetches ahead
+        self.codes = torch.zeros(blocks * chunks * 64 + 4096, dtype=torch.uint8)
+        words = words.contiguous()
+        lib.maqd_repack(
+            _pointer(words),
+            self.rows,
+            columns,
+            levels,
+            codes_per_word(levels),
+            bits,
+            _pointer(self.codes),
+        )
+
+        def padded(values: Tensor | None) -> Tensor:
+            out = torch.zeros(blocks * _ROWS)
+            if values is not None:
+                out[: self.rows] = values.detach().float().flatten()
+            return out
+
+        self.scale = torch.zeros(self.groups, blocks * _ROWS)
+        self.scale[:, : self.rows] = scale.detach().float().t()
+        self.offset, self.bias = padded(offset), padded(bias)
+        self.constant = padded(self._constant(words, levels, scale, offset))
+        self._struct = _Weight(
+            *(_pointer(t) for t in (self.codes, self.scale, self.offset, self.constant, self.bias)),
+            self.rows,
+            columns,
+            self.groups,
+            chunks,
+            bits,
+            grid_center(levels),
+        )
+
+    def _constant(
+        self, words: Tensor, levels: int, scale: Tensor, offset: Tensor | None
+    ) -> Tensor | None:
+        """What half a code more in every input adds: only even activation levels need it."""
+        if self.activation_levels % 2:
+            return None
+        units = torch.empty(self.rows, self.groups)
+        for start in range(0, self.rows, 4096):
+            codes = unpack_codes(words[start : start + 4096], levels, self.columns).float()
+            sums = codes.unflatten(1, (self.groups, -1)).sum(-1)
+            units[start : start + 4096] = sums - grid_center(levels) * (self.columns // self.groups)
+        total = (units * scale.float()).sum(1)
+        if offset is not None:
+            total = total + offset.float().flatten() * self.columns
+        return total / 2
+
+    def __call__(self, x: Tensor, step: Tensor) -> Tensor:
+        """``x`` (..., columns) times the weight -> (..., rows), in ``x``'s dtype.
+
+        ``step`` is the activation step, (1,) or one per token (..., 1).
+        """
+        flat = x.detach().reshape(-1, self.columns).float().contiguous()
+        tokens = flat.shape[0]
+        steps = step.detach().float().expand(*x.shape[:-1], 1).reshape(tokens).contiguous()
+        codes = torch.empty(tokens, self.stride, dtype=torch.int8)
+        sums = torch.empty(tokens, self.groups, dtype=torch.int32)
+        out = torch.empty(tokens, self.rows)
+        self._lib.maqd_quantize(
+            _pointer(flat),
+            tokens,
+            self.columns,
+            self.groups,
+            self.activation_levels,
+            _pointer(steps),
+            _pointer(codes),
+            self.stride,
+            _pointer(sums),
+        )
+        inputs = _Input(_pointer(codes), _pointer(steps), _pointer(sums))
+        parallel = tokens * self.rows * self.columns >= _PARALLEL
+        path = chosen_path()
+        assert path is not None
+        self._lib.maqd_linear(
+            ctypes.byref(self._struct),
+            ctypes.byref(inputs),
+            tokens,
+            _pointer(out),
+            paths()[path],
+            torch.get_num_threads() if parallel else 1,
+        )
+        return out.view(*x.shape[:-1], self.rows).to(x.dtype)

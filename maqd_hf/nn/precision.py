@@ -1,0 +1,41 @@
+"""What casting a model (``.half()``, ``.to(torch.bfloat16)``) does to the tensors of our layers.
+
+All tensors of our layers stay float32: eight bits of mantissa would move every level of a grid.
+What they put out has the dtype of their input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+_NARROW = (torch.float16, torch.bfloat16)
+Apply = Callable[[Tensor], Tensor]
+
+
+def without_narrowing(fn: Apply, protected: Iterable[Tensor | None]) -> Apply:
+    """``fn`` of ``nn.Module._apply``, except that it moves ``protected`` without narrowing them."""
+    ids = {id(tensor) for tensor in protected if tensor is not None}
+
+    def keep(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        narrowed = new.dtype in _NARROW and tensor.dtype not in _NARROW
+        return tensor.to(new.device) if narrowed and id(tensor) in ids else new
+
+    return keep
+
+
+def mark_output_dtype(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Give an embedding an empty first parameter ``output_like``, of the dtype it puts out.
+
+    Its rows are float32, those of a plain embedding would have the model's dtype; transformers
+    takes that from a model's first float parameter, and writes it into ``config.json``.
+    """
+    rest = dict(module._parameters)
+    device = next(p.device for p in rest.values() if p is not None)
+    mark = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+    module._parameters.clear()
+    module.register_parameter("output_like", mark)
+    module._parameters.update(rest)

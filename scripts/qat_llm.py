@@ -1,0 +1,442 @@
+"""Quantise, train, pack, reload and evaluate a small language model: the main job, one command.
+
+Without arguments: SmolLM2-135M-Instruct and 105 Wikipedia articles, both from ordinary packages, to
+4-bit weights, 8-bit static activations and Layer-Batch Normalization where the budget allows it.
+
+    python scripts/qat_llm.py
+    python scripts/qat_llm.py --model someone/some-llm --dataset someone/some-text --weight_levels 4
+
+The run directory holds arguments.json, metrics.json, plot.png, README.md (the model card) and
+model/ (the packed model). Ctrl-C while training leaves a checkpoint; ``--resume_from_checkpoint
+true`` continues from the last one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator
+
+import maqd_hf
+from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
+from maqd_hf.calibration import calibrate
+from maqd_hf.data import load_text, tokenize_blocks
+from maqd_hf.embedded import resolve_model
+from maqd_hf.model_card import write_card
+from maqd_hf.perplexity import PerplexityResult, text_perplexity
+from maqd_hf.sensitivity import select_static_norms
+from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+
+@dataclass
+class JobArguments:
+    """What to quantise, on which text, and how."""
+
+    model: str = field(
+        default="smollm2-135m-instruct", metadata={"help": "Hub id, folder or embedded name."}
+    )
+    dataset: str = field(
+        default="embedded", metadata={"help": "Hub id, .txt, .parquet, .jsonl or 'embedded'."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Held-out split."})
+    weight_levels: int = field(default=16, metadata={"help": "Levels of a weight (16 = 4 bit)."})
+    activation_levels: int | None = field(default=255, metadata={"help": "Levels of an input."})
+    activation_scaling: Literal["static", "token"] = field(
+        default="static", metadata={"help": "One learned step, or one per token."}
+    )
+    group_size: int | None = field(default=None, metadata={"help": "Inputs that share a scale."})
+    embedding_levels: int | None = field(default=255, metadata={"help": "Embedding and head."})
+    config: str | None = field(
+        default=None, metadata={"help": "JSON file with a whole MaQDConfig; replaces the above."}
+    )
+    lbn_tolerance: float = field(
+        default=0.02,
+        metadata={"help": "Norms become static as long as the loss rises by at most this (nats)."},
+    )
+    calibration_samples: int = field(default=16, metadata={"help": "Blocks for the start values."})
+    block_size: int = field(default=256, metadata={"help": "Tokens of a training sample."})
+    train_tokens: int = field(default=24_576, metadata={"help": "Training tokens, if no max_steps."})
+    eval_window: int = field(default=512, metadata={"help": "Tokens of an evaluation window."})
+    eval_windows: int = field(default=12, metadata={"help": "Windows to evaluate on."})
+    prompt: str = field(default="The city was founded in", metadata={"help": "For the sample."})
+    new_tokens: int = field(default=40, metadata={"help": "Tokens to generate as a sample."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an existing run directory."})
+
+    def maqd_config(self) -> MaQDConfig:
+        """The quantisation asked for."""
+        if self.config is not None:
+            return MaQDConfig.from_dict(json.loads(Path(self.config).read_text("utf-8")))
+        return MaQDConfig(
+            weight_levels=self.weight_levels,
+            activation_levels=self.activation_levels,
+            activation_scaling=self.activation_scaling,
+            group_size=self.group_size,
+            embedding_levels=self.embedding_levels,
+        )
+
+
+class Run:
+    """The run directory and everything measured so far; metrics.json is always up to date."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "metrics.json"
+        self.metrics: dict[str, Any] = {}
+        if self.path.exists():
+            self.metrics = json.loads(self.path.read_text("utf-8"))
+        self.began = time.perf_counter() - self.metrics.get("seconds", {}).get("total", 0.0)
+
+    def record(self, **values: Any) -> None:
+        """Add to metrics.json (written beside, then renamed)."""
+        self.metrics.update(values)
+        self.metrics.setdefault("seconds", {})["total"] = round(time.perf_counter() - self.began, 1)
+        beside = self.path.with_suffix(".part")
+        beside.write_text(json.dumps(self.metrics, indent=2) + "\n", "utf-8")
+        beside.replace(self.path)
+
+    @contextmanager
+    def stage(self, title: str) -> Any:
+        """Announce a stage and record its seconds."""
+        print(f"\n== {title}", flush=True)
+        began = time.perf_counter()
+        yield
+        seconds = self.metrics.setdefault("seconds", {})
+        seconds[title] = round(time.perf_counter() - began, 1)
+        self.record()
+
+
+class Job:
+    """The stages of the main job, in order, over one run directory."""
+
+    def __init__(self, job: JobArguments, training: MaQDTrainingArguments) -> None:
+        self.job, self.training = job, training
+        self.config = job.maqd_config()
+        folder = Path(training.output_dir)
+        self.checkpoint = _find_checkpoint(folder, training.resume_from_checkpoint)
+        _prepare_folder(folder, job.overwrite, resuming=self.checkpoint is not None)
+        self.run = Run(folder)
+        (folder / "arguments.json").write_text(
+            json.dumps(
+                {"job": asdict(job), "quantization": self.config.to_dict(),
+                 "training": training.to_sanitized_dict()},
+                indent=2,
+            ) + "\n",
+            "utf-8",
+        )
+
+    def load(self) -> None:
+        """Float model, tokenizer and text."""
+        source = resolve_model(self.job.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        data = {
+            split: load_text(
+                self.job.dataset,
+                split=split,
+                column=self.job.text_column,
+                config_name=self.job.dataset_config_name,
+            )
+            for split in (self.job.train_split, self.job.eval_split)
+        }
+        self.eval_text: list[str] = list(data[self.job.eval_split]["text"])
+        steps, per_step = self.training.max_steps, self.tokens_per_step
+        if steps <= 0:
+            steps = self.training.max_steps = max(1, self.job.train_tokens // per_step)
+        self.blocks = tokenize_blocks(
+            data[self.job.train_split],
+            self.tokenizer,
+            self.job.block_size,
+            max_tokens=max(steps * per_step, self.job.calibration_samples * self.job.block_size),
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        training = self.training
+        return self.job.block_size * training.train_batch_size * training.gradient_accumulation_steps
+
+    def perplexity(self, model: nn.Module, stage: str) -> PerplexityResult:
+        """Measure ``model`` on the held-out text and record it as ``stage``."""
+        result = text_perplexity(
+            model,
+            self.tokenizer,
+            self.eval_text,
+            self.job.eval_window,
+            max_windows=self.job.eval_windows,
+            progress=True,
+        )
+        found = self.run.metrics.setdefault("perplexity", {})
+        found[stage] = result.perplexity
+        self.run.record(protocol=result.protocol)
+        print(f"   perplexity, {stage}: {result.perplexity:.2f}", flush=True)
+        return result
+
+    def start(self) -> nn.Module:
+        """Convert and calibrate: the best model that needs no training."""
+        student = copy.deepcopy(self.teacher)
+        report = quantize_model(student, self.config)
+        print(report)
+        samples = min(self.job.calibration_samples, len(self.blocks))
+        batches = _batches(self.blocks, samples)
+        calibrate(student, batches)
+        self.run.record(report=_card_report(report))
+        return student
+
+    def choose_norms(self, student: nn.Module) -> list[str]:
+        """Which norms can be static within the tolerance; the others stay per token."""
+        if not self.config.layer_batch_norm:
+            return []
+        batches = _batches(self.blocks, min(2, len(self.blocks)))
+        chosen = select_static_norms(student, batches, self.job.lbn_tolerance)
+        print(chosen)
+        self.run.record(norms=chosen.to_dict())
+        return list(chosen.static)
+
+    def train(self, student: nn.Module, static_norms: list[str]) -> MaQDTrainer:
+        """Distil the float model into the quantised one."""
+        self.training.lbn_norms = static_norms
+        trainer = MaQDTrainer(
+            model=student,
+            args=self.training,
+            teacher=self.teacher,
+            train_dataset=self.blocks,
+            processing_class=self.tokenizer,
+            data_collator=default_data_collator,
+        )
+        began = time.perf_counter()
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        self.run.record(
+            training={
+                "steps": trainer.state.global_step,
+                "tokens": trainer.state.global_step * self.tokens_per_step,
+                "learning_rate": self.training.learning_rate,
+                "bf16": self.training.bf16,
+                "seconds": round(time.perf_counter() - began, 1),
+            },
+            loss=[{"step": e["step"], "loss": e["loss"]} for e in history],
+        )
+        return trainer
+
+    def pack(self, student: Any) -> Any:
+        """Pack, save, forget, reload: what a user of the model will have."""
+        report = pack_model(student)
+        print(report)
+        folder = self.run.folder / "model"
+        student.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        size = model_size(student)
+        self.run.record(
+            report=_card_report(report),
+            bits_per_weight=size.bits_per_weight,
+            packed_bytes=_file_bytes(folder),
+            float_bytes=2 * sum(p.numel() for p in self.teacher.parameters()),
+            size=asdict(size),
+        )
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+    def sample(self, model: Any) -> str:
+        """Greedy continuation of the prompt."""
+        inputs = self.tokenizer(self.job.prompt, return_tensors="pt")
+        began = time.perf_counter()
+        out = model.generate(**inputs, max_new_tokens=self.job.new_tokens, do_sample=False)
+        seconds = time.perf_counter() - began
+        text = str(self.tokenizer.decode(out[0], skip_special_tokens=True))
+        self.run.record(sample=text, sample_tokens_per_second=self.job.new_tokens / seconds)
+        return text
+
+    def finish(self) -> None:
+        """Card, plot and the closing table."""
+        values = self.run.metrics["perplexity"]
+        self.run.record(
+            model_id=self.run.folder.name,
+            base_model=self.job.model,
+            command="python scripts/qat_llm.py " + " ".join(sys.argv[1:]),
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "maqd_hf": maqd_hf.__version__,
+            },
+            evaluations=[
+                {
+                    "text": f"{self.job.dataset}, {self.job.eval_split}",
+                    "metric": "perplexity",
+                    "values": {"float": values["float"], "packed": values["reloaded"]},
+                    "protocol": self.run.metrics["protocol"],
+                }
+            ],
+        )
+        plot(self.run.metrics, self.run.folder / "plot.png")
+        write_card(self.run.folder)
+        print(summary(self.run.metrics, self.run.folder))
+
+
+def _find_checkpoint(folder: Path, resume: str | None) -> str | None:
+    if resume is None or str(resume).lower() in ("false", "0", "no"):
+        return None
+    if str(resume).lower() not in ("true", "1", "yes"):
+        return str(resume)
+    found = last_complete_checkpoint(folder) if folder.is_dir() else None
+    if found is None:
+        raise SystemExit(f"{folder} holds no complete checkpoint to resume from")
+    return found
+
+
+def _prepare_folder(folder: Path, overwrite: bool, resuming: bool) -> None:
+    if resuming:
+        return
+    if folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise SystemExit(
+                f"{folder} is not empty: choose another --output_dir, continue it with "
+                "--resume_from_checkpoint true, or replace it with --overwrite"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _batches(blocks: Any, samples: int, size: int = 4) -> list[dict[str, torch.Tensor]]:
+    ids = torch.tensor(blocks[:samples]["input_ids"])
+    return [{"input_ids": part} for part in ids.split(size)]
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+def _card_report(report: Any) -> dict[str, Any]:
+    def by(word: str) -> list[str]:
+        return [name for name, text in report.norms.items() if text.startswith(word)]
+
+    return {
+        "layers": report.linears,
+        "embeddings": report.embeddings,
+        "static norms": by("static"),
+        "norms per token": by("per token"),
+        "left in float": report.kept,
+    }
+
+
+def plot(metrics: dict[str, Any], path: Path) -> None:
+    """Training loss, and perplexity from float to the reloaded packed model."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    loss = metrics.get("loss", [])
+    left.plot([e["step"] for e in loss], [e["loss"] for e in loss], color="tab:blue")
+    left.set(title="distillation loss", xlabel="optimiser step", ylabel="KL to float, nats/token")
+    left.grid(alpha=0.3)
+    stages = metrics["perplexity"]
+    bars = right.bar(list(stages), list(stages.values()), color="tab:blue", width=0.6)
+    bars[0].set_color("tab:gray")
+    right.bar_label(bars, fmt="%.1f")
+    right.set(title="perplexity on held-out text", ylabel="perplexity (lower is better)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def summary(metrics: dict[str, Any], folder: Path) -> str:
+    """The closing table: what was achieved against float."""
+    float_ppl = metrics["perplexity"]["float"]
+    rows = [
+        (stage, f"{value:.2f}", f"{100 * (value / float_ppl - 1):+.1f} %")
+        for stage, value in metrics["perplexity"].items()
+    ]
+    lines = ["", "stage".ljust(28) + "perplexity".rjust(12) + "to float".rjust(12)]
+    lines += [name.ljust(28) + value.rjust(12) + change.rjust(12) for name, value, change in rows]
+    static, token = metrics["report"]["static norms"], metrics["report"]["norms per token"]
+    packed, full = metrics["packed_bytes"], metrics["float_bytes"]
+    lines += [
+        "",
+        f"{metrics['bits_per_weight']:.2f} bits a weight over the whole model; "
+        f"{packed / 2**20:.1f} MiB on disk, {full / 2**20:.1f} MiB in bfloat16 "
+        f"({full / packed:.1f}x smaller)",
+        f"{len(static)} norms static, {len(token)} per token"
+        + (f" (KL to per-token norms before training {metrics['norms']['cost']:.3f} nats)"
+           if "norms" in metrics else ""),
+        f"measured: {metrics['protocol']}",
+        f"sample: {metrics['sample']!r}",
+        f"{metrics['seconds']['total']:.0f} s in all; everything is in {folder}",
+        f'load it: import maqd_hf; AutoModelForCausalLM.from_pretrained("{folder / "model"}")',
+    ]
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None = None) -> tuple[JobArguments, MaQDTrainingArguments]:
+    """Command line to arguments; the defaults are those of the embedded job."""
+    parser = HfArgumentParser([JobArguments, MaQDTrainingArguments])  # type: ignore[list-item]
+    parser.set_defaults(
+        output_dir="runs/smollm2-135m-4bit",
+        learning_rate=5e-5,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        max_grad_norm=1.0,
+        bf16=_fast_bf16(),
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        adam_beta2=0.95,
+    )
+    job, training = parser.parse_args_into_dataclasses(arguments)
+    return job, training
+
+
+def _fast_bf16() -> bool:
+    """Whether bfloat16 products are faster than float32 ones here."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run the job; returns the content of metrics.json."""
+    job = Job(*parse(arguments))
+    run = job.run
+    with run.stage("load"):
+        job.load()
+    if job.checkpoint is None:
+        with run.stage("float model"):
+            job.perplexity(job.teacher, "float")
+        with run.stage("start values"):
+            student = job.start()
+            job.perplexity(student, "start")
+        with run.stage("static norms"):
+            norms = job.choose_norms(student)
+    else:
+        student = AutoModelForCausalLM.from_pretrained(job.checkpoint)
+        norms = list(run.metrics.get("norms", {}).get("static", []))
+    with run.stage("training"):
+        trainer = job.train(student, norms)
+        student = trainer.model
+        job.perplexity(student, "trained")
+        del trainer
+    with run.stage("packing"):
+        packed = job.pack(student)
+        job.perplexity(packed, "reloaded")
+    with run.stage("sample"):
+        print("  ", job.sample(packed))
+    job.finish()
+    return run.metrics
+
+
+if __name__ == "__main__":
+    main()

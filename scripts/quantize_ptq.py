@@ -1,0 +1,172 @@
+"""Quantise a model without training: search, GPTQ and static activation steps; pack and save it.
+
+    python scripts/quantize_ptq.py --output_dir runs/smollm2-w4
+    python scripts/quantize_ptq.py --model A --weight_levels 8 --group_size 64 \
+        --dataset Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 \
+        --max_eval_windows 24 --output_dir runs/w3
+
+Prints the perplexity of the float and of the packed model on the same windows, side by side, and
+writes metrics.json. Without --output_dir nothing is written. A model is an id on the Hub, a folder,
+or the name of an embedded model (`maqd_hf.embedded`). Norms stay per token: static ones need
+training (scripts/qat_llm.py).
+"""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+
+import maqd_hf
+from maqd_hf import MaQDConfig, pack_model, quantize_model
+from maqd_hf.calibration import calibrate
+from maqd_hf.data import EMBEDDED, load_text, tokenize_blocks
+from maqd_hf.embedded import SMOLLM2, resolve_model
+from maqd_hf.perplexity import PerplexityResult, text_perplexity
+
+
+@dataclass
+class Arguments:
+    model: str = field(
+        default=EMBEDDED, metadata={"help": "Id, folder, an embedded model's name or 'embedded'."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "For model and metrics.json."})
+
+    weight_levels: int = field(default=16, metadata={"help": "Levels, not bits: 16 is 4 bit."})
+    group_size: int | None = field(
+        default=64, metadata={"help": "Inputs that share a scale; 0: one scale per row."}
+    )
+    activation_levels: int | None = field(default=None, metadata={"help": "255 is 8 bit."})
+    activation_scaling: Literal["static", "token"] = "static"
+    embedding_levels: int | None = field(default=None, metadata={"help": "Embedding and head."})
+    gptq: bool = field(default=True, metadata={"help": "false: nearest codes on a searched grid."})
+
+    dataset: str = field(
+        default=EMBEDDED, metadata={"help": "Calibration: 'embedded', a file, a folder, a Hub id."}
+    )
+    dataset_config_name: str | None = None
+    dataset_split: str = "train"
+    text_column: str | None = field(default=None, metadata={"help": "Default: the obvious one."})
+    join: str | None = field(
+        default=None, metadata={"help": "Put between rows that are lines of one text."}
+    )
+    samples: int = 16
+    sample_tokens: int = 512
+    batch_size: int = 4
+    seed: int = 0
+
+    eval_dataset: str | None = field(default=None, metadata={"help": "Default: --dataset."})
+    eval_split: str = "test"
+    window: int = 512
+    max_eval_windows: int | None = field(default=None, metadata={"help": "0: no evaluation."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = field(default=None, metadata={"help": "Default: a GPU if there is one."})
+
+
+def calibration_ids(args: Arguments, tokenizer: Any) -> Tensor:
+    """(samples, sample_tokens) token ids, spread evenly over the text."""
+    text = load_text(
+        args.dataset,
+        split=args.dataset_split,
+        column=args.text_column,
+        config_name=args.dataset_config_name,
+        join=args.join,
+    )
+    blocks = tokenize_blocks(text, tokenizer, args.sample_tokens)
+    chosen = torch.linspace(0, len(blocks) - 1, min(args.samples, len(blocks))).long().tolist()
+    return torch.tensor(blocks[chosen]["input_ids"])
+
+
+def measure(args: Arguments, model: Any, tokenizer: Any) -> PerplexityResult | None:
+    if args.max_eval_windows == 0:
+        return None
+    texts = load_text(
+        args.eval_dataset or args.dataset,
+        split=args.eval_split,
+        column=args.text_column,
+        config_name=args.dataset_config_name,
+    )
+    return text_perplexity(
+        model,
+        tokenizer,
+        (row["text"] for row in texts),
+        args.window,
+        join=args.join or "\n\n",
+        max_windows=args.max_eval_windows,
+        progress=True,
+    )
+
+
+def describe(result: PerplexityResult | None) -> dict[str, Any] | None:
+    return None if result is None else {"perplexity": result.perplexity, **asdict(result)}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = HfArgumentParser(Arguments, description=__doc__)  # type: ignore[arg-type]
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    set_seed(args.seed)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = resolve_model(SMOLLM2 if args.model == EMBEDDED else args.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype)
+    model.to(device).eval()
+    before = measure(args, model, tokenizer)
+
+    config = MaQDConfig(
+        weight_levels=args.weight_levels,
+        group_size=args.group_size or None,
+        activation_levels=args.activation_levels,
+        activation_scaling=args.activation_scaling,
+        embedding_levels=args.embedding_levels,
+        layer_batch_norm=False,
+    )
+    began = time.perf_counter()
+    quantize_model(model, config)
+    ids = calibration_ids(args, tokenizer)
+    gptq_report = calibrate(model, ids, gptq_weights=args.gptq, batch_size=args.batch_size)
+    seconds = time.perf_counter() - began
+    report = pack_model(model)
+    print(report)
+    if gptq_report is not None:
+        print(gptq_report)
+    after = measure(args, model, tokenizer)
+
+    metrics = {
+        "arguments": asdict(args),
+        "calibration_tokens": ids.numel(),
+        "quantization_seconds": seconds,
+        "float": describe(before),
+        "quantized": describe(after),
+        "bits_per_weight": report.bits_per_weight,
+        "gptq": gptq_report and gptq_report.to_dict(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "versions": {
+            "maqd_hf": maqd_hf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "datasets": datasets.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    if before and after:
+        print(f"perplexity: float {before.perplexity:.3f}   quantised {after.perplexity:.3f}")
+        print(after.protocol)
+    if args.output_dir:
+        output = Path(args.output_dir)
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        print(f"saved to {output}")
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

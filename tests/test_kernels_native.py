@@ -1,0 +1,157 @@
+"""The compiled kernel on every path this machine runs, against the torch reference."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from maqd_hf import MaQDConfig, kernels, pack_model, quantize_model
+from maqd_hf.functional import quantize, token_step
+from maqd_hf.kernels import native
+from maqd_hf.nn import LinearSpec, MaQDLinear, PackedLinear
+
+PATHS = list(native.paths())
+TOLERANCE = 2e-6  # of the output's norm: float32 sums in another order
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    monkeypatch.setenv("MAQD_KERNEL", request.param)
+    return request.param
+
+
+def packed(columns, rows, weight_levels=16, activation_levels=255, bias=True, **settings):
+    spec = LinearSpec(weight_levels, activation_levels, "token", **settings)
+    return PackedLinear.from_qat(MaQDLinear.from_linear(nn.Linear(columns, rows, bias), spec))
+
+
+def both(layer, x, monkeypatch):
+    """(native, reference) outputs of one layer."""
+    assert kernels.native_serves(x, layer.weight, layer.levels, layer.weight_scale.shape[1], 255)
+    with torch.no_grad():
+        got = layer(x)
+        with monkeypatch.context() as patch:
+            patch.setenv("MAQD_KERNEL", "reference")
+            return got, layer(x)
+
+
+def test_the_library_was_built():
+    assert native.library() is not None, "no C compiler at install time: the kernel is missing"
+    assert PATHS[0] == "portable"
+    assert str(kernels.info()["available"]).count(",") == len(PATHS)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("activation_levels", [3, 15, 16, 255, 256])
+@pytest.mark.parametrize("weight_levels", [2, 3, 4, 5, 8, 15, 16, 17, 255, 256])
+def test_equals_the_reference(path, weight_levels, activation_levels, tokens, monkeypatch):
+    for columns, rows, settings in [
+        (64, 33, {}),
+        (67, 5, {"bias": False, "weight_offset": False}),
+        (128, 48, {"group_size": 32}),
+        (1, 1, {}),
+    ]:
+        layer = packed(columns, rows, weight_levels, activation_levels, **settings)
+        got, expected = both(layer, torch.randn(tokens, columns), monkeypatch)
+        error = (got - expected).norm() / expected.norm().clamp(min=1e-3)
+        assert error < TOLERANCE, (columns, rows, settings)
+
+
+def test_against_float64(path):
+    layer = packed(1536, 576, 4)
+    x = torch.randn(3, 1536)
+    exact = layer.quantize_input(x).double() @ layer.dequantized_weight().double().t()
+    exact += layer.bias.double()
+    assert (layer(x) - exact).norm() / exact.norm() < TOLERANCE
+
+
+def test_large_sums_do_not_overflow(path):
+    layer = packed(16384, 16, 256, bias=False)
+    layer.weight.fill_(-1)  # every code 255
+    weight = layer.weight_scale.double() * 127.5 + layer.weight_offset.double()
+    exact = 16384 * weight.squeeze(1)
+    with torch.no_grad():
+        assert torch.allclose(layer(torch.ones(1, 16384)).double(), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("levels", [15, 16, 255, 256])
+def test_activation_codes_bit_for_bit(levels):
+    x = 3 * torch.randn(5, 96)
+    x[0, :4] = torch.tensor([float("inf"), -float("inf"), 0.0, 1e30])
+    step = torch.tensor([0.1, 0.5, 0.0, 0.02, 0.3])
+    codes = torch.empty(5, 96, dtype=torch.int8)
+    sums = torch.empty(5, 3, dtype=torch.int32)
+    used = step.clone()
+    native.library().maqd_quantize(
+        x.data_ptr(), 5, 96, 3, levels, used.data_ptr(), codes.data_ptr(), 96, sums.data_ptr()
+    )
+    assert used[2] == token_step(x[2:3], levels)
+    expected = quantize(x, levels, used.unsqueeze(1)).int() - levels // 2
+    assert torch.equal(codes.int(), expected)
+    assert torch.equal(sums, expected.unflatten(1, (3, -1)).sum(-1).int())
+
+
+def test_shapes_dtypes_and_views(path, monkeypatch):
+    layer = packed(64, 24)
+    for x in (
+        torch.randn(2, 3, 64),
+        torch.randn(64),
+        torch.randn(3, 128)[:, ::2],
+        torch.randn(2, 64, dtype=torch.bfloat16),
+    ):
+        got, expected = both(layer, x, monkeypatch)
+        assert got.shape == expected.shape and got.dtype == expected.dtype
+        assert torch.allclose(got.float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_what_it_does_not_cover_goes_to_the_reference(path):
+    layer = packed(64, 24, group_size=4)  # a group is less than a chunk
+    assert not kernels.native_serves(torch.ones(1, 64), layer.weight, 16, 16, 255)
+    layer = packed(64, 24)
+    serves = lambda x, levels=255: kernels.native_serves(x, layer.weight, 16, 1, levels)  # noqa: E731
+    assert serves(torch.ones(1, 64))
+    assert not serves(torch.ones(1, 64), None)
+    assert not serves(torch.ones(0, 64))
+    assert not serves(torch.ones(1, 64).double())
+    assert not serves(torch.ones(1, 64, requires_grad=True))
+    assert not serves(torch.ones(1, 64, device="meta"))
+    assert layer(torch.ones(0, 64)).shape == (0, 24)
+    x = torch.randn(2, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_follows_changed_tensors_and_copies(path):
+    layer = packed(64, 24)
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        before = layer(x)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(twin(x), before)
+        layer.weight_scale.mul_(2)
+        layer.weight_offset.mul_(2)
+        layer.bias.mul_(2)
+        assert torch.allclose(layer(x), 2 * before, rtol=1e-5)
+
+
+def test_unknown_path_is_named(monkeypatch):
+    monkeypatch.setenv("MAQD_KERNEL", "avx99")
+    with pytest.raises(ValueError, match=r"avx99.*reference.*portable"):
+        packed(8, 8)(torch.ones(1, 8))
+
+
+def test_whole_model_generates_alike(path, tiny_llama, monkeypatch):
+    quantize_model(
+        tiny_llama, MaQDConfig(weight_levels=16, activation_scaling="token", embedding_levels=255)
+    )
+    pack_model(tiny_llama)
+    ids = torch.randint(3, 250, (2, 7))
+    with torch.no_grad():
+        logits = tiny_llama(ids).logits
+        text = tiny_llama.generate(ids, max_new_tokens=8, do_sample=False)
+        monkeypatch.setenv("MAQD_KERNEL", "reference")
+        expected = tiny_llama(ids).logits
+        assert (logits - expected).norm() / expected.norm() < 1e-3  # a code may tip over
+        assert torch.equal(text, tiny_llama.generate(ids, max_new_tokens=8, do_sample=False))
