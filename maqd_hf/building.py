@@ -85,7 +85,7 @@ def tie_head(
             table.embedding_dim, table.num_embeddings, False, spec, context, table.weight.device
         )
         table.tie(tied)
-    tied.bias = bias  # type: ignore[assignment]
+    tied.bias = bias
     replace_module(model, head, tied)
     note_tied_tensors(model, embedding, head)
 

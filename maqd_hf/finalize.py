@@ -161,7 +161,7 @@ def _float_skeleton(model: nn.Module) -> nn.Module:
     settings = model.config.to_dict()  # type: ignore[union-attr, operator]
     settings.pop("quantization_config", None)
     with torch.device("meta"):
-        skeleton: nn.Module = type(model)(type(model.config).from_dict(settings))  # type: ignore[union-attr, operator]
+        skeleton: nn.Module = type(model)(type(model.config).from_dict(settings))  # type: ignore[union-attr]
     return skeleton
 
 

@@ -12,6 +12,7 @@ import copy
 import re
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -20,7 +21,7 @@ from .building import build_modules, modules_of
 from .config import QUANT_METHOD, MaQDConfig
 from .conversion import quantize_model
 from .finalize import dequantize_model
-from .integrity import OURS, check_loaded
+from .integrity import OURS, check_loaded, check_shapes
 
 
 class MaQDHfQuantizer(HfQuantizer):
@@ -33,6 +34,7 @@ class MaQDHfQuantizer(HfQuantizer):
         # transformers keeps one config object per call; ours is written to on conversion
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._new_heads: list[str] = []
+        self._shapes: dict[str, torch.Size] = {}
 
     @property
     def _state(self) -> str:
@@ -54,17 +56,19 @@ class MaQDHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
+            self._shapes = _shapes(model)
             return model
         self._new_heads = build_modules(model, self.quantization_config)
         strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-        # patterns searched in tensor names; an embedding's empty mark has the model's dtype
-        strict |= {
-            rf"(?:^|\.){re.escape(name)}\.(?!output_like)" for name, _ in modules_of(model, *OURS)
-        }
+        strict |= {_float32_tensors(name, module) for name, module in modules_of(model, *OURS)}
         model._keep_in_fp32_modules_strict = strict
+        if isinstance(getattr(model, "dtype_plan", None), dict):  # transformers 5.0
+            model.dtype_plan.update(dict.fromkeys(strict, torch.float32))
+        self._shapes = _shapes(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_shapes(model, self._shapes)
         if not self.pre_quantized:
             del model.config.quantization_config
             quantize_model(model, self.quantization_config)
@@ -102,6 +106,20 @@ class MaQDHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _float32_tensors(name: str, module: nn.Module) -> str:
+    """A pattern of the tensors of one of our layers that stay float32 whatever dtype is asked for.
+
+    Not of its words, and not of an embedding's empty mark, which has the dtype of the model.
+    """
+    tensors = module.state_dict(keep_vars=True)
+    floats = [key for key in tensors if tensors[key].is_floating_point() and key != "output_like"]
+    return rf"(?:^|\.){re.escape(name)}\.(?:{'|'.join(map(re.escape, floats))})$"
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def _detach(model: Any) -> None:

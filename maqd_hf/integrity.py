@@ -9,6 +9,7 @@ each packed layer's CRC-32 (of its tensors and of the settings that give them a 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,20 @@ def checksum(module: nn.Module) -> int:
         if tensor.numel():
             crc = zlib.crc32(_bytes(tensor), zlib.crc32(name.encode(), crc))
     return crc
+
+
+def check_shapes(model: nn.Module, expected: Mapping[str, torch.Size]) -> None:
+    """Raise ``ValueError`` if a tensor has not the shape its layer was built with.
+
+    transformers 5.0 takes tensors of any shape once a quantizer is present.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.shape != expected.get(name, tensor.shape):
+            raise ValueError(
+                f"shape mismatch: {name} is {tuple(tensor.shape)} in the checkpoint and "
+                f"{tuple(expected[name])} in {type(model).__name__}: its config.json and its "
+                "safetensors do not belong together; download or save it again"
+            )
 
 
 def check_loaded(model: nn.Module, config: MaQDConfig) -> None:

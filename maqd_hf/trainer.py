@@ -124,7 +124,7 @@ class MaQDTrainer(Trainer):
             if plugin.fsdp_version != 2:
                 raise ValueError("FSDP 1 is not supported: set fsdp_config={'version': 2}")
             # Its policy would round latents and logarithms of scales to bf16 before they are
-            # quantised; autocast alone halves what can be halved, the products.
+            # quantised. See autocast_smart_context_manager for what stands in its place.
             plugin.mixed_precision_policy = None
         bare = bare_model(self.model)
         self._causal = (
@@ -255,6 +255,10 @@ class MaQDTrainer(Trainer):
                 stack.callback(setattr, self, "compute_loss_func", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Autocast around every loss; accelerate does it for all wrappers but FSDP2."""
+        return self.accelerator.autocast()
+
     @torch.no_grad()
     def _teacher_logits(self, inputs: dict[str, Any]) -> Logits | None:
         """The teacher's prediction for every token: hidden states and head, or logits."""
@@ -262,7 +266,6 @@ class MaQDTrainer(Trainer):
             return None
         inputs = {k: v for k, v in inputs.items() if k not in ("labels", "num_items_in_batch")}
         with ExitStack() as stack:
-            stack.enter_context(self.accelerator.autocast())
             if not self._defers.get(id(self.teacher), False):
                 return Logits(self.teacher(**inputs).logits)
             stack.enter_context(deferred_head(self.teacher, _no_loss))

@@ -10,6 +10,22 @@ differ, and evaluates it twice: ``trained`` with the statistics it was trained w
 the running averages. Static statistics are free at inference; ``gap`` is what they cost. Results
 go to a JSON file after every run, and runs found there are not repeated.
 
+What came out (tinyshakespeare, TinyStories), nats per token, trained + cost of static. One seed; a
+second one, where it was run, moved the trained loss by 0.04 to 0.08 and the gap by 0.002.
+
+- From scratch, Llama: per token 2.118, and 2.793 once that is frozen. LBN, first token shared:
+  pooled by the mean 2.197 + 0.004, geometric 2.258 + 0.003. First token with a statistic of its
+  own: mean 2.123 + 0.001 (second seed 2.207 + 0.003), geometric 2.149 + 0.003 (2.186 + 0.004).
+- Running averages without a gradient fail from scratch: 2.862, and 2.930 annealed from per token.
+- From scratch, GPT-2: per token 2.453 (frozen 2.588); LBN centred per token 2.456 + 0.002; with
+  the mean pooled too 2.451 + 0.010; geometric, first token own 2.463 + 0.004.
+- Pretrained, 200 steps: plain 1.586. The gate wants to open early: at once 1.668, over 20 % of the
+  steps 1.667, over 40 % 1.679, over 70 % 1.714. Only the attention norms: 1.610. Final norm too:
+  1.721. Static costs 0.001 in all of them (0.0025 with the final norm).
+- Little difference, pretrained, against 1.679: first token shared 1.690, pooling by the mean 1.679,
+  penalty of 0.1 on the spread of log rms 1.678. With the gate over 20 % a learning rate of 1e-3
+  instead of 5e-4 is 0.010 worse.
+
 ``FOLDER`` holds ``text/tinyshakespeare.txt`` (bytes, models from scratch), ``models/stories260K``
 and ``tinystories/`` (the pretrained Llama and its text).
 """
@@ -50,8 +66,8 @@ from maqd_hf.nn import LayerBatchNorm
 
 NEVER: dict[str, tuple[float, float]] = {}
 AT_ONCE = {"*": (0.0, 0.0)}
+FIRST_20_PERCENT = {"*": (0.0, 0.2)}
 FIRST_40_PERCENT = {"*": (0.0, 0.4)}
-STAGGERED = {"*mlp*": (0.0, 0.2), "*post_attention*": (0.0, 0.2), "*input_layernorm": (0.2, 0.4)}
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -96,9 +112,15 @@ ROWS = [
     Row("gpt2", "LBN, mean pooled too", AT_ONCE, pooled_mean=True, config=SHARED),
     Row("gpt2", "LBN, geometric, first own", AT_ONCE, config=OWN),
     Row("pretrained", "plain fine-tuning", NEVER),
-    Row("pretrained", "LBN (defaults)", FIRST_40_PERCENT),
-    Row("pretrained", "LBN, every norm", FIRST_40_PERCENT, config=OWN),
-    Row("pretrained", "LBN, mean", FIRST_40_PERCENT, config={"lbn_pooling": "mean"}),
+    Row("pretrained", "LBN, gate at once", AT_ONCE),
+    Row("pretrained", "LBN, gate over 20 %", FIRST_20_PERCENT),
+    Row("pretrained", "LBN, gate over 40 %", FIRST_40_PERCENT),
+    Row("pretrained", "LBN, gate over 70 %", {"*": (0.0, 0.7)}),
+    Row("pretrained", "40 %, every norm", FIRST_40_PERCENT, config=OWN),
+    Row("pretrained", "40 %, mean", FIRST_40_PERCENT, config={"lbn_pooling": "mean"}),
+    Row("pretrained", "40 %, first shared", FIRST_40_PERCENT, config={"first_token": "shared"}),
+    Row("pretrained", "40 %, spread penalty 0.1", FIRST_40_PERCENT, spread_penalty=0.1),
+    Row("pretrained", "40 %, attention norms only", {"*input_layernorm": (0.0, 0.4)}),
 ]
 
 
@@ -304,10 +326,10 @@ class Arguments:
     )
     rows: str = field(default="*", metadata={"help": "Glob pattern of row names."})
     seeds: list[int] = field(default_factory=lambda: [0, 1])
-    steps: int = field(default=700, metadata={"help": "Training steps from scratch."})
-    batch_size: int = field(default=8, metadata={"help": "Blocks of 128 bytes per step."})
-    pretrained_steps: int = field(default=600, metadata={"help": "Fine-tuning steps."})
-    pretrained_batch_size: int = field(default=16, metadata={"help": "Blocks of 256 tokens."})
+    steps: int = field(default=400, metadata={"help": "Training steps from scratch."})
+    batch_size: int = field(default=4, metadata={"help": "Blocks of 128 bytes per step."})
+    pretrained_steps: int = field(default=200, metadata={"help": "Fine-tuning steps."})
+    pretrained_batch_size: int = field(default=4, metadata={"help": "Blocks of 256 tokens."})
 
 
 def load_task(table: str, arguments: Arguments) -> Task | None:

@@ -37,6 +37,7 @@ from maqd_hf.data import load_text, tokenize_blocks
 from maqd_hf.embedded import resolve_model
 from maqd_hf.model_card import write_card
 from maqd_hf.perplexity import PerplexityResult, text_perplexity
+from maqd_hf.saving import save_model
 from maqd_hf.sensitivity import select_static_norms
 from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
 
@@ -206,8 +207,8 @@ class Job:
         batches = _batches(self.blocks, min(2, len(self.blocks)))
         chosen = select_static_norms(student, batches, self.job.lbn_tolerance)
         print(chosen)
-        self.run.record(norms=chosen.to_dict())
-        return list(chosen.static)
+        self.run.record(norms={**chosen.to_dict(), "static": chosen.static})
+        return chosen.static
 
     def train(self, student: nn.Module, static_norms: list[str]) -> MaQDTrainer:
         """Distil the float model into the quantised one."""
@@ -240,8 +241,7 @@ class Job:
         report = pack_model(student)
         print(report)
         folder = self.run.folder / "model"
-        student.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_model(student, folder, self.tokenizer)
         size = model_size(student)
         self.run.record(
             report=_card_report(report),

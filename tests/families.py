@@ -54,7 +54,10 @@ def _mixtral() -> PreTrainedConfig:
 
 
 FAMILIES = {
-    "llama-tied": lambda: (hf.LlamaForCausalLM, hf.LlamaConfig(**_GROUPED, tie_word_embeddings=True)),
+    "llama-tied": lambda: (
+        hf.LlamaForCausalLM,
+        hf.LlamaConfig(**_GROUPED, tie_word_embeddings=True),
+    ),
     "llama-untied": lambda: (
         hf.LlamaForCausalLM,
         hf.LlamaConfig(**_GROUPED, tie_word_embeddings=False, attention_bias=True),

@@ -44,7 +44,8 @@ def trained(family: str, **settings: Any) -> PreTrainedModel:
 def values_of(model: nn.Module) -> dict[str, Tensor]:
     """Every quantised weight, by module name."""
     simulated = {n: m.quantized_weight() for n, m in modules_of(model, MaQDLinear, MaQDEmbedding)}
-    packed = {n: m.dequantized_weight() for n, m in modules_of(model, PackedLinear, PackedEmbedding)}
+    layers = modules_of(model, PackedLinear, PackedEmbedding)
+    packed = {n: m.dequantized_weight() for n, m in layers}
     return {n: w.detach().clone() for n, w in (simulated | packed).items()}
 
 
@@ -156,7 +157,8 @@ def test_plain_transformers_loads_what_dequantize_model_leaves(tmp_path: Path) -
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
             for name, weight in weights.items():
                 plain = model.get_submodule(name)
-                assert torch.equal(plain.weight.T if isinstance(plain, Conv1D) else plain.weight, weight)
+                found = plain.weight.T if isinstance(plain, Conv1D) else plain.weight
+                assert torch.equal(found, weight)
             assert not hasattr(model.config, "quantization_config")
             assert not any("maqd_hf" in type(m).__module__ for m in model.modules())
             assert not any(m._forward_pre_hooks for m in model.modules())

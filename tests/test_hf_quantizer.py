@@ -78,7 +78,8 @@ def load(caplog: pytest.LogCaptureFixture) -> Callable[..., Any]:
         model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
         logger.removeHandler(caplog.handler)
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        assert not [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+        warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        assert not [text for text in warnings if "rope_parameters" not in text]  # Gemma in 5.0
         return model
 
     return load_without_a_word

@@ -20,8 +20,8 @@ LAYERS = (
     {"functional", "packing", "search"},
     {"kernels"},
     {"nn"},
-    {"config", "matching", "folding"},
-    {"conversion"},
+    {"config", "probing", "matching", "folding"},
+    {"building", "report", "size", "conversion"},
 )
 LAST = len(LAYERS)
 WITHOUT_TRANSFORMERS = {"functional", "packing", "search", "kernels", "nn"}

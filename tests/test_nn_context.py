@@ -115,8 +115,13 @@ def test_masks_are_given_out_only_where_they_fit() -> None:
     context = BatchContext()
     context.valid, context.first = LEFT.bool(), torch.zeros(2, 4, dtype=torch.bool)
     assert context.masks_for(torch.zeros(2, 4, 8)) == (context.valid, context.first)
-    for shape in [(8, 8), (2, 5, 8), (1, 4, 8), (2, 4, 3, 8)]:
+    for shape in [(8, 8), (2, 5, 8), (1, 4, 8), (2, 5, 3, 8), (2, 4, 4, 8), (2, 4, 1, 1, 8)]:
         assert context.masks_for(torch.zeros(shape)) == (None, None)
+    for shape in [(2, 4, 3, 8), (2, 3, 4, 8)]:  # per head
+        valid, _ = context.masks_for(torch.zeros(shape))
+        by_token = valid if shape[1] == 4 else valid.transpose(1, 2)
+        assert by_token.shape == (2, 4, 3)
+        assert torch.equal(by_token[..., 0], context.valid)
 
 
 def test_every_forward_replaces_the_masks_of_the_last() -> None:

@@ -315,3 +315,30 @@ def test_compiled_equals_eager(training: bool) -> None:
     x = torch.randn(2, 3, 8)
     torch.testing.assert_close(compiled(x), eager(x))
     torch.testing.assert_close(other.running_log_ms, eager.running_log_ms)
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_padding_does_not_count_per_head_either(heads_first: bool) -> None:
+    """q/k norms see (B, T, H, D) or (B, H, T, D)."""
+    context = BatchContext()
+    norm = LayerBatchNorm(4, NormSpec(weight=False), context=context).train()
+    norm.gate.fill_(1)
+    x = torch.randn(2, 5, 3, 4)
+    context.valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    noisy = torch.where(context.valid[:, :, None, None], x, 100 * torch.randn_like(x))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = norm(x.transpose(1, 2) if heads_first else x)
+        return (y.transpose(1, 2) if heads_first else y)[context.valid]
+
+    assert torch.allclose(run(x), run(noisy), rtol=1e-6)
+
+
+def test_a_bad_batch_does_not_spoil_the_average() -> None:
+    norm = LayerBatchNorm(4, NormSpec(weight=False)).train()
+    good = torch.randn(2, 3, 4)
+    norm(good)
+    before = norm.running_log_ms.clone()
+    norm(torch.full((2, 3, 4), float("nan")))
+    assert torch.equal(norm.running_log_ms, before)
+    assert norm.batches_seen == 1

@@ -96,4 +96,5 @@ def test_bits_per_weight_and_the_table() -> None:
     assert 2 < size.bits_per_quantized_weight < 4 and size.bits_per_weight > 2
     text = size.table()
     assert f"{size.bits_per_weight:.3f} bits a weight over all {size.weights:,}" in text
-    assert [line.split()[0] for line in text.splitlines()[:4]] == ["packed", "scales", "kept", "total"]
+    rows = [line.split()[0] for line in text.splitlines()[:4]]
+    assert rows == ["packed", "scales", "kept", "total"]

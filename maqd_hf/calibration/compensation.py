@@ -18,7 +18,7 @@ from ..nn import MaQDLinear
 logger = logging.getLogger(__name__)
 
 _MARGIN = 0.01  # of a step: how far latents stay from the thresholds of their cell
-_BISECTIONS = 60
+_MAX_ITERATIONS = 60
 _MEAN_WEIGHT = 0.1  # what a drift of a row's mean costs, as a share of the mean diagonal: behind a
 # LayerNorm it changes nothing (inputs sum to 0), but a latent could not follow it
 _RIDGE = 1e-4  # keeps scales that the inputs say little about where they are
@@ -225,7 +225,7 @@ def latent_for_codes(codes: Tensor, wanted: Tensor, grid: Grid) -> Tensor:
 
     A layer standardises its latent, so the latent's row mean must be the grid's centre. Every
     weight may move inside its cell (the outermost cells are open): all of a row move by the same
-    amount, clipped to their cells, found by bisection. Rows without a solution come as close as
+    amount, clipped to their cells. Rows without a solution come as close as
     they can; ``reproduces`` tells which.
     """
     step = grid.column_step(codes.shape[1]).double()
@@ -235,14 +235,21 @@ def latent_for_codes(codes: Tensor, wanted: Tensor, grid: Grid) -> Tensor:
     low = torch.where(codes == 0, -infinite, (centred - half) * step)
     high = torch.where(codes == grid.levels - 1, infinite, (centred + half) * step)
     start = wanted.double() - grid.centre.double()
-    reach = (start.abs().amax(1, keepdim=True) + grid.levels * step.amax(1, keepdim=True)) * 2
-    reach = reach * codes.shape[1]
-    below, above = -reach, reach
-    for _ in range(_BISECTIONS):
-        middle = (below + above) / 2
-        too_high = (start + middle).clamp(low, high).mean(1, keepdim=True) > 0
-        below, above = torch.where(too_high, below, middle), torch.where(too_high, middle, above)
-    latent = (start + (below + above) / 2).clamp(low, high)
+    shift = torch.zeros_like(grid.centre, dtype=torch.float64)
+    above = (start.abs() + step * grid.levels).amax(1, keepdim=True) * 2 * codes.shape[1]
+    below = -above
+    close = 1e-5 * _MARGIN * step.amin(1, keepdim=True)
+    for _ in range(_MAX_ITERATIONS):  # Newton's steps, halving where they leave the bracket
+        moved = start + shift
+        mean = moved.clamp(low, high).mean(1, keepdim=True)
+        if bool((mean.abs() <= close).all()):
+            break
+        below, above = torch.where(mean < 0, shift, below), torch.where(mean > 0, shift, above)
+        slope = ((moved > low) & (moved < high)).double().mean(1, keepdim=True)
+        newton = shift - mean / slope
+        inside = (newton > below) & (newton < above)
+        shift = torch.where(inside, newton, (below + above) / 2)
+    latent = (start + shift).clamp(low, high)
     return (latent + grid.centre.double()).to(wanted.dtype)
 
 

@@ -61,11 +61,21 @@ class BatchContext:
         return (mask.cumsum(dim=1)[:, -length:] + uncovered == 1) & valid
 
     def masks_for(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """``(valid, first)`` if they describe the tokens of ``x`` (B, T, ..., D), else None."""
+        """``(valid, first)``, each of shape ``x.shape[:-1]``, where they describe ``x``, else None.
+
+        ``x`` is (B, T, D), or per head (B, T, H, D) or (B, H, T, D); with as many heads as tokens
+        the last two cannot be told apart, and nothing is known.
+        """
         return self._fit(self.valid, x), self._fit(self.first, x)
 
     @staticmethod
     def _fit(mask: Tensor | None, x: Tensor) -> Tensor | None:
-        if mask is None or x.dim() != 3 or x.shape[:2] != mask.shape:
+        if mask is None or x.dim() not in (3, 4) or x.shape[0] != mask.shape[0]:
             return None
-        return mask
+        tokens = mask.shape[1]
+        if x.dim() == 3:
+            return mask if x.shape[1] == tokens else None
+        if (x.shape[1] == tokens) == (x.shape[2] == tokens):
+            return None
+        spread = mask.unsqueeze(2) if x.shape[1] == tokens else mask.unsqueeze(1)
+        return spread.expand(x.shape[:-1])

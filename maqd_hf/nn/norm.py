@@ -166,11 +166,13 @@ class LayerBatchNorm(nn.Module):
         if _recomputing():
             return
         new = pooled.detach().to(self.running_log_ms.dtype).flatten()
-        has_tokens = torch.ones_like(new) if counted is None else counted.any(dim=1).to(new.dtype)
-        samples = has_tokens.sum()
+        counts = new.isfinite()  # one bad batch must not spoil the average for good
+        if counted is not None:
+            counts &= counted.flatten(1).any(dim=1)
+        samples = counts.sum()
         self.batches_seen += samples > 0
         momentum = torch.clamp(1 / self.batches_seen.clamp(min=1), min=self.spec.momentum)
-        average = (new * has_tokens).sum() / samples.clamp(min=1)
+        average = torch.where(counts, new, 0).sum() / samples.clamp(min=1)
         self.running_log_ms.lerp_(average.expand(1), momentum * (samples > 0))
 
     def extra_repr(self) -> str:
