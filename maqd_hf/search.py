@@ -22,12 +22,18 @@ def _error(rows: Tensor, levels: int, step: Tensor, importance: Tensor | None) -
     return gap.sum(-1) if importance is None else gap.mul_(importance).sum(-1)
 
 
-def _search(rows: Tensor, levels: int, importance: Tensor | None) -> Tensor:
+def full_range_step(rows: Tensor, levels: int) -> Tensor:
+    """Step per row (...,) that clips nothing of ``rows`` (..., width); 1e-6 where all are zero."""
     full = rows.abs().amax(-1) / grid_center(levels)
-    full = torch.where(full > 0, full, _EMPTY_STEP)
+    return torch.where(full > 0, full, _EMPTY_STEP)
+
+
+def _search(rows: Tensor, levels: int, importance: Tensor | None) -> Tensor:
+    full = full_range_step(rows, levels)
     best, best_error = full, _error(rows, levels, full, importance)
     # coarse: from slightly beyond the full range down to a tenth; then halve around the best, twice
-    for power in range(-1, _COARSE):
+    # many levels clip little even at the best step
+    for power in range(-1, _COARSE if levels < 64 else _COARSE // 2):
         candidate = full * _RATIO**power
         best, best_error = _keep_better(rows, levels, candidate, best, best_error, importance)
     for exponent in (0.5, 0.25):

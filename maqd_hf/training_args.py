@@ -34,7 +34,7 @@ class MaQDTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Fraction of all steps at which the norms' gate starts."}
     )
     lbn_end: float = field(
-        default=0.4, metadata={"help": "Fraction of all steps from which the gate is open (1)."}
+        default=0.2, metadata={"help": "Fraction of all steps from which the gate is open (1)."}
     )
     lbn_norms: list[str] | None = field(
         default=None, metadata={"help": "Glob patterns of the norms to open; default: all."}

@@ -14,6 +14,7 @@ from transformers import BertModel, GPT2LMHeadModel, LlamaForCausalLM, PreTraine
 
 from maqd_hf import pack_model, quantize_model
 from maqd_hf.calibration import calibrate_activations
+from maqd_hf.calibration.blocks import float_activations
 from maqd_hf.callbacks import gated_norms
 from maqd_hf.functional import pooled_log_ms, token_log_ms
 from maqd_hf.sensitivity import (
@@ -88,7 +89,8 @@ def test_what_is_admitted_costs_at_most_the_tolerance(llama: PreTrainedModel) ->
     assert divergence(llama, TOKENS, selection.static) <= tolerance + 1e-6
     assert sorted(selection.static + selection.per_token) == sorted(gated_norms(llama))
     for choice in selection.choices:
-        assert choice.static or max(choice.alone, choice.joint or 0) > tolerance
+        expensive = max(choice.alone + selection.cost, choice.joint or 0)
+        assert choice.static or expensive > tolerance
 
 
 def test_tolerance_zero_admits_nothing(llama: PreTrainedModel) -> None:
@@ -128,6 +130,23 @@ def test_quantised_weights_are_those_that_count(tiny_llama: LlamaForCausalLM) ->
     for choice in select_static_norms(tiny_llama, TOKENS, 1e9, progress=False).choices:
         expected = divergence(tiny_llama, TOKENS, [choice.name])
         assert choice.alone == pytest.approx(expected, abs=1e-5)
+
+
+def test_rounding_errors_of_the_activations_are_not_a_cost(tiny_llama: LlamaForCausalLM) -> None:
+    quantize_model(tiny_llama, weight_levels=None, activation_levels=15)
+    calibrate_activations(tiny_llama, TOKENS, progress=False)
+    selection = select_static_norms(tiny_llama, TOKENS, 1e9, progress=False)
+    with torch.no_grad():
+        quantized = tiny_llama(input_ids=TOKENS).logits.log_softmax(-1)
+        with float_activations(tiny_llama):
+            reference = tiny_llama(input_ids=TOKENS).logits.log_softmax(-1)
+        for choice in selection.choices:
+            gate = tiny_llama.get_submodule(choice.name).gate
+            gate.fill_(1.0)
+            static = tiny_llama(input_ids=TOKENS).logits.log_softmax(-1)
+            gate.fill_(0.0)
+            cost = (reference.exp() * (quantized - static)).sum(-1).mean()
+            assert choice.alone == pytest.approx(float(cost), abs=1e-4)
 
 
 def test_the_model_is_left_as_it_was(tiny_gpt2: GPT2LMHeadModel) -> None:

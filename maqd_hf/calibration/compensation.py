@@ -122,7 +122,8 @@ def compensate(
 ) -> tuple[Tensor, Tensor]:
     """Round column by column, moving each column's error to the columns not yet rounded.
 
-    Returns codes and the values that were rounded, both (out, in). GPTQ, arXiv:2210.17323.
+    Returns codes and the values that were rounded, both (out, in). GPTQ, arXiv:2210.17323. The
+    outer products are addmm_: addr_ wakes threads for each, 100 times slower on a busy machine.
     """
     order, factor = hessian.order, hessian.factor
     columns = len(order)
@@ -139,7 +140,7 @@ def compensate(
             value = dequantize(code, grid.levels, step[j]) + centre[0]
             errors[i] = (block[i] - value) / factor[j, j]
             codes[j] = code
-            block[i + 1 :].addr_(factor[j, j + 1 : stop], errors[i], alpha=-1)
+            block[i + 1 :].addmm_(factor[j, j + 1 : stop, None], errors[i, None], alpha=-1)
         w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     back = torch.argsort(order)
     return codes[back].t().contiguous(), w[back].t().contiguous()
@@ -168,7 +169,7 @@ def descend(
             new = dequantize(code, grid.levels, step[j]) + centre[0]
             changes[i] = new - value[j]
             codes[j], value[j], rounded[j] = code, new, wanted
-            gradient[start:stop].addr_(h[start:stop, j], changes[i], alpha=-1)
+            gradient[start:stop].addmm_(h[start:stop, j, None], changes[i, None], alpha=-1)
         if stop < columns:
             gradient[stop:].addmm_(h[stop:, start:stop], changes, alpha=-1)
         if start:

@@ -2,7 +2,7 @@
 
 from .context import BatchContext, FirstToken
 from .embedding import MaQDEmbedding
-from .linear import ActivationQuantizer, LinearSpec, MaQDLinear
+from .linear import ActivationQuantizer, LinearSpec, MaQDLinear, Start
 from .norm import LayerBatchNorm, NormSpec
 from .packed import PackedEmbedding, PackedLinear
 
@@ -17,4 +17,5 @@ __all__ = [
     "NormSpec",
     "PackedEmbedding",
     "PackedLinear",
+    "Start",
 ]

@@ -7,13 +7,11 @@ weights a float one would be two thirds of the file.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from ..functional import check_levels, fake_quantize_weight, weight_codes
-from .linear import LinearSpec, MaQDLinear
+from .linear import LinearSpec, MaQDLinear, Start
 from .precision import Apply, mark_output_dtype, without_narrowing
 
 
@@ -68,7 +66,7 @@ class MaQDEmbedding(nn.Embedding):
             setattr(head, name, getattr(self, name))
         return head
 
-    def reset_quantizer(self, start: Literal["gaussian", "search"] = "search") -> None:
+    def reset_quantizer(self, start: Start = "search") -> None:
         """Start values from the current rows, see ``MaQDLinear.reset_quantizer``."""
         self.as_linear(LinearSpec(self.levels, None)).reset_quantizer(start)
 
@@ -108,7 +106,7 @@ class MaQDEmbedding(nn.Embedding):
         embedding: nn.Embedding,
         levels: int,
         output_scale: float = 1.0,
-        start: Literal["gaussian", "search"] | None = "search",
+        start: Start | None = "search",
     ) -> MaQDEmbedding:
         """A quantised copy of ``embedding`` on its device."""
         dtype = torch.promote_types(embedding.weight.dtype, torch.float32)

@@ -18,9 +18,15 @@ from ..functional import (
     weight_codes,
     widen,
 )
-from ..search import search_step
+from ..search import full_range_step, search_step
 from .context import BatchContext, FirstToken
 from .precision import Apply, without_narrowing
+
+
+Start = Literal["search", "range", "gaussian"]
+"""Where a grid starts: "search", the step of least squared error per group; "range", the step that
+clips nothing, for grids that a calibration chooses again; "gaussian", the constant of M, for rows
+trained from scratch."""
 
 
 @dataclass(frozen=True)
@@ -199,12 +205,11 @@ class MaQDLinear(nn.Linear):
         return self.spec.weight_levels
 
     @torch.no_grad()
-    def reset_quantizer(self, start: Literal["gaussian", "search"] = "search") -> None:
+    def reset_quantizer(self, start: Start = "search") -> None:
         """Start values of step, scale and offset from the current latent.
 
-        "gaussian": the constant of M, for rows trained from scratch. "search": the step of least
-        squared error per group, for pretrained rows. ``scale`` is the least-squares fit, so that
-        the layer starts as close to its float self as its grid allows.
+        ``scale`` is the least-squares fit, so that the layer starts as close to its float self as
+        its grid allows.
         """
         if self.weight_step is None or self.weight_log_scale is None:
             return
@@ -221,7 +226,8 @@ class MaQDLinear(nn.Linear):
             self.set_grid(std.expand_as(self.weight_step) * gaussian_step(levels), mean, refit=True)
         else:
             grouped = (self.weight - mean).view(*self.weight_step.shape, -1)
-            self.set_grid(search_step(grouped, levels), mean, refit=True)
+            choose = search_step if start == "search" else full_range_step
+            self.set_grid(choose(grouped, levels), mean, refit=True)
 
     @torch.no_grad()
     def set_grid(self, step: Tensor, offset: Tensor | None = None, refit: bool = False) -> None:
@@ -277,7 +283,7 @@ class MaQDLinear(nn.Linear):
         linear: nn.Module,
         spec: LinearSpec | None = None,
         context: BatchContext | None = None,
-        start: Literal["gaussian", "search"] | None = "search",
+        start: Start | None = "search",
     ) -> MaQDLinear:
         """A quantised copy of an ``nn.Linear`` or a ``Conv1D`` (weight (in, out)), same device.
 
