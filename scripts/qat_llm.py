@@ -33,7 +33,13 @@ import matplotlib
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    default_data_collator,
+)
 
 import maqd_hf
 from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
@@ -47,7 +53,7 @@ from maqd_hf.sensitivity import select_static_norms
 from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from matplotlib import pyplot as plt
 
 
 @dataclass
@@ -78,9 +84,9 @@ class JobArguments:
         default=0.02,
         metadata={"help": "Norms become static as long as the loss rises by at most this (nats)."},
     )
-    calibration_samples: int = field(default=16, metadata={"help": "Blocks for the start values."})
+    calibration_samples: int = field(default=16, metadata={"help": "Calibration blocks."})
     block_size: int = field(default=256, metadata={"help": "Tokens of a training sample."})
-    train_tokens: int = field(default=24_576, metadata={"help": "Training tokens, if no max_steps."})
+    train_tokens: int = field(default=24_576, metadata={"help": "Used if no max_steps."})
     eval_window: int = field(default=512, metadata={"help": "Tokens of an evaluation window."})
     eval_windows: int = field(default=12, metadata={"help": "Windows to evaluate on."})
     prompt: str = field(default="The city was founded in", metadata={"help": "For the sample."})
@@ -135,16 +141,20 @@ class Job:
     def __init__(self, job: JobArguments, training: MaQDTrainingArguments) -> None:
         self.job, self.training = job, training
         self.config = job.maqd_config()
-        folder = Path(training.output_dir)
+        folder = Path(str(training.output_dir))
         self.checkpoint = _find_checkpoint(folder, training.resume_from_checkpoint)
         _prepare_folder(folder, job.overwrite, resuming=self.checkpoint is not None)
         self.run = Run(folder)
         (folder / "arguments.json").write_text(
             json.dumps(
-                {"job": asdict(job), "quantization": self.config.to_dict(),
-                 "training": training.to_sanitized_dict()},
+                {
+                    "job": asdict(job),
+                    "quantization": self.config.to_dict(),
+                    "training": training.to_sanitized_dict(),
+                },
                 indent=2,
-            ) + "\n",
+            )
+            + "\n",
             "utf-8",
         )
 
@@ -176,7 +186,9 @@ class Job:
     @property
     def tokens_per_step(self) -> int:
         training = self.training
-        return self.job.block_size * training.train_batch_size * training.gradient_accumulation_steps
+        return (
+            self.job.block_size * training.train_batch_size * training.gradient_accumulation_steps
+        )
 
     def perplexity(self, model: nn.Module, stage: str) -> PerplexityResult:
         """Measure ``model`` on the held-out text and record it as ``stage``."""
@@ -194,7 +206,7 @@ class Job:
         print(f"   perplexity, {stage}: {result.perplexity:.2f}", flush=True)
         return result
 
-    def start(self) -> nn.Module:
+    def start(self) -> PreTrainedModel:
         """Convert and calibrate: the best model that needs no training."""
         student = copy.deepcopy(self.teacher)
         report = quantize_model(student, self.config, start="range")  # calibrate searches
@@ -215,7 +227,7 @@ class Job:
         self.run.record(norms={**chosen.to_dict(), "static": chosen.static})
         return chosen.static
 
-    def train(self, student: nn.Module, static_norms: list[str]) -> MaQDTrainer:
+    def train(self, student: PreTrainedModel, static_norms: list[str]) -> MaQDTrainer:
         """Distil the float model into the quantised one."""
         self.training.lbn_norms = static_norms
         trainer = MaQDTrainer(
@@ -373,8 +385,11 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
         f"{packed / 2**20:.1f} MiB on disk, {full / 2**20:.1f} MiB in bfloat16 "
         f"({full / packed:.1f}x smaller)",
         f"{len(static)} norms static, {len(token)} per token"
-        + (f" (KL to per-token norms before training {metrics['norms']['cost']:.3f} nats)"
-           if "norms" in metrics else ""),
+        + (
+            f" (KL to per-token norms before training {metrics['norms']['cost']:.3f} nats)"
+            if "norms" in metrics
+            else ""
+        ),
         f"measured: {metrics['protocol']}",
         f"sample: {metrics['sample']!r}",
         f"{metrics['seconds']['total']:.0f} s in all; everything is in {folder}",

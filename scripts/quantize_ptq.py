@@ -12,12 +12,16 @@ training (scripts/qat_llm.py).
 """
 
 import json
+import os
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+# Spinning threads slow a busy machine down tenfold; read by OpenMP when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import datasets
 import torch
@@ -31,6 +35,7 @@ from maqd_hf.calibration import calibrate
 from maqd_hf.data import EMBEDDED, load_text, tokenize_blocks
 from maqd_hf.embedded import SMOLLM2, resolve_model
 from maqd_hf.perplexity import PerplexityResult, text_perplexity
+from maqd_hf.saving import save_model
 
 
 @dataclass
@@ -129,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         layer_batch_norm=False,
     )
     began = time.perf_counter()
-    quantize_model(model, config)
+    quantize_model(model, config, start="range" if args.gptq else "search")  # GPTQ searches
     ids = calibration_ids(args, tokenizer)
     gptq_report = calibrate(model, ids, gptq_weights=args.gptq, batch_size=args.batch_size)
     seconds = time.perf_counter() - began
@@ -161,8 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(after.protocol)
     if args.output_dir:
         output = Path(args.output_dir)
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        save_model(model, output, tokenizer)
         (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         print(f"saved to {output}")
     return metrics

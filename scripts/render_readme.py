@@ -55,49 +55,62 @@ def main_job(result: dict[str, Any]) -> str:
 
 
 def post_training(result: list[dict[str, Any]]) -> str:
-    """Start values without training."""
+    """Start values without training: several metrics.json of scripts/quantize_ptq.py."""
+    rows = []
+    for run in sorted(result, key=lambda run: -run["arguments"]["weight_levels"]):
+        asked, full = run["arguments"], run["float"]["perplexity"]
+        group = f"groups of {asked['group_size']}" if asked["group_size"] else "per row"
+        found = run["quantized"]["perplexity"]
+        rows.append(
+            (
+                f"{asked['weight_levels']} levels, {group}",
+                f"{full:.2f}",
+                f"{found:.2f}",
+                f"{100 * (found / full - 1):+.1f} %",
+                f"{run['quantization_seconds']:.0f} s",
+            )
+        )
+    header = ("weights only, head float", "float", "quantised", "to float", "calibration")
+    text = f"WikiText-2 raw test. {result[0]['quantized']['protocol']}"
+    return f"{text}\n\n" + table(header, rows)
+
+
+def norms(result: list[dict[str, Any]]) -> str:
+    """What static statistics cost: rows of scripts/lbn_experiments.py."""
     rows = [
         (
-            run["label"],
-            f"{run['bits_per_weight']:.2f}",
-            f"{run['perplexity']:.2f}",
-            f"{100 * (run['perplexity'] / run['float_perplexity'] - 1):+.1f} %",
-            f"{run['seconds']:.0f} s",
+            f"{row['table']}, {row['steps']} steps",
+            row["name"],
+            str(row["seed"]),
+            f"{row['trained']:.3f}",
+            f"{row['static']:.3f}",
         )
-        for run in result
+        for row in result
     ]
-    header = ("weights", "bits a weight, model", "perplexity", "to float", "calibration")
-    return f"{result[0]['protocol']}\n\n" + table(header, rows)
-
-
-def norms(result: dict[str, Any]) -> str:
-    """What static statistics cost."""
-    rows = [
-        (row["table"], row["name"], f"{row['trained']:.3f}", f"{row['static']:.3f}")
-        for row in result["rows"]
-    ]
-    return table(("model", "norm", "trained, nats", "static, nats"), rows)
+    return table(("model", "norms", "seed", "trained, nats", "static, nats"), rows)
 
 
 def training_cost(result: dict[str, Any]) -> str:
     """Step time and memory against a plain fine-tune."""
     rows = [
         (
-            row["name"],
-            f"{row['seconds']:.2f} s",
+            row["kind"],
+            f"{row['step_seconds']:.2f} s",
             f"{row['time_ratio']:.2f}x",
             f"{row['peak_bytes'] / 2**20:,.0f} MiB",
             f"{row['memory_ratio']:.2f}x",
         )
-        for row in result["rows"]
+        for row in result["results"]
     ]
-    return table(("", "median step", "to plain", "peak memory", "to plain"), rows)
+    asked = result["arguments"]
+    text = f"{asked['model']}, {asked['batch_size']} x {asked['length']} tokens, float32."
+    return f"{text}\n\n" + table(("", "median step", "to plain", "peak memory", "to plain"), rows)
 
 
 SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
     ("The main job", "main_job.json", "python scripts/qat_llm.py", main_job),
-    ("Without training", "ptq.json", "python scripts/quantize_ptq.py", post_training),
-    ("Static norms", "lbn.json", "python scripts/lbn_experiments.py", norms),
+    ("Without training", "ptq-*.json", "python scripts/quantize_ptq.py", post_training),
+    ("Static norms", "lbn_experiments.json", "python scripts/lbn_experiments.py", norms),
     ("What training costs", "training.json", "python scripts/benchmark_training.py", training_cost),
 ]
 
@@ -106,10 +119,10 @@ def render(results: Path) -> str:
     """All sections whose result is there."""
     parts = ["## Measured", "", "Two cores of a shared machine; times are only as good as that."]
     for title, name, command, section in SECTIONS:
-        path = results / name
-        if not path.exists():
+        files = [json.loads(path.read_text("utf-8")) for path in sorted(results.glob(name))]
+        if not files:
             continue
-        content = json.loads(path.read_text("utf-8"))
+        content = files if "*" in name else files[0]
         source = f"`results/{name}`, written by `{command}`"
         parts += ["", f"### {title}", "", section(content), "", f"({source})"]
     return "\n".join(parts)

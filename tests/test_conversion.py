@@ -360,9 +360,7 @@ def test_what_is_not_a_float_transformers_model_in_memory() -> None:
 
 
 def test_embeddings_that_cannot_be_shared_are_refused() -> None:
-    refused(
-        tiny("t5-encoder"), "shares its weight with", MaQDConfig(embedding_levels=255)
-    )
+    refused(tiny("t5-encoder"), "shares its weight with", MaQDConfig(embedding_levels=255))
     refused(tiny("vit"), "no token embedding", MaQDConfig(embedding_levels=255))
 
 

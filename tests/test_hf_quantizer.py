@@ -116,9 +116,7 @@ def test_what_is_loaded_is_what_was_saved(
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu"])
 @pytest.mark.parametrize("state", ["qat", "packed"])
-def test_device_map(
-    state: str, device_map: str, tmp_path: Path, load: Callable[..., Any]
-) -> None:
+def test_device_map(state: str, device_map: str, tmp_path: Path, load: Callable[..., Any]) -> None:
     model = converted("llama-tied", state)
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     assert_equal(load(type(model), tmp_path, device_map=device_map), model)

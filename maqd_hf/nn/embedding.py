@@ -7,6 +7,7 @@ weights a float one would be two thirds of the file.
 from __future__ import annotations
 
 from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 

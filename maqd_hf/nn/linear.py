@@ -22,7 +22,6 @@ from ..search import full_range_step, search_step
 from .context import BatchContext, FirstToken
 from .precision import Apply, without_narrowing
 
-
 Start = Literal["search", "range", "gaussian"]
 """Where a grid starts: "search", the step of least squared error per group; "range", the step that
 clips nothing, for grids that a calibration chooses again; "gaussian", the constant of M, for rows
