@@ -56,6 +56,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
+_MOST_TOKENS = 2_000_000  # of a large dataset; tokenising more than a short run sees takes minutes
+
+
 @dataclass
 class JobArguments:
     """What to quantise, on which text, and how."""
@@ -176,12 +179,14 @@ class Job:
         steps, per_step = self.training.max_steps, self.tokens_per_step
         if steps <= 0:
             steps = self.training.max_steps = max(1, self.job.train_tokens // per_step)
+        # Whole text, then shuffled: consecutive blocks are one article, and start values fitted to
+        # one article are bad ones (perplexity 89 against 64 with plain GPTQ at 4 bit).
         self.blocks = tokenize_blocks(
             data[self.job.train_split],
             self.tokenizer,
             self.job.block_size,
-            max_tokens=max(steps * per_step, self.job.calibration_samples * self.job.block_size),
-        )
+            max_tokens=max(_MOST_TOKENS, steps * per_step),
+        ).shuffle(seed=self.training.seed)
 
     @property
     def tokens_per_step(self) -> int:

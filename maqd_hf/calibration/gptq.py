@@ -22,7 +22,9 @@ the same, correction=0.5, sweeps=2                1.668   1.934   2.967   3.539
 ===============================================  ======  ======  ======  ======
 
 So the correction is what matters, half of it more than all of it; sweeps help below 16 levels;
-least-squares scales alone are a wash.
+least-squares scales alone are a wash. On SmolLM2-135M (8 levels, groups of 64, 16x512 tokens of
+WikiText-2 validation) the defaults give perplexity 66.4 on the first 24 windows of 512 of its raw
+test text; float 32.35, and 79.7 with an earlier implementation of plain GPTQ.
 """
 
 from __future__ import annotations
