@@ -78,7 +78,7 @@ class JobArguments:
     activation_scaling: Literal["static", "token"] = field(
         default="static", metadata={"help": "One learned step, or one per token."}
     )
-    group_size: int | None = field(default=None, metadata={"help": "Inputs that share a scale."})
+    group_size: int | None = field(default=64, metadata={"help": "Inputs that share a scale."})
     embedding_levels: int | None = field(default=255, metadata={"help": "Embedding and head."})
     config: str | None = field(
         default=None, metadata={"help": "JSON file with a whole MaQDConfig; replaces the above."}

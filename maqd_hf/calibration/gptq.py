@@ -128,7 +128,7 @@ def gptq(
     act_order: bool = True,
     correction: float = 0.5,
     sweeps: int = 2,
-    skip_first: bool = True,
+    skip_first: bool = False,
     block_size: int = 128,
     batch_size: int = 4,
     progress: bool = True,
@@ -144,7 +144,9 @@ def gptq(
             before it the layer shall make up for, 0 (plain GPTQ) .. 1. Costs one more forward,
             and memory for the inputs of one block's layers on all of ``data``.
         sweeps: of coordinate descent over the codes afterwards.
-        skip_first: leave first tokens (massive activations) out; padding always is.
+        skip_first: leave first tokens out; padding always is. Bad for models that park massive
+            activations there: the error then goes into the columns only they use (SmolLM2-135M,
+            16 levels, groups of 64: perplexity 84 against 35, float 25).
         block_size: columns rounded before the rest of the matrix is updated.
         batch_size: samples in a forward when ``data`` is one tensor.
         progress: show a bar.
