@@ -35,6 +35,7 @@ class MaQDHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._new_heads: list[str] = []
         self._shapes: dict[str, torch.Size] = {}
+        self._frozen: list[str] = []
 
     @property
     def _state(self) -> str:
@@ -65,6 +66,8 @@ class MaQDHfQuantizer(HfQuantizer):
         if isinstance(getattr(model, "dtype_plan", None), dict):  # transformers 5.0
             model.dtype_plan.update(dict.fromkeys(strict, torch.float32))
         self._shapes = _shapes(model)
+        parameters = model.named_parameters(remove_duplicate=False)
+        self._frozen = [name for name, p in parameters if not p.requires_grad]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -79,6 +82,8 @@ class MaQDHfQuantizer(HfQuantizer):
             if bias is not None and not getattr(bias, "_is_hf_initialized", False):
                 nn.init.zeros_(bias)
                 bias._is_hf_initialized = True
+        for name in self._frozen:  # loading makes every float tensor trainable
+            model.get_parameter(name).requires_grad_(False)
         check_loaded(model, self.quantization_config)
         if self._state == "qat":
             _detach(model)

@@ -400,3 +400,16 @@ def test_transformers_can_dequantize(tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path / "plain")
     tensors = load_file(tmp_path / "plain" / "model.safetensors")
     assert not any("scale" in name or "step" in name for name in tensors)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_loading_keeps_frozen_tensors_frozen(tiny_llama, tmp_path, packed):
+    """transformers makes every float tensor it loads trainable; an optimizer would see them."""
+    quantize_model(tiny_llama, activation_scaling="token", embedding_levels=255)
+    if packed:
+        pack_model(tiny_llama)
+    tiny_llama.save_pretrained(tmp_path)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    trainable = {n for n, p in tiny_llama.named_parameters() if p.requires_grad}
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == trainable
+    assert packed or not any(n.endswith("weight_step") for n in trainable)

@@ -1,0 +1,109 @@
+"""scripts/qat_llm.py on a tiny model: every stage, every file, and a resumed run."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import maqd_hf
+from maqd_hf.perplexity import text_perplexity
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def job(tmp_path, tiny_llama, byte_tokenizer, sample_text):
+    """Arguments of a job on a saved tiny model and a text file."""
+    source, text = tmp_path / "float", tmp_path / "text.txt"
+    tiny_llama.save_pretrained(source)
+    byte_tokenizer.save_pretrained(source)
+    text.write_text(sample_text, "utf-8")
+    options = {
+        "model": source,
+        "dataset": text,
+        "eval_split": "train",
+        "output_dir": tmp_path / "run",
+        "group_size": 32,
+        "block_size": 32,
+        "eval_window": 32,
+        "eval_windows": 4,
+        "calibration_samples": 4,
+        "new_tokens": 4,
+        "max_steps": 4,
+        "bf16": "false",
+        "use_cpu": "true",
+        "per_device_train_batch_size": 2,
+    }
+    return lambda **more: [f"--{k}={v}" for k, v in {**options, **more}.items()]
+
+
+def test_every_stage_and_every_file(job, tmp_path, byte_tokenizer, sample_text, capsys):
+    metrics = load("qat_llm").main(job(lbn_tolerance=10))
+    run = tmp_path / "run"
+    assert {f.name for f in run.iterdir()} >= {
+        "arguments.json", "metrics.json", "plot.png", "README.md", "model",
+    }  # fmt: skip
+    assert json.loads((run / "metrics.json").read_text("utf-8")) == metrics
+    assert list(metrics["perplexity"]) == ["float", "start", "trained", "reloaded"]
+    assert metrics["perplexity"]["reloaded"] == pytest.approx(
+        metrics["perplexity"]["trained"], rel=1e-3
+    )
+    assert metrics["report"]["static norms"], "a tolerance of 10 nats admits every norm"
+    assert (run / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert "import maqd_hf" in (run / "README.md").read_text("utf-8")
+    assert "perplexity" in capsys.readouterr().out
+
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert maqd_hf.model_size(model).bits_per_weight == pytest.approx(metrics["bits_per_weight"])
+    again = text_perplexity(model, byte_tokenizer, [sample_text], 32, max_windows=4).perplexity
+    assert again == pytest.approx(metrics["perplexity"]["reloaded"], rel=1e-5)
+
+
+def test_an_interrupted_run_resumes_to_the_same_model(job, tmp_path, monkeypatch):
+    script = load("qat_llm")
+    script.main(job())
+    trainer = script.MaQDTrainer
+    inner = trainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return inner(self, *args, **kwargs)
+
+    other = {"output_dir": tmp_path / "other", "save_strategy": "steps", "save_steps": 2}
+    monkeypatch.setattr(trainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(job(**other))
+    monkeypatch.setattr(trainer, "training_step", inner)
+    script.main(job(**other, resume_from_checkpoint="true"))
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "other" / "model").state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_full_run_directory_is_not_overwritten(job, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    script = load("qat_llm")
+    with pytest.raises(SystemExit, match="not empty"):
+        script.main(job())
+    with pytest.raises(SystemExit, match="no complete checkpoint"):
+        script.main(job(resume_from_checkpoint="true"))
+    assert (tmp_path / "run" / "mine.txt").read_text() == "precious"
+
+
+def test_readme_says_what_results_say():
+    assert load("render_readme").main(["--check"]) == 0
