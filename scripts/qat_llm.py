@@ -55,7 +55,6 @@ from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_ch
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-
 _MOST_TOKENS = 2_000_000  # of a large dataset; tokenising more than a short run sees takes minutes
 
 
@@ -89,7 +88,7 @@ class JobArguments:
     )
     calibration_samples: int = field(default=16, metadata={"help": "Calibration blocks."})
     block_size: int = field(default=256, metadata={"help": "Tokens of a training sample."})
-    train_tokens: int = field(default=24_576, metadata={"help": "Used if no max_steps."})
+    train_tokens: int = field(default=20_480, metadata={"help": "Used if no max_steps."})
     eval_window: int = field(default=512, metadata={"help": "Tokens of an evaluation window."})
     eval_windows: int = field(default=12, metadata={"help": "Windows to evaluate on."})
     prompt: str = field(default="The city was founded in", metadata={"help": "For the sample."})

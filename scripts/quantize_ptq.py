@@ -104,7 +104,7 @@ def measure(args: Arguments, model: Any, tokenizer: Any) -> PerplexityResult | N
         tokenizer,
         (row["text"] for row in texts),
         args.window,
-        join=args.join or "\n\n",
+        join="\n\n" if args.join is None else args.join,
         max_windows=args.max_eval_windows,
         progress=True,
     )
