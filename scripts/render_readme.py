@@ -79,7 +79,7 @@ def norms(result: list[dict[str, Any]]) -> str:
     """What static statistics cost: rows of scripts/lbn_experiments.py."""
     rows = [
         (
-            f"{row['table']}, {row['steps']} steps",
+            "{table}, {steps} steps of {batch[0]} x {batch[1]}".format(**row),
             row["name"],
             str(row["seed"]),
             f"{row['trained']:.3f}",
