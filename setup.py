@@ -1,7 +1,9 @@
-"""Builds the CPU kernel, a plain C library called through ctypes; the rest is in pyproject.toml.
+"""Builds the CPU kernels, a plain C library called through ctypes; the rest is in pyproject.toml.
 
 ``optional``: without a compiler the install goes on and packed layers use the torch reference.
 """
+
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -9,9 +11,18 @@ setup(
     ext_modules=[
         Extension(
             "maqd_hf.kernels._native",
-            sources=["maqd_hf/kernels/csrc/packed.c"],
-            extra_compile_args=["-O3", "-fopenmp", "-std=gnu11"],
-            extra_link_args=["-fopenmp"],
+            sources=sorted(glob("maqd_hf/kernels/csrc/*.c")),
+            depends=glob("maqd_hf/kernels/csrc/*.h"),
+            extra_compile_args=[
+                "-O3",
+                "-std=gnu11",
+                "-fopenmp",
+                "-pthread",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-Wno-psabi",
+            ],
+            extra_link_args=["-fopenmp", "-pthread"],
             libraries=["m"],
             optional=True,
         )

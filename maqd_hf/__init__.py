@@ -6,6 +6,7 @@ Importing this package registers ``quant_method: "maqd"`` with transformers, so 
 
 from .config import MaQDConfig
 from .conversion import quantize_model
+from .decoding import use_native
 from .finalize import dequantize_model, pack_model
 from .hf_quantizer import register
 from .report import ConversionReport
@@ -22,6 +23,7 @@ __all__ = [
     "pack_model",
     "quantize_model",
     "save_model",
+    "use_native",
 ]
 
 register()

@@ -18,11 +18,11 @@ from .building import (
     replace_module,
 )
 from .conversion import make_report, quantization_config
+from .decoding import attach_native, use_native
 from .folding import absorb_scale
 from .integrity import checksum
 from .matching import Names, is_linear
 from .nn import (
-    ActivationQuantizer,
     LayerBatchNorm,
     LinearSpec,
     MaQDEmbedding,
@@ -30,6 +30,7 @@ from .nn import (
     PackedEmbedding,
     PackedLinear,
 )
+from .nn.packed import check_calibrated
 from .probing import probe_norm
 from .report import ConversionReport
 
@@ -78,17 +79,13 @@ def pack_model(model: nn.Module) -> ConversionReport:
     config = replace(config, state="packed", modules=modules)
     model.config.quantization_config = config  # type: ignore[union-attr]
     model.eval()
+    attach_native(model)
     return make_report(model, config)
 
 
 def _check_packable(model: nn.Module) -> None:
     for name, layer in modules_of(model, MaQDLinear):
-        if isinstance(layer.activation, ActivationQuantizer) and not layer.activation.calibrated:
-            raise ValueError(
-                f"{name}: the static activation step was never calibrated; run "
-                "maqd_hf.calibration.calibrate_activations(model, batches), train with "
-                "MaQDTrainer, or use activation_scaling='token'"
-            )
+        check_calibrated(layer, name)
     for name, module in modules_of(model, *QUANTIZED, LayerBatchNorm):
         for tensor_name, tensor in module.state_dict().items():
             if not bool(tensor.isfinite().all()):
@@ -130,6 +127,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
     model still needs this package to load. If there are none, plain transformers loads it.
     """
     config = quantization_config(model)
+    use_native(model, False)
     dtype = dtype or model.dtype  # type: ignore[assignment]
     originals, left = dict(_float_skeleton(model).named_modules()), []
     for name, module in modules_of(model, *QUANTIZED):

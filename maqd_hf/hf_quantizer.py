@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from .building import build_modules, modules_of
 from .config import QUANT_METHOD, MaQDConfig
 from .conversion import quantize_model
+from .decoding import attach_native
 from .finalize import dequantize_model
 from .integrity import OURS, check_loaded, check_shapes
 
@@ -87,6 +88,8 @@ class MaQDHfQuantizer(HfQuantizer):
         check_loaded(model, self.quantization_config)
         if self._state == "qat":
             _detach(model)
+        else:
+            attach_native(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

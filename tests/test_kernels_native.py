@@ -77,20 +77,18 @@ def test_large_sums_do_not_overflow(path):
 
 
 @pytest.mark.parametrize("levels", [15, 16, 255, 256])
-def test_activation_codes_bit_for_bit(levels):
+def test_activation_codes_bit_for_bit(path, levels):
     x = 3 * torch.randn(5, 96)
     x[0, :4] = torch.tensor([float("inf"), -float("inf"), 0.0, 1e30])
-    step = torch.tensor([0.1, 0.5, 0.0, 0.02, 0.3])
-    codes = torch.empty(5, 96, dtype=torch.int8)
-    sums = torch.empty(5, 3, dtype=torch.int32)
-    used = step.clone()
-    native.library().maqd_quantize(
-        x.data_ptr(), 5, 96, 3, levels, used.data_ptr(), codes.data_ptr(), 96, sums.data_ptr()
-    )
-    assert used[2] == token_step(x[2:3], levels)
-    expected = quantize(x, levels, used.unsqueeze(1)).int() - levels // 2
-    assert torch.equal(codes.int(), expected)
-    assert torch.equal(sums, expected.unflatten(1, (3, -1)).sum(-1).int())
+    step = torch.tensor([0.1, 0.5, 0.0, 0.02, 0.3])  # 0: the token's own
+    layer = packed(96, 24, 4, levels, group_size=32)
+    weight = layer.native_weight()
+    used = weight.run(x, step.unsqueeze(1), torch.empty(5, 24))
+    assert used["step"][2] == token_step(x[2:3], levels)
+    expected = quantize(x, levels, used["step"].unsqueeze(1)).int() - levels // 2
+    assert torch.equal(used["codes"].int(), expected)
+    sums = expected.unflatten(1, (3, -1)).sum(-1).int()
+    assert torch.equal(used["sums"], torch.cat([sums, sums.sum(1, keepdim=True)], 1).int())
 
 
 def test_shapes_dtypes_and_views(path, monkeypatch):

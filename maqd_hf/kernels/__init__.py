@@ -7,6 +7,8 @@ it to people. ``MAQD_KERNEL=reference`` (or a path of ``info()``) overrides the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from .reference import packed_embedding, packed_linear, unpack_weight
 
 __all__ = [
     "NativeWeight",
+    "embedding_for",
     "info",
     "native_serves",
     "packed_embedding",
@@ -37,6 +40,14 @@ def native_serves(
     return type(x) is Tensor and native.fits(x.shape[-1], groups, levels)
 
 
+def embedding_for(ids: Tensor, weight: Tensor) -> Callable[..., Tensor]:
+    """The lookup that serves these ``ids``: the compiled one or ``packed_embedding``."""
+    on_cpu = ids.device.type == weight.device.type == "cpu"
+    if not on_cpu or torch.compiler.is_compiling() or native.chosen_path() is None:
+        return packed_embedding
+    return native.embedding
+
+
 def info() -> dict[str, object]:
     """Which implementation serves packed layers on this machine, and why.
 
@@ -52,7 +63,7 @@ def info() -> dict[str, object]:
         why = f"{native.PATH_VARIABLE} asks for the reference"
     return {
         "linear": f"native, {path}" if path else "torch reference",
-        "embedding": "torch reference",
+        "embedding": "native" if path else "torch reference",
         "available": ["torch reference", *native.paths()],
         "why": why,
     }

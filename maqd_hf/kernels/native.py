@@ -1,8 +1,8 @@
-"""The compiled CPU kernel: loading it, repacking a layer's words for it, calling it.
+"""The compiled CPU library: loading it, repacking a layer's words for it, calling it.
 
-The library is plain C (``csrc/packed.c``) built by the package's own build and called through
-ctypes. Where it is missing, or for what it does not cover (float activations, group sizes that are
-no multiple of its chunk, float64, gradients, tracing), the caller uses the torch reference.
+The library is plain C (``csrc``) built by the package's own build and called through ctypes. Where
+it is missing, or for what it does not cover (float activations, group sizes that are no multiple of
+its chunk, float64, gradients, tracing), the caller uses the torch reference.
 """
 
 from __future__ import annotations
@@ -18,22 +18,20 @@ from torch import Tensor
 from ..functional import grid_center
 from ..packing import codes_per_word, unpack_codes
 
-_ROWS = 16  # rows of a block, as in packed.c
+_ROWS = 16  # rows of a block, as in maqd.h
 _PARALLEL = 1 << 17  # multiplications below which a second thread costs more than it brings
 PATH_VARIABLE = "MAQD_KERNEL"
 
 
-class _Weight(ctypes.Structure):
+class WeightStruct(ctypes.Structure):
+    """``maqd_weight`` of maqd.h."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset", "constant", "bias")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "groups", "chunks")),
         ("bits", ctypes.c_int32),
         ("zero", ctypes.c_float),
     ]
-
-
-class _Input(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "step", "sums")]
 
 
 @lru_cache(maxsize=1)
@@ -43,13 +41,14 @@ def library() -> ctypes.CDLL | None:
     if not found:
         return None
     lib = ctypes.CDLL(str(found[0]))
-    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    p, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     lib.maqd_path_name.restype = ctypes.c_char_p
-    lib.maqd_repack.argtypes = [pointer, i64, i64, i32, i32, i32, pointer]
-    lib.maqd_quantize.argtypes = [pointer, i64, i64, i64, i32, pointer, pointer, i64, pointer]
-    lib.maqd_linear.argtypes = [pointer, pointer, i64, pointer, i32, i32]
-    for function in (lib.maqd_repack, lib.maqd_quantize, lib.maqd_linear):
+    lib.maqd_repack.argtypes = [p, i64, i64, i32, i32, i32, p, i32]
+    lib.maqd_linear.argtypes = [p, p, i64, i32, p, p, p, p, i32, i32]
+    lib.maqd_embedding.argtypes = [p, i64, i32, i32, p, p, p, i64, p]
+    for function in (lib.maqd_repack, lib.maqd_linear, lib.maqd_embedding):
         function.restype = None
+    lib.maqd_decode.argtypes = [p, p, i32, i32]
     return lib
 
 
@@ -79,6 +78,13 @@ def chosen_path() -> str | None:
     return wanted or (list(paths())[-1] if paths() else None)
 
 
+def path_number() -> int:
+    """The chosen path as the library counts; only where there is one."""
+    path = chosen_path()
+    assert path is not None
+    return paths()[path]
+
+
 def storage_bits(levels: int) -> int:
     """Bits a code takes in the kernel's layout: 2, 4 or 8."""
     return 2 if levels <= 4 else 4 if levels <= 16 else 8
@@ -89,8 +95,9 @@ def fits(columns: int, groups: int, levels: int) -> bool:
     return groups == 1 or (columns // groups) % (32 // storage_bits(levels)) == 0
 
 
-def _pointer(tensor: Tensor) -> int:
-    return int(tensor.data_ptr())
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a contiguous tensor's data."""
+    return None if tensor is None else int(tensor.data_ptr())
 
 
 class NativeWeight:
@@ -125,13 +132,14 @@ class NativeWeight:
         self.codes = torch.zeros(blocks * chunks * 64 + 4096, dtype=torch.uint8)
         words = words.contiguous()
         lib.maqd_repack(
-            _pointer(words),
+            pointer(words),
             self.rows,
             columns,
             levels,
             codes_per_word(levels),
             bits,
-            _pointer(self.codes),
+            pointer(self.codes),
+            self._threads(1),
         )
 
         def padded(values: Tensor | None) -> Tensor:
@@ -144,8 +152,9 @@ class NativeWeight:
         self.scale[:, : self.rows] = scale.detach().float().t()
         self.offset, self.bias = padded(offset), padded(bias)
         self.constant = padded(self._constant(words, levels, scale, offset))
-        self._struct = _Weight(
-            *(_pointer(t) for t in (self.codes, self.scale, self.offset, self.constant, self.bias)),
+        tensors = (self.codes, self.scale, self.offset, self.constant, self.bias)
+        self.struct = WeightStruct(
+            *(pointer(tensor) for tensor in tensors),
             self.rows,
             columns,
             self.groups,
@@ -170,38 +179,63 @@ class NativeWeight:
             total = total + offset.float().flatten() * self.columns
         return total / 2
 
+    def _threads(self, tokens: int) -> int:
+        parallel = tokens * self.rows * self.columns >= _PARALLEL
+        return torch.get_num_threads() if parallel else 1
+
     def __call__(self, x: Tensor, step: Tensor) -> Tensor:
         """``x`` (..., columns) times the weight -> (..., rows), in ``x``'s dtype.
 
         ``step`` is the activation step, (1,) or one per token (..., 1).
         """
+        out = torch.empty(*x.shape[:-1], self.rows)
+        self.run(x, step, out)
+        return out.to(x.dtype)
+
+    def run(self, x: Tensor, step: Tensor, out: Tensor) -> dict[str, Tensor]:
+        """The product into ``out`` (float32, contiguous); returns what the inputs became: ``codes``
+        (tokens, stride) less half the levels, ``step`` (tokens,), ``sums`` (tokens, groups + 1)."""
         flat = x.detach().reshape(-1, self.columns).float().contiguous()
         tokens = flat.shape[0]
-        steps = step.detach().float().expand(*x.shape[:-1], 1).reshape(tokens).contiguous()
-        codes = torch.empty(tokens, self.stride, dtype=torch.int8)
-        sums = torch.empty(tokens, self.groups, dtype=torch.int32)
-        out = torch.empty(tokens, self.rows)
-        self._lib.maqd_quantize(
-            _pointer(flat),
-            tokens,
-            self.columns,
-            self.groups,
-            self.activation_levels,
-            _pointer(steps),
-            _pointer(codes),
-            self.stride,
-            _pointer(sums),
-        )
-        inputs = _Input(_pointer(codes), _pointer(steps), _pointer(sums))
-        parallel = tokens * self.rows * self.columns >= _PARALLEL
-        path = chosen_path()
-        assert path is not None
+        inputs = {
+            "step": step.detach().float().expand(*x.shape[:-1], 1).reshape(tokens).clone(),
+            "codes": torch.empty(tokens, self.stride, dtype=torch.int8),
+            "sums": torch.empty(tokens, self.groups + 1, dtype=torch.int32),
+        }
         self._lib.maqd_linear(
-            ctypes.byref(self._struct),
-            ctypes.byref(inputs),
+            ctypes.byref(self.struct),
+            pointer(flat),
             tokens,
-            _pointer(out),
-            paths()[path],
-            torch.get_num_threads() if parallel else 1,
+            self.activation_levels,
+            *(pointer(tensor) for tensor in inputs.values()),
+            pointer(out),
+            path_number(),
+            self._threads(tokens),
         )
-        return out.view(*x.shape[:-1], self.rows).to(x.dtype)
+        return inputs
+
+
+def embedding(
+    ids: Tensor, words: Tensor, levels: int, columns: int, scale: Tensor, offset: Tensor | None
+) -> Tensor:
+    """As ``reference.packed_embedding``; ``IndexError`` for an id outside the table."""
+    lib = library()
+    assert lib is not None
+    flat = ids.reshape(-1).long().contiguous()
+    if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(words):
+        raise IndexError(
+            f"ids {int(flat.min())}..{int(flat.max())}: the table has {len(words)} rows"
+        )
+    out = torch.empty(*ids.shape, columns)
+    lib.maqd_embedding(
+        pointer(words.contiguous()),
+        columns,
+        levels,
+        codes_per_word(levels),
+        pointer(scale.contiguous()),
+        pointer(None if offset is None else offset.contiguous()),
+        pointer(flat),
+        len(flat),
+        pointer(out),
+    )
+    return out

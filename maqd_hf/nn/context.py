@@ -46,11 +46,15 @@ class BatchContext:
         self.valid = None if mask is None else mask[:, -length:].bool()
         if mask is None:
             mask = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
-        self.first = self._first_tokens(mask.bool(), length, kwargs)
+        self.first = self.first_tokens(mask.bool(), length, kwargs)
 
     @staticmethod
-    def _first_tokens(mask: Tensor, length: int, kwargs: dict[str, Any]) -> Tensor:
-        """``mask`` (batch, columns) covers the last ``length`` tokens and maybe those before."""
+    def first_tokens(mask: Tensor, length: int, kwargs: dict[str, Any]) -> Tensor:
+        """Which of the last ``length`` tokens begin a sequence, (batch, length) bool.
+
+        ``mask`` (batch, columns) bool covers these tokens and maybe those before; ``kwargs`` are
+        the model's: its positions and its cache are looked at.
+        """
         valid = mask[:, -length:]
         position = kwargs.get("position_ids")
         if isinstance(position, Tensor) and position.dim() == 2 and position.shape[1] == length:

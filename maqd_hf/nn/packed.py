@@ -23,6 +23,16 @@ def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: object = None) -
     return nn.Parameter(empty, requires_grad=False)
 
 
+def check_calibrated(layer: MaQDLinear, name: str) -> None:
+    """``ValueError`` if ``layer``, called ``name`` in the message, has no activation step yet."""
+    if isinstance(layer.activation, ActivationQuantizer) and not layer.activation.calibrated:
+        raise ValueError(
+            f"{name}: the static activation step was never calibrated; run "
+            "maqd_hf.calibration.calibrate_activations(model, batches), train with MaQDTrainer, or "
+            "use activation_scaling='token'"
+        )
+
+
 class PackedLinear(nn.Module):
     """Linear layer on packed codes; the packed form of ``MaQDLinear``.
 
@@ -64,6 +74,7 @@ class PackedLinear(nn.Module):
     @torch.no_grad()
     def from_qat(cls, layer: MaQDLinear) -> PackedLinear:
         """Pack a trained layer; ``ValueError`` if its activations were never calibrated."""
+        check_calibrated(layer, f"MaQDLinear({layer.extra_repr()})")
         packed = cls(
             layer.in_features,
             layer.out_features,
@@ -79,11 +90,6 @@ class PackedLinear(nn.Module):
         if packed.bias is not None:
             packed.bias.copy_(layer.bias)
         if isinstance(layer.activation, ActivationQuantizer):
-            if not layer.activation.calibrated:
-                raise ValueError(
-                    f"the activation step of MaQDLinear({layer.extra_repr()}) was never set: "
-                    "calibrate the model before packing, or use activation_scaling='token'"
-                )
             packed.context = layer.activation.context
             if packed.activation_step is not None and layer.activation.log_step is not None:
                 packed.activation_step.copy_(layer.activation.log_step.exp())
@@ -106,7 +112,7 @@ class PackedLinear(nn.Module):
             self.weight, self.levels, self.in_features, self.weight_scale, self.weight_offset
         )
 
-    def _native_weight(self) -> kernels.NativeWeight:
+    def native_weight(self) -> kernels.NativeWeight:
         """The weight in the compiled kernel's layout, made again whenever a tensor changed."""
         tensors = (self.weight, self.weight_scale, self.weight_offset, self.bias)
         state = tuple(
@@ -137,7 +143,7 @@ class PackedLinear(nn.Module):
         groups = self.weight_scale.shape[1]
         if kernels.native_serves(x, self.weight, self.levels, groups, levels):
             step = activation_step(x, self.spec, self.activation_step, self.context)
-            return self._native_weight()(x, step)
+            return self.native_weight()(x, step)
         return kernels.packed_linear(
             self.quantize_input(x),
             self.weight,
@@ -212,7 +218,8 @@ class PackedEmbedding(nn.Module):
         )
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = kernels.packed_embedding(
+        look_up = kernels.embedding_for(ids, self.weight)
+        rows = look_up(
             ids, self.weight, self.levels, self.embedding_dim, self.weight_scale, self.weight_offset
         )
         return (rows * self.output_scale).to(self.output_like.dtype)

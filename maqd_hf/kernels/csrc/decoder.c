@@ -1,0 +1,307 @@
+/* One call a forward: the blocks of a pre-norm decoder (Llama and its kin) on packed weights.
+ *
+ * Every thread runs `decode`; phases that need all of another phase end in a barrier. With few
+ * tokens each thread normalises and quantises all of them for itself, which costs less than waiting
+ * for another to do it; with many, tokens are shared out. */
+#include "maqd.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    const maqd_weight *weight;
+    float step; /* of the activations; 0: one per token */
+    int32_t levels, own_first;
+} linear;
+
+typedef struct {
+    maqd_norm input_norm, post_norm, query_norm, key_norm; /* the last two: features 0 if absent */
+    linear q, k, v, o, gate, up, down;
+} block;
+
+typedef struct {
+    int64_t blocks, hidden, heads, kv_heads, head_dim, intermediate;
+    float attention_scale, rope_scale;
+    const float *frequencies; /* (head_dim / 2) */
+    const block *block;
+    maqd_norm norm;
+} maqd_decoder;
+
+typedef struct {
+    int64_t batch, tokens, past, capacity, value_stride; /* capacity: a multiple of 16 */
+    float *hidden;            /* (batch, tokens, hidden): embeddings in, normalised states out */
+    const int64_t *positions; /* (batch, tokens) */
+    const uint8_t *first;     /* (batch, tokens) or NULL: 1 on a sequence's first token */
+    const uint8_t *mask;      /* (batch, past + tokens) or NULL: 0 hides a position */
+    float *keys;              /* (blocks, batch, kv_heads, capacity / 16, head_dim, 16) */
+    float *values;            /* (blocks, batch, kv_heads, capacity, value_stride) */
+} maqd_call;
+
+typedef struct {
+    float *hidden, *row;
+    maqd_input input[3];
+} feeding;
+
+typedef struct {
+    const maqd_decoder *model;
+    const maqd_call *call;
+    const maqd_path *path;
+    int64_t count;  /* batch * tokens */
+    int private;    /* every thread feeds itself */
+    int threads;
+    int64_t widest; /* input of any layer */
+    feeding *feeding;   /* one for all, or one per thread */
+    float *mixed, *out; /* (count, widest): q, k, v or gate; attention or up */
+    float *scores;      /* (threads, 4 * capacity) */
+    float *cosine, *sine; /* (count, head_dim / 2) */
+} state;
+
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Scratch in one piece: laid out once without a base, to count, and once to hand out. */
+typedef struct {
+    char *base; /* NULL while counting */
+    size_t used;
+} arena;
+
+static void *cut(arena *memory, int64_t bytes) {
+    void *piece = memory->base ? memory->base + memory->used : NULL;
+    memory->used += ((size_t)bytes + 63) / 64 * 64;
+    return piece;
+}
+
+static float *cut_floats(arena *memory, int64_t count) {
+    return cut(memory, count * (int64_t)sizeof(float));
+}
+
+static void lay_out(state *s, arena *memory) {
+    const maqd_decoder *m = s->model;
+    const int64_t n = s->count, heads = m->heads * m->head_dim;
+    const int64_t widest = most(m->hidden, most(m->intermediate, heads));
+    const int feeders = s->private ? s->threads : 1;
+    s->widest = widest;
+    s->feeding = cut(memory, feeders * (int64_t)sizeof *s->feeding);
+    s->mixed = cut_floats(memory, n * most(heads + 2 * m->kv_heads * m->head_dim, widest));
+    s->out = cut_floats(memory, n * widest);
+    s->scores = cut_floats(memory, s->threads * 4 * s->call->capacity);
+    s->cosine = cut_floats(memory, n * m->head_dim / 2);
+    s->sine = cut_floats(memory, n * m->head_dim / 2);
+    for (int i = 0; i < feeders; ++i) {
+        feeding f;
+        f.hidden = s->private ? cut_floats(memory, n * m->hidden) : s->call->hidden;
+        f.row = cut_floats(memory, (s->private ? 1 : s->threads) * widest);
+        for (int j = 0; j < 3; ++j) {
+            f.input[j].codes = cut(memory, n * (widest + 16));
+            f.input[j].step = cut_floats(memory, n);
+            f.input[j].sums = cut(memory, n * (widest / 4 + 2) * (int64_t)sizeof(int32_t));
+        }
+        if (memory->base) s->feeding[i] = f;
+    }
+}
+
+static int same_input(const linear *a, const linear *b) {
+    return a->step == b->step && a->levels == b->levels && a->own_first == b->own_first &&
+           a->weight->groups == b->weight->groups && a->weight->bits == b->weight->bits;
+}
+
+/* Adds `add` (or NULL) to the hidden states, or takes `rows` instead of them, normalises (norm or
+ * NULL) and quantises for `n` layers; `input[i]` is then what layer i multiplies. */
+static void feed(const state *s, int thread, const float *add, const float *rows, int64_t width,
+                 const maqd_norm *norm, const linear *const *layers, int n, maqd_input *input) {
+    const feeding *f = s->feeding + (s->private ? thread : 0);
+    float *scratch = f->row + (s->private ? 0 : thread * s->widest);
+    int64_t from = 0, to = s->count;
+    if (!s->private) maqd_share(s->count, thread, s->threads, &from, &to);
+    for (int i = 0; i < n; ++i) {
+        input[i] = f->input[i];
+        for (int j = 0; j < i; ++j)
+            if (same_input(layers[i], layers[j])) input[i] = input[j];
+    }
+    for (int64_t t = from; t < to; ++t) {
+        const int first = s->call->first && s->call->first[t];
+        const float *row = rows ? rows + t * width : f->hidden + t * width;
+        if (add)
+            for (int64_t k = 0; k < width; ++k) f->hidden[t * width + k] += add[t * width + k];
+        if (norm) {
+            s->path->norm(norm, first, row, scratch);
+            row = scratch;
+        }
+        for (int i = 0; i < n; ++i) {
+            const maqd_weight *w = layers[i]->weight;
+            const int64_t stride = w->chunks * (32 / w->bits);
+            if (input[i].codes != f->input[i].codes) continue;
+            input[i].step[t] = layers[i]->own_first && first ? 0 : layers[i]->step;
+            s->path->quantize(row, width, w->groups, layers[i]->levels, input[i].step + t,
+                              input[i].codes + t * stride, stride,
+                              input[i].sums + t * (w->groups + 1));
+        }
+    }
+    if (!s->private) maqd_barrier(s->threads);
+}
+
+/* The thread's share of the row blocks of `n` layers, whose outputs stand side by side in y. */
+static void multiply(const state *s, int thread, const linear *const *layers, int n,
+                     const maqd_input *input, float *y, int64_t stride) {
+    int64_t total = 0, from, to;
+    for (int i = 0; i < n; ++i) total += (layers[i]->weight->rows + ROWS - 1) / ROWS;
+    maqd_share(total, thread, s->threads, &from, &to);
+    for (int i = 0; i < n; ++i) {
+        const maqd_weight *w = layers[i]->weight;
+        const int64_t blocks = (w->rows + ROWS - 1) / ROWS;
+        const int64_t first = from > 0 ? from : 0, last = to < blocks ? to : blocks;
+        if (first < last) s->path->matmul(w, input + i, first, last, s->count, y, stride);
+        from -= blocks;
+        to -= blocks;
+        y += w->rows;
+    }
+}
+
+static float *keys_of(const state *s, int64_t layer, int64_t sequence, int64_t head) {
+    const maqd_decoder *m = s->model;
+    const int64_t index = (layer * s->call->batch + sequence) * m->kv_heads + head;
+    return s->call->keys + index * s->call->capacity * m->head_dim;
+}
+
+static float *values_of(const state *s, int64_t layer, int64_t sequence, int64_t head) {
+    const int64_t index = (layer * s->call->batch + sequence) * s->model->kv_heads + head;
+    return s->call->values + index * s->call->capacity * s->call->value_stride;
+}
+
+/* Normalise and rotate queries and keys, and store keys and values. */
+static void rotate(const state *s, int64_t layer, int thread) {
+    const maqd_decoder *m = s->model;
+    const block *b = m->block + layer;
+    const int64_t d = m->head_dim, stride = (m->heads + 2 * m->kv_heads) * d;
+    int64_t from, to;
+    maqd_share(s->count * (m->heads + m->kv_heads), thread, s->threads, &from, &to);
+    for (int64_t i = from; i < to; ++i) {
+        const int64_t t = i / (m->heads + m->kv_heads), head = i % (m->heads + m->kv_heads);
+        float *x = s->mixed + t * stride + head * d;
+        const maqd_norm *norm = head < m->heads ? &b->query_norm : &b->key_norm;
+        const int first = s->call->first && s->call->first[t];
+        if (norm->features) s->path->norm(norm, first, x, x);
+        s->path->rope(x, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
+        if (head < m->heads) continue;
+        const int64_t kv = head - m->heads, sequence = t / s->call->tokens;
+        const int64_t at = s->call->past + t % s->call->tokens;
+        float *key = keys_of(s, layer, sequence, kv) + at / 16 * 16 * d + at % 16;
+        for (int64_t k = 0; k < d; ++k) key[k * 16] = x[k];
+        memcpy(values_of(s, layer, sequence, kv) + at * s->call->value_stride,
+               x + m->kv_heads * d, (size_t)d * sizeof *x);
+    }
+}
+
+static void attend(const state *s, int64_t layer, int thread) {
+    const maqd_decoder *m = s->model;
+    const maqd_call *c = s->call;
+    const int64_t d = m->head_dim, stride = (m->heads + 2 * m->kv_heads) * d;
+    const int64_t tiles = (c->tokens + 3) / 4;
+    /* dealt out one by one: later tiles see more and take longer */
+    for (int64_t i = thread; i < c->batch * m->heads * tiles; i += s->threads) {
+        const int64_t tile = i / (c->batch * m->heads), rest = i % (c->batch * m->heads);
+        const int64_t sequence = rest / m->heads, head = rest % m->heads;
+        const int64_t kv = head / (m->heads / m->kv_heads);
+        maqd_attention a = {.queries = (int)(c->tokens - 4 * tile < 4 ? c->tokens - 4 * tile : 4),
+                            .keys = keys_of(s, layer, sequence, kv),
+                            .values = values_of(s, layer, sequence, kv),
+                            .mask = c->mask ? c->mask + sequence * (c->past + c->tokens) : NULL,
+                            .head_dim = d,
+                            .value_stride = c->value_stride,
+                            .scale = m->attention_scale,
+                            .scores = s->scores + thread * 4 * c->capacity};
+        for (int q = 0; q < a.queries; ++q) {
+            const int64_t token = 4 * tile + q, t = sequence * c->tokens + token;
+            a.query[q] = s->mixed + t * stride + head * d;
+            a.out[q] = s->out + t * m->heads * d + head * d;
+            a.seen[q] = c->past + token + 1;
+        }
+        s->path->attend(&a);
+    }
+}
+
+/* The thread's share of the gated units, both matrices and their product. */
+static void gate(const state *s, int thread, const block *b, const maqd_input *input) {
+    const int64_t width = s->model->intermediate;
+    int64_t from, to;
+    maqd_share((width + ROWS - 1) / ROWS, thread, s->threads, &from, &to);
+    s->path->matmul(b->gate.weight, input, from, to, s->count, s->mixed, width);
+    s->path->matmul(b->up.weight, input + 1, from, to, s->count, s->out, width);
+    const int64_t first = from * ROWS, last = to * ROWS < width ? to * ROWS : width;
+    for (int64_t t = 0; first < last && t < s->count; ++t)
+        s->path->swiglu(s->mixed + t * width + first, s->out + t * width + first, last - first);
+}
+
+static void angles(const state *s, int thread) {
+    const maqd_decoder *m = s->model;
+    const int64_t half = m->head_dim / 2;
+    int64_t from, to;
+    maqd_share(s->count, thread, s->threads, &from, &to);
+    for (int64_t t = from; t < to; ++t)
+        for (int64_t i = 0; i < half; ++i) {
+            const float angle = (float)s->call->positions[t] * m->frequencies[i];
+            s->cosine[t * half + i] = cosf(angle) * m->rope_scale;
+            s->sine[t * half + i] = sinf(angle) * m->rope_scale;
+        }
+}
+
+static void decode(void *argument, int thread, int threads) {
+    state local = *(const state *)argument;
+    const state *s = &local;
+    const maqd_decoder *m = s->model;
+    const int64_t hidden = m->hidden, heads = m->heads * m->head_dim;
+    float *own = s->feeding[s->private ? thread : 0].hidden;
+    const float *add = NULL;
+    maqd_input input[3];
+    local.threads = threads; /* fewer than asked for where the pool is taken */
+    if (s->private) memcpy(own, s->call->hidden, (size_t)(s->count * hidden) * sizeof *own);
+    angles(s, thread);
+    for (int64_t i = 0; i < m->blocks; ++i) {
+        const block *b = m->block + i;
+        const linear *const attention[] = {&b->q, &b->k, &b->v}, *const gated[] = {&b->gate, &b->up};
+        const linear *const o = &b->o, *const down = &b->down;
+        feed(s, thread, add, NULL, hidden, &b->input_norm, attention, 3, input);
+        multiply(s, thread, attention, 3, input, s->mixed, heads + 2 * m->kv_heads * m->head_dim);
+        maqd_barrier(threads);
+        rotate(s, i, thread);
+        maqd_barrier(threads);
+        attend(s, i, thread);
+        maqd_barrier(threads);
+        feed(s, thread, NULL, s->out, heads, NULL, &o, 1, input);
+        multiply(s, thread, &o, 1, input, s->mixed, hidden);
+        maqd_barrier(threads);
+        feed(s, thread, s->mixed, NULL, hidden, &b->post_norm, gated, 2, input);
+        maqd_barrier(threads); /* `mixed` is read until here */
+        gate(s, thread, b, input);
+        maqd_barrier(threads);
+        feed(s, thread, NULL, s->mixed, m->intermediate, NULL, &down, 1, input);
+        multiply(s, thread, &down, 1, input, s->out, hidden);
+        maqd_barrier(threads);
+        add = s->out;
+    }
+    int64_t from, to;
+    maqd_share(s->count, thread, threads, &from, &to);
+    for (int64_t t = from; t < to; ++t) {
+        float *row = own + t * hidden;
+        for (int64_t k = 0; add && k < hidden; ++k) row[k] += add[t * hidden + k];
+        s->path->norm(&m->norm, s->call->first && s->call->first[t], row,
+                      s->call->hidden + t * hidden);
+    }
+}
+
+/* Runs all blocks and the final norm on call->hidden. Returns 0, or 1 if memory is short. */
+int32_t maqd_decode(const maqd_decoder *model, const maqd_call *call, int32_t path,
+                    int32_t threads) {
+    state s = {.model = model, .call = call, .path = maqd_get_path(path), .threads = threads};
+    s.count = call->batch * call->tokens;
+    s.private = s.count <= 2;
+    arena memory = {NULL, 0};
+    lay_out(&s, &memory);
+    char *const allocated = malloc(memory.used + 64);
+    if (!allocated) return 1;
+    memory = (arena){allocated + (64 - (uintptr_t)allocated % 64) % 64, 0};
+    lay_out(&s, &memory);
+    maqd_run(decode, &s, threads);
+    free(allocated);
+    return 0;
+}

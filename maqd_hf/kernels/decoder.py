@@ -1,0 +1,314 @@
+"""All blocks of a pre-norm decoder in one call of the compiled library (``csrc/decoder.c``).
+
+Here are the C structures, the key/value store both sides read, and the call. Which models have this
+shape is said by ``maqd_hf.decoding``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .native import NativeWeight, WeightStruct, library, path_number, pointer
+
+_BLOCK = 16  # positions that keys are stored by
+MAX_TOKENS = 512  # of a call: scratch memory grows with them
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("features", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("eps", "constant", "first_factor")),
+        *((name, ctypes.c_int32) for name in ("token", "own_first", "centered")),
+    ]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.POINTER(WeightStruct)),
+        ("step", ctypes.c_float),
+        ("levels", ctypes.c_int32),
+        ("own_first", ctypes.c_int32),
+    ]
+
+
+_NORMS = ("input_norm", "post_norm", "query_norm", "key_norm")
+_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [*((name, _Norm) for name in _NORMS), *((name, _Linear) for name in _LINEARS)]
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("blocks", "hidden", "heads", "kv_heads", "head_dim", "intermediate")
+        ),
+        ("attention_scale", ctypes.c_float),
+        ("rope_scale", ctypes.c_float),
+        ("frequencies", ctypes.c_void_p),
+        ("block", ctypes.POINTER(_Block)),
+        ("norm", _Norm),
+    ]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "tokens", "past", "capacity", "value_stride")
+        ),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("hidden", "positions", "first", "mask", "keys", "values")
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class NormStep:
+    """A norm as the library runs it: ``y = (x - mean) * factor * weight + bias``.
+
+    ``factor`` is 1 / rms of the token where ``token``; else ``constant``, but on first tokens, if
+    ``own_first``, ``first_factor`` / rms. ``mean`` is subtracted where ``centered``.
+    """
+
+    features: int
+    eps: float
+    token: bool = True
+    constant: float = 1.0
+    first_factor: float = 1.0
+    own_first: bool = False
+    centered: bool = False
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def struct(self, keep: list[object]) -> _Norm:
+        """The C structure; tensors it points to are added to ``keep``."""
+        weight, bias = (None if t is None else t.detach().float() for t in (self.weight, self.bias))
+        keep += [weight, bias]
+        return _Norm(
+            pointer(weight),
+            pointer(bias),
+            self.features,
+            self.eps,
+            self.constant,
+            self.first_factor,
+            self.token,
+            self.own_first,
+            self.centered,
+        )
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    """A packed layer and its activation step; ``step=0``: one per token."""
+
+    weight: NativeWeight
+    step: float
+    own_first: bool
+
+    def struct(self, keep: list[object]) -> _Linear:
+        """The C structure; what it points to is added to ``keep``."""
+        keep.append(self.weight)
+        weight = ctypes.pointer(self.weight.struct)
+        return _Linear(weight, self.step, self.weight.activation_levels, self.own_first)
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """One block: norms of the residual stream and, where the model has them, of heads."""
+
+    norms: dict[Literal["input_norm", "post_norm", "query_norm", "key_norm"], NormStep]
+    linears: dict[Literal["q", "k", "v", "o", "gate", "up", "down"], LinearStep]
+
+
+class KeyValues:
+    """Keys and values of all blocks, in the library's layout, with room to grow.
+
+    ``keys`` (blocks, batch, kv_heads, capacity / 16, head_dim, 16) lets one query meet 16 keys per
+    multiplication; ``values`` (blocks, batch, kv_heads, capacity, head_dim rounded up to 16).
+    ``lengths``: positions filled, one number a block.
+    """
+
+    def __init__(self, blocks: int, batch: int, kv_heads: int, head_dim: int) -> None:
+        self.head_dim, self.capacity = head_dim, 0
+        self.lengths = [0] * blocks
+        width = -(-head_dim // 16) * 16
+        self.keys = torch.empty(blocks, batch, kv_heads, 0, head_dim, _BLOCK)
+        self.values = torch.empty(blocks, batch, kv_heads, 0, width)
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[1]
+
+    def reserve(self, positions: int) -> None:
+        """Make room for this many positions; doubles, so that growing stays cheap."""
+        if positions <= self.capacity:
+            return
+        capacity = max(positions, 2 * self.capacity, 64)
+        blocks = -(-capacity // _BLOCK)
+        keys = self.keys.new_empty(*self.keys.shape[:3], blocks, *self.keys.shape[4:])
+        values = self.values.new_zeros(
+            *self.values.shape[:3], blocks * _BLOCK, self.values.shape[4]
+        )
+        keys[:, :, :, : self.keys.shape[3]] = self.keys
+        values[:, :, :, : self.capacity] = self.values
+        self.keys, self.values, self.capacity = keys, values, blocks * _BLOCK
+
+    def read(self, block: int) -> tuple[Tensor, Tensor]:
+        """(keys, values) of a block, each (batch, kv_heads, length, head_dim)."""
+        length = self.lengths[block]
+        keys = self.keys[block].transpose(-1, -2).flatten(2, 3)[:, :, :length]
+        return keys, self.values[block, :, :, :length, : self.head_dim]
+
+    def write(self, block: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values (batch, kv_heads, positions, head_dim) at ``start``."""
+        stop = start + keys.shape[2]
+        self.reserve(stop)
+        position = torch.arange(start, stop)
+        # indices around a slice: the indexed dimension comes first
+        self.keys[block, :, :, position // _BLOCK, :, position % _BLOCK] = (
+            keys.detach().float().permute(2, 0, 1, 3)
+        )
+        self.values[block, :, :, start:stop, : self.head_dim] = values.detach().float()
+        self.lengths[block] = stop
+
+
+@dataclass
+class NativeDecoder:
+    """The blocks and the final norm of a model, ready to be called.
+
+    ``frequencies`` (head_dim / 2,): of the rotary embedding, whose sines and cosines are multiplied
+    by ``rope_scale``.
+    """
+
+    blocks: Sequence[BlockStep]
+    norm: NormStep
+    heads: int
+    kv_heads: int
+    head_dim: int
+    attention_scale: float
+    frequencies: Tensor
+    rope_scale: float = 1.0
+    _keep: list[object] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        structs = (_Block * len(self.blocks))()
+        for struct, block in zip(structs, self.blocks, strict=True):
+            for name, norm in block.norms.items():
+                setattr(struct, name, norm.struct(self._keep))
+            for layer, linear in block.linears.items():
+                setattr(struct, layer, linear.struct(self._keep))
+        frequencies = self.frequencies.detach().float().contiguous()
+        self._keep += [structs, frequencies]
+        self.hidden = self.norm.features
+        self._struct = _Decoder(
+            len(self.blocks),
+            self.hidden,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.blocks[0].linears["gate"].weight.rows,
+            self.attention_scale,
+            self.rope_scale,
+            pointer(frequencies),
+            ctypes.cast(structs, ctypes.POINTER(_Block)),
+            self.norm.struct(self._keep),
+        )
+
+    def store(self, batch: int) -> KeyValues:
+        """An empty key/value store for this model."""
+        return KeyValues(len(self.blocks), batch, self.kv_heads, self.head_dim)
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        store: KeyValues,
+        first: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings (batch, tokens, hidden) -> final states, float32, of the same shape.
+
+        Args:
+            positions: (batch, tokens) for the rotary embedding.
+            store: earlier keys and values; those of these tokens are appended.
+            first: (batch, tokens) bool, tokens that begin a sequence; None: none does.
+            mask: (batch, earlier + tokens) bool, False on padding; None: all count.
+
+        Raises:
+            ValueError: shapes that do not fit together.
+            MemoryError: no scratch memory.
+        """
+        batch, tokens, width = hidden.shape
+        past = store.lengths[0]
+        if width != self.hidden or store.batch != batch or positions.shape != (batch, tokens):
+            raise ValueError(
+                f"hidden {tuple(hidden.shape)}, positions {tuple(positions.shape)} and a store for "
+                f"{store.batch}: want (batch, tokens, {self.hidden}), (batch, tokens), batch"
+            )
+        for name, given, columns in (("first", first, tokens), ("mask", mask, past + tokens)):
+            if given is not None and given.shape != (batch, columns):
+                raise ValueError(f"{name} {tuple(given.shape)}: must be ({batch}, {columns})")
+        if any(length != past for length in store.lengths):
+            raise ValueError(f"blocks hold different numbers of positions: {store.lengths}")
+        out = hidden.detach().float().clone(memory_format=torch.contiguous_format)
+        step = max(1, MAX_TOKENS // max(batch, 1))
+        if tokens <= step:
+            self._run(out, positions, store, first, mask)
+            return out
+        for start in range(0, tokens, step):
+            part = slice(start, start + step)
+            piece = out[:, part].contiguous()
+            seen = None if mask is None else mask[:, : past + start + piece.shape[1]]
+            some_first = None if first is None else first[:, part]
+            self._run(piece, positions[:, part], store, some_first, seen)
+            out[:, part] = piece
+        return out
+
+    def _run(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        store: KeyValues,
+        first: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        batch, tokens, _ = hidden.shape
+        if not batch or not tokens:
+            return
+        past = store.lengths[0]
+        store.reserve(past + tokens)
+        positions = positions.long().contiguous()
+        first, mask = (None if t is None else t.bool().contiguous() for t in (first, mask))
+        call = _Call(
+            batch,
+            tokens,
+            past,
+            store.capacity,
+            store.values.shape[-1],
+            pointer(hidden),
+            pointer(positions),
+            pointer(first),
+            pointer(mask),
+            pointer(store.keys),
+            pointer(store.values),
+        )
+        lib = library()
+        assert lib is not None
+        failed = lib.maqd_decode(
+            ctypes.byref(self._struct), ctypes.byref(call), path_number(), torch.get_num_threads()
+        )
+        if failed:
+            raise MemoryError(f"no scratch memory for {batch} x {tokens} tokens")
+        store.lengths = [past + tokens] * len(store.lengths)

@@ -1,0 +1,390 @@
+"""The native decode step against the model's own forward: the same logits, text and caches."""
+
+import copy
+import os
+import pickle
+import threading
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
+
+import maqd_hf
+from maqd_hf import MaQDConfig, pack_model, quantize_model, use_native
+from maqd_hf.calibration import calibrate_activations
+from maqd_hf.decoding import NativeForward, NativeLayer, unsupported
+from maqd_hf.kernels import native
+from maqd_hf.nn import LayerBatchNorm
+
+TOLERANCE = 1e-5  # of the logits' norm, where no activation code tips over
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "odd widths": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "hidden_size": 40,
+            "intermediate_size": 75,
+            "num_attention_heads": 5,
+            "head_dim": 8,
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+        },
+    ),
+    "llama3 rope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 500.0,
+            }
+        },
+    ),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 32}),
+}
+
+
+@pytest.fixture(params=list(native.paths()))
+def path(request, monkeypatch):
+    monkeypatch.setenv("MAQD_KERNEL", request.param)
+    return request.param
+
+
+@pytest.fixture
+def best(monkeypatch):
+    monkeypatch.delenv("MAQD_KERNEL")
+
+
+def packed(family="llama", dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    model_class, config_class, extra = FAMILIES[family]
+    model = model_class(config_class(**SIZES | extra)).to(dtype).eval()
+    settings = {"weight_levels": 16, "activation_scaling": "token"} | settings
+    quantize_model(model, MaQDConfig(**settings))
+    pack_model(model)
+    return model
+
+
+def static_norms(model):
+    """Pack with every norm but the last static, at a statistic of its own for each."""
+    for index, norm in enumerate(m for m in model.modules() if isinstance(m, LayerBatchNorm)):
+        if norm.spec.statistics == "gated":
+            norm.gate.fill_(1)
+            norm.batches_seen.fill_(1)
+            norm.running_log_ms.fill_(-1.0 + 0.3 * index)
+
+
+@torch.no_grad()
+def both(model, *args, **kwargs):
+    """(native, own) outputs of the same call; the native one must really have run."""
+    native_forward = model.forward
+    assert isinstance(native_forward, NativeForward)
+    got = model(*args, **kwargs)
+    assert native_forward._decoder is not None and native_forward._problem is None
+    assert kwargs.get("past_key_values") is not None or isinstance(
+        got.past_key_values.layers[0], NativeLayer
+    )
+    use_native(model, False)
+    expected = model(*args, **kwargs)
+    use_native(model)
+    return got, expected
+
+
+def assert_equal(got, expected, tipped=0.1):
+    """Half of all tokens agree to float32 rounding. Rounding lets an activation code tip over now
+    and then, in one path and not in the other; such a token differs by ``tipped`` at most."""
+    errors = (got.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+    assert float(errors.median()) < TOLERANCE
+    assert float(errors.max()) < tipped
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_every_family(path, family):
+    model = packed(family)
+    for shape in [(1, 1), (1, 7), (3, 33)]:
+        got, expected = both(model, torch.randint(3, 250, shape))
+        assert got.logits.shape == expected.logits.shape
+        assert_equal(got.logits, expected.logits)
+
+
+@pytest.mark.parametrize("activation_levels", [15, 16, 255])
+@pytest.mark.parametrize("levels", [2, 3, 4, 5, 16, 17, 256])
+def test_levels_and_groups(path, levels, activation_levels):
+    model = packed(weight_levels=levels, activation_levels=activation_levels, group_size=32)
+    got, expected = both(model, torch.randint(3, 250, (2, 9)))
+    assert_equal(got.logits, expected.logits)
+
+
+@pytest.mark.parametrize("first_token", ["own", "shared"])
+def test_static_norms_and_steps(best, first_token, monkeypatch):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
+    quantize_model(
+        model, MaQDConfig(weight_levels=4, activation_scaling="static", first_token=first_token)
+    )
+    static_norms(model)
+    ids = torch.randint(3, 250, (4, 24))
+    calibrate_activations(model, ids, progress=False)
+    pack_model(model)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    got, expected = both(model, ids[:2, :9])
+    assert_equal(got.logits, expected.logits)
+    got, expected = both(model, ids[:2, :9], attention_mask=mask, position_ids=positions)
+    shown = mask.bool()
+    assert_equal(got.logits[shown], expected.logits[shown])
+
+
+def test_token_by_token_equals_at_once(path):
+    model = packed("qwen3")
+    ids = torch.randint(3, 250, (2, 70))  # beyond the store's first size
+    with torch.no_grad():
+        once = model(ids).logits
+        cache, steps = DynamicCache(config=model.config), []
+        for part in ids.split([1, 1, 5, 62, 1], dim=1):
+            steps.append(model(part, past_key_values=cache, use_cache=True).logits)
+    assert cache.get_seq_length() == 70
+    assert_equal(torch.cat(steps, 1), once)
+
+
+def test_long_prompts_go_in_pieces(best, monkeypatch):
+    model = packed()
+    ids = torch.randint(3, 250, (2, 67))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    kwargs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        whole = model(ids, **kwargs).logits
+        monkeypatch.setattr("maqd_hf.kernels.decoder.MAX_TOKENS", 32)
+        assert_equal(model(ids, **kwargs).logits[mask.bool()], whole[mask.bool()])
+
+
+def test_own_forward_and_native_share_a_cache(best):
+    model = packed()
+    ids = torch.randint(3, 250, (2, 12))
+    with torch.no_grad():
+        whole = model(ids).logits[:, -1]
+        for native_first in (True, False):
+            cache = DynamicCache(config=model.config)
+            for part, turn in zip(ids.split(4, dim=1), range(3), strict=True):
+                use_native(model, (turn % 2 == 0) == native_first)
+                last = model(part, past_key_values=cache, use_cache=True).logits[:, -1]
+            use_native(model)
+            assert_equal(last, whole)
+
+
+GENERATION = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION.keys())
+def test_generate(best, options):
+    model = packed(embedding_levels=255)
+    batch = 1 if "prompt_lookup_num_tokens" in options else 2
+    ids = torch.randint(3, 250, (1, 4)).repeat(batch, 4)
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        mask[0, :3] = 0
+    texts = []
+    for enabled in (True, False):
+        use_native(model, enabled)
+        torch.manual_seed(1)
+        settings = {"max_new_tokens": 12, "do_sample": False} | options
+        texts.append(model.generate(ids, attention_mask=mask, **settings))
+    assert torch.equal(*texts)
+
+
+def test_generate_with_an_assistant(best):
+    model, assistant = packed(), packed(weight_levels=8)
+    ids = torch.randint(3, 250, (1, 9))
+    plain = model.generate(ids, max_new_tokens=20, do_sample=False)
+    text = model.generate(ids, max_new_tokens=20, do_sample=False, assistant_model=assistant)
+    assert torch.equal(plain, text)
+
+
+def test_which_calls_are_left_to_the_model(best, caplog):
+    model = packed()
+    ids = torch.randint(3, 250, (1, 5))
+    with torch.no_grad():
+        assert len(model(ids, output_hidden_states=True).hidden_states) == 3
+        assert model(ids, labels=ids).loss > 0
+        assert isinstance(model(ids, return_dict=False), tuple)
+        mask = torch.ones(1, 1, 5, 5).tril().log()
+        assert_equal(model(ids, attention_mask=mask).logits, model(ids).logits)
+        static = StaticCache(config=model.config, max_cache_len=8)
+        assert_equal(model(ids, past_key_values=static).logits, model(ids).logits)
+        assert model(ids, logits_to_keep=2).logits.shape == (1, 2, 259)
+        keep = model(ids, logits_to_keep=torch.tensor([0, 3])).logits
+        assert_equal(keep, model(ids).logits[:, [0, 3]])
+        embeds = model.get_input_embeddings()(ids)
+        assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+        assert model(ids, use_cache=False).past_key_values is None
+    with pytest.raises(ValueError, match="specify exactly one"):
+        model(input_ids=ids, inputs_embeds=embeds)
+    assert model(ids).logits.shape == (1, 5, 259)  # with gradients switched on
+
+
+def test_which_models_are_not_supported(best):
+    model = packed(activation_levels=None)
+    assert "float activations" in unsupported_after_call(model)
+    model = packed()
+    model.model.layers[0].mlp.register_forward_hook(lambda *args: None)
+    assert "model.layers.0.mlp" in unsupported(model)
+    with pytest.raises(ValueError, match="hooks"):
+        use_native(model)
+    torch.manual_seed(0)
+    config = MistralConfig(**SIZES, sliding_window=4)
+    model = MistralForCausalLM(config).eval()
+    quantize_model(model, MaQDConfig(activation_scaling="token"))
+    pack_model(model)
+    assert unsupported(model) == "sliding-window attention"
+    model(torch.randint(3, 250, (1, 9)))
+
+
+def unsupported_after_call(model):
+    with torch.no_grad():
+        model(torch.randint(3, 250, (1, 4)))
+    return model.forward._problem
+
+
+def test_changed_tensors_and_copies(best):
+    model = packed()
+    ids = torch.randint(3, 250, (1, 8))
+    with torch.no_grad():
+        before = model(ids).logits
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert twin.forward.model is twin
+            assert torch.equal(twin(ids).logits, before)
+        model.model.layers[1].mlp.down_proj.weight_scale.mul_(3)
+        got, expected = both(model, ids)
+        assert not torch.allclose(got.logits, before, rtol=0.1)
+        assert_equal(got.logits, expected.logits)
+
+
+def test_saved_and_loaded(best, tmp_path):
+    model = packed()
+    ids = torch.randint(3, 250, (1, 8))
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded.forward, NativeForward)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        half = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        got, expected = both(half, ids)
+        assert got.logits.dtype == expected.logits.dtype == torch.bfloat16
+        assert torch.allclose(got.logits.float(), model(ids).logits, rtol=0.1, atol=0.1)
+    plain = maqd_hf.dequantize_model(loaded)
+    assert not plain and "forward" not in loaded.__dict__
+
+
+def test_compile_and_export_take_the_models_own_forward(best):
+    model = packed()
+    ids = torch.randint(3, 250, (1, 8))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        run = torch.compile(model, fullgraph=True, backend="eager")
+        assert_equal(run(ids, use_cache=False).logits, expected)
+        program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False})
+        assert_equal(program.module()(input_ids=ids, use_cache=False).logits, expected)
+
+
+def test_bad_shapes_are_refused_before_memory_is_touched(best):
+    model = packed()
+    with torch.no_grad():
+        model(torch.randint(3, 250, (1, 4)))
+    decoder = model.forward._decoder
+    store = decoder.store(1)
+    hidden, positions = torch.zeros(1, 4, 64), torch.zeros(1, 4).long()
+    for bad in [
+        (hidden[..., :63], positions, store),
+        (hidden, positions[:, :3], store),
+        (hidden.repeat(2, 1, 1), positions, store),
+        (hidden, positions, store, torch.zeros(1, 3).bool()),
+        (hidden, positions, store, None, torch.ones(1, 5).bool()),
+    ]:
+        with pytest.raises(ValueError, match=r"must be|want"):
+            decoder(*bad)
+    assert decoder(hidden[:, :0], positions[:, :0], store).shape == (1, 0, 64)
+    assert store.lengths == [0, 0]
+
+
+def test_a_table_is_read_within_its_bounds(best):
+    table = packed(embedding_levels=255).get_input_embeddings()
+    ids = torch.tensor([[0, 258], [7, 7]])
+    got = table(ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAQD_KERNEL", "reference")
+        assert torch.allclose(got, table(ids), atol=1e-7)
+    assert table(ids[:0]).shape == (0, 2, 64)
+    with pytest.raises(IndexError, match="259"):
+        table(torch.tensor([259]))
+
+
+def test_threads_forks_and_two_models(best):
+    """Several callers at once share one pool; a forked child starts its own."""
+    first, second = packed(embedding_levels=255), packed(weight_levels=4)
+    ids = torch.randint(3, 250, (1, 40))
+    torch.set_num_threads(4)
+    try:
+        with torch.no_grad():
+            expected = first(ids).logits, second(ids).logits
+        results = {}
+
+        def run(name, model):
+            with torch.no_grad():
+                results[name] = [model(ids).logits for _ in range(10)]
+
+        threads = [threading.Thread(target=run, args=(i, (first, second)[i % 2])) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for name, logits in results.items():
+            for one in logits:
+                assert_equal(one, expected[name % 2])
+        child = os.fork()
+        if child == 0:
+            with torch.no_grad():
+                same = torch.allclose(first(ids).logits, expected[0], rtol=0.1, atol=0.1)
+            os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(1)
