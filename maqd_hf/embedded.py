@@ -79,7 +79,7 @@ def embedded_model(name: str = SMOLLM2, cache_dir: str | Path | None = None) -> 
         return _package_folder(MINILM) / "model"
     if name != SMOLLM2:
         raise ValueError(f"No embedded model {name!r}; there are {SMOLLM2!r} and {MINILM!r}.")
-    package = _package_folder(SMOLLM2)
+    source = embedded_gguf()
     root = Path(cache_dir) if cache_dir else Path(constants.HF_HOME) / "maqd_hf"
     target = root / f"{SMOLLM2}-{version(_PACKAGES[SMOLLM2].distribution)}"
     if target.is_dir():
@@ -88,13 +88,18 @@ def embedded_model(name: str = SMOLLM2, cache_dir: str | Path | None = None) -> 
     # Write beside and rename: a killed process leaves no folder under the final name.
     with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
         written = Path(scratch) / "model"
-        _unpack_gguf(next(package.glob("*.gguf")), written)
+        _unpack_gguf(source, written)
         try:
             written.rename(target)
         except OSError:
             if not target.is_dir():  # else another process was faster, with the same content
                 raise
     return target
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file ``embedded_model`` unpacks, as the package ships it."""
+    return next(_package_folder(SMOLLM2).glob("*.gguf"))
 
 
 def resolve_model(source: str) -> str:

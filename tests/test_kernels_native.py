@@ -153,3 +153,36 @@ def test_whole_model_generates_alike(path, tiny_llama, monkeypatch):
         expected = tiny_llama(ids).logits
         assert (logits - expected).norm() / expected.norm() < 1e-3  # a code may tip over
         assert torch.equal(text, tiny_llama.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+def test_compiled_graphs_call_the_kernel(path):
+    """One operator in the graph, no break; changed weights and copies are followed."""
+    layer = packed(64, 24)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    run = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for tokens in (2, 3, 5):
+            x = torch.randn(tokens, 64)
+            assert torch.equal(run(x), layer(x))
+        layer.weight_scale.mul_(2)
+        assert torch.equal(run(x), layer(x))
+        twin = copy.deepcopy(layer)
+        twin.bias.add_(1)
+        assert torch.equal(torch.compile(twin, fullgraph=True, backend="eager")(x), twin(x))
+    assert len(graphs) == 1
+    assert "maqd.packed_linear" in graphs[0].code
+    torch.library.opcheck(
+        torch.ops.maqd.packed_linear,
+        (x, layer.activation_step or torch.zeros(1), layer._number, 24),
+    )
+
+
+def test_a_graph_of_a_deleted_layer_says_so():
+    number = packed(8, 8)._number
+    with pytest.raises(RuntimeError, match="is gone"):
+        torch.ops.maqd.packed_linear(torch.ones(1, 8), torch.ones(1), number, 8)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from . import native
 from .native import NativeWeight
+from .ops import packed_linear as packed_linear_op
+from .ops import register
 from .reference import packed_embedding, packed_linear, unpack_weight
 
 __all__ = [
@@ -23,15 +25,27 @@ __all__ = [
     "native_serves",
     "packed_embedding",
     "packed_linear",
+    "packed_linear_op",
+    "register",
     "unpack_weight",
 ]
+
+
+@torch.compiler.assume_constant_result
+def _has_library() -> bool:
+    return native.chosen_path() is not None
+
+
+def _exporting() -> bool:
+    """An exported program must run where this package is not: it gets plain torch."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def native_serves(
     x: Tensor, weight: Tensor, levels: int, groups: int, activation_levels: int | None
 ) -> bool:
     """Whether the compiled kernel can multiply ``x`` (..., columns) with this packed weight."""
-    if activation_levels is None or torch.compiler.is_compiling() or native.chosen_path() is None:
+    if activation_levels is None or _exporting() or not _has_library():
         return False
     if x.device.type != "cpu" or weight.device.type != "cpu" or x.dtype == torch.float64:
         return False
@@ -43,7 +57,7 @@ def native_serves(
 def embedding_for(ids: Tensor, weight: Tensor) -> Callable[..., Tensor]:
     """The lookup that serves these ``ids``: the compiled one or ``packed_embedding``."""
     on_cpu = ids.device.type == weight.device.type == "cpu"
-    if not on_cpu or torch.compiler.is_compiling() or native.chosen_path() is None:
+    if not on_cpu or torch.compiler.is_compiling() or not _has_library():
         return packed_embedding
     return native.embedding
 

@@ -69,6 +69,7 @@ class PackedLinear(nn.Module):
         self.activation_step = _frozen((1,), floats, device) if spec.static_activations else None
         self.bias = _frozen((out_features,), floats, device) if bias else None
         self._native: tuple[tuple[int, ...], kernels.NativeWeight] | None = None
+        self._number = kernels.register(self)  # by which compiled graphs find the layer
 
     @classmethod
     @torch.no_grad()
@@ -138,12 +139,31 @@ class PackedLinear(nn.Module):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_native": None}  # pointers do not travel: copies make their own
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = kernels.register(self)
+
+    def _native_step(self, x: Tensor) -> Tensor:
+        """The activation step the compiled kernel is given; 0 asks for each token's own."""
+        if self.activation_step is None:
+            return self.weight_scale.new_zeros(1)
+        _, first = self.context.masks_for(x)
+        if self.spec.first_token == "shared" or first is None:
+            return self.activation_step
+        return torch.where(first.unsqueeze(-1), 0, self.activation_step)
+
+    def product(self, x: Tensor, step: Tensor) -> Tensor:
+        """The compiled kernel's product of ``x`` (..., in), quantised with ``step``."""
+        return self.native_weight()(x, step)
+
     def forward(self, x: Tensor) -> Tensor:
         levels = self.spec.activation_levels
         groups = self.weight_scale.shape[1]
         if kernels.native_serves(x, self.weight, self.levels, groups, levels):
-            step = activation_step(x, self.spec, self.activation_step, self.context)
-            return self.native_weight()(x, step)
+            step = self._native_step(x)
+            if torch.compiler.is_compiling():
+                return kernels.packed_linear_op(x, step, self._number, self.out_features)
+            return self.product(x, step)
         return kernels.packed_linear(
             self.quantize_input(x),
             self.weight,
