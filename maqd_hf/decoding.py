@@ -415,8 +415,6 @@ def _linear(layer: Any, where: str) -> LinearStep:
     if not isinstance(layer, PackedLinear):
         raise _UnsupportedError(f"{where}: a layer of type {type(layer).__name__} is not packed")
     groups = layer.weight_scale.shape[1]
-    if layer.spec.activation_levels is None:
-        raise _UnsupportedError(f"{where}: float activations")
     if not native.fits(layer.in_features, groups, layer.levels):
         raise _UnsupportedError(f"{where}: groups of {layer.in_features // groups} inputs")
     static = layer.activation_step

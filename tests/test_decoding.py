@@ -138,7 +138,7 @@ def test_logits_of_every_family(path, family):
         assert_equal(got.logits, expected.logits)
 
 
-@pytest.mark.parametrize("activation_levels", [15, 16, 255])
+@pytest.mark.parametrize("activation_levels", [None, 15, 16, 255])
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 16, 17, 256])
 def test_levels_and_groups(path, levels, activation_levels):
     model = packed(weight_levels=levels, activation_levels=activation_levels, group_size=32)
@@ -263,8 +263,8 @@ def test_which_calls_are_left_to_the_model(best, caplog):
 
 
 def test_which_models_are_not_supported(best):
-    model = packed(activation_levels=None)
-    assert "float activations" in unsupported_after_call(model)
+    model = packed(group_size=4)
+    assert "groups of 4" in problem_after_call(model)
     model = packed()
     model.model.layers[0].mlp.register_forward_hook(lambda *args: None)
     assert "model.layers.0.mlp" in unsupported(model)
@@ -279,7 +279,7 @@ def test_which_models_are_not_supported(best):
     model(torch.randint(3, 250, (1, 9)))
 
 
-def unsupported_after_call(model):
+def problem_after_call(model):
     with torch.no_grad():
         model(torch.randint(3, 250, (1, 4)))
     return model.forward._problem

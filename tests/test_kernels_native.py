@@ -29,7 +29,7 @@ def packed(columns, rows, weight_levels=16, activation_levels=255, bias=True, **
 
 def both(layer, x, monkeypatch):
     """(native, reference) outputs of one layer."""
-    assert kernels.native_serves(x, layer.weight, layer.levels, layer.weight_scale.shape[1], 255)
+    assert kernels.native_serves(x, layer.weight, layer.levels, layer.weight_scale.shape[1])
     with torch.no_grad():
         got = layer(x)
         with monkeypatch.context() as patch:
@@ -44,7 +44,7 @@ def test_the_library_was_built():
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9])
-@pytest.mark.parametrize("activation_levels", [3, 15, 16, 255, 256])
+@pytest.mark.parametrize("activation_levels", [None, 3, 15, 16, 255, 256])
 @pytest.mark.parametrize("weight_levels", [2, 3, 4, 5, 8, 15, 16, 17, 255, 256])
 def test_equals_the_reference(path, weight_levels, activation_levels, tokens, monkeypatch):
     for columns, rows, settings in [
@@ -106,11 +106,10 @@ def test_shapes_dtypes_and_views(path, monkeypatch):
 
 def test_what_it_does_not_cover_goes_to_the_reference(path):
     layer = packed(64, 24, group_size=4)  # a group is less than a chunk
-    assert not kernels.native_serves(torch.ones(1, 64), layer.weight, 16, 16, 255)
+    assert not kernels.native_serves(torch.ones(1, 64), layer.weight, 16, 16)
     layer = packed(64, 24)
-    serves = lambda x, levels=255: kernels.native_serves(x, layer.weight, 16, 1, levels)  # noqa: E731
+    serves = lambda x: kernels.native_serves(x, layer.weight, 16, 1)  # noqa: E731
     assert serves(torch.ones(1, 64))
-    assert not serves(torch.ones(1, 64), None)
     assert not serves(torch.ones(0, 64))
     assert not serves(torch.ones(1, 64).double())
     assert not serves(torch.ones(1, 64, requires_grad=True))

@@ -41,11 +41,9 @@ def _exporting() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
-def native_serves(
-    x: Tensor, weight: Tensor, levels: int, groups: int, activation_levels: int | None
-) -> bool:
+def native_serves(x: Tensor, weight: Tensor, levels: int, groups: int) -> bool:
     """Whether the compiled kernel can multiply ``x`` (..., columns) with this packed weight."""
-    if activation_levels is None or _exporting() or not _has_library():
+    if _exporting() or not _has_library():
         return False
     if x.device.type != "cpu" or weight.device.type != "cpu" or x.dtype == torch.float64:
         return False

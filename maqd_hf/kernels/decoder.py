@@ -58,6 +58,7 @@ class _Decoder(ctypes.Structure):
         ("frequencies", ctypes.c_void_p),
         ("block", ctypes.POINTER(_Block)),
         ("norm", _Norm),
+        ("floats", ctypes.c_int32),
     ]
 
 
@@ -121,7 +122,7 @@ class LinearStep:
         """The C structure; what it points to is added to ``keep``."""
         keep.append(self.weight)
         weight = ctypes.pointer(self.weight.struct)
-        return _Linear(weight, self.step, self.weight.activation_levels, self.own_first)
+        return _Linear(weight, self.step, self.weight.activation_levels or 0, self.own_first)
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,11 @@ class NativeDecoder:
             pointer(frequencies),
             ctypes.cast(structs, ctypes.POINTER(_Block)),
             self.norm.struct(self._keep),
+            any(
+                linear.weight.activation_levels is None
+                for block in self.blocks
+                for linear in block.linears.values()
+            ),
         )
 
     def store(self, batch: int) -> KeyValues:

@@ -1,8 +1,8 @@
 """The compiled CPU library: loading it, repacking a layer's words for it, calling it.
 
 The library is plain C (``csrc``) built by the package's own build and called through ctypes. Where
-it is missing, or for what it does not cover (float activations, group sizes that are no multiple of
-its chunk, float64, gradients, tracing), the caller uses the torch reference.
+it is missing, or for what it does not cover (group sizes that are no multiple of its chunk,
+float64, gradients), the caller uses the torch reference.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ class WeightStruct(ctypes.Structure):
     ]
 
 
+class _Input(ctypes.Structure):
+    """``maqd_input`` of maqd.h."""
+
+    _fields_ = [(n, ctypes.c_void_p) for n in ("codes", "step", "sums", "values", "value_sums")]
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None if the package was installed without a compiler."""
@@ -44,7 +50,7 @@ def library() -> ctypes.CDLL | None:
     p, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     lib.maqd_path_name.restype = ctypes.c_char_p
     lib.maqd_repack.argtypes = [p, i64, i64, i32, i32, i32, p, i32]
-    lib.maqd_linear.argtypes = [p, p, i64, i32, p, p, p, p, i32, i32]
+    lib.maqd_linear.argtypes = [p, p, i64, i32, p, p, i32, i32]
     lib.maqd_embedding.argtypes = [p, i64, i32, i32, p, p, p, i64, p]
     for function in (lib.maqd_repack, lib.maqd_linear, lib.maqd_embedding):
         function.restype = None
@@ -106,7 +112,7 @@ class NativeWeight:
     Args:
         words, levels, scale, offset, bias: as in ``reference.packed_linear``, on the CPU.
         columns: input width.
-        activation_levels: M of the inputs this weight will meet.
+        activation_levels: M of the inputs this weight will meet, or None for float ones.
     """
 
     def __init__(
@@ -117,7 +123,7 @@ class NativeWeight:
         scale: Tensor,
         offset: Tensor | None,
         bias: Tensor | None,
-        activation_levels: int,
+        activation_levels: int | None,
     ) -> None:
         lib = library()
         assert lib is not None
@@ -167,7 +173,7 @@ class NativeWeight:
         self, words: Tensor, levels: int, scale: Tensor, offset: Tensor | None
     ) -> Tensor | None:
         """What half a code more in every input adds: only even activation levels need it."""
-        if self.activation_levels % 2:
+        if self.activation_levels is None or self.activation_levels % 2:
             return None
         units = torch.empty(self.rows, self.groups)
         for start in range(0, self.rows, 4096):
@@ -183,31 +189,40 @@ class NativeWeight:
         parallel = tokens * self.rows * self.columns >= _PARALLEL
         return torch.get_num_threads() if parallel else 1
 
-    def __call__(self, x: Tensor, step: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, step: Tensor | None) -> Tensor:
         """``x`` (..., columns) times the weight -> (..., rows), in ``x``'s dtype.
 
-        ``step`` is the activation step, (1,) or one per token (..., 1).
+        ``step`` is the activation step, (1,) or one per token (..., 1), 0 where a token shall have
+        its own; None for float activations.
         """
         out = torch.empty(*x.shape[:-1], self.rows)
         self.run(x, step, out)
         return out.to(x.dtype)
 
-    def run(self, x: Tensor, step: Tensor, out: Tensor) -> dict[str, Tensor]:
+    def run(self, x: Tensor, step: Tensor | None, out: Tensor) -> dict[str, Tensor]:
         """The product into ``out`` (float32, contiguous); returns what the inputs became: ``codes``
-        (tokens, stride) less half the levels, ``step`` (tokens,), ``sums`` (tokens, groups + 1)."""
+        (tokens, stride) less half the levels, ``step`` (tokens,), ``sums`` (tokens, groups + 1); or
+        ``values`` and ``value_sums`` of these shapes."""
         flat = x.detach().reshape(-1, self.columns).float().contiguous()
         tokens = flat.shape[0]
-        inputs = {
-            "step": step.detach().float().expand(*x.shape[:-1], 1).reshape(tokens).clone(),
-            "codes": torch.empty(tokens, self.stride, dtype=torch.int8),
-            "sums": torch.empty(tokens, self.groups + 1, dtype=torch.int32),
-        }
+        if step is None:
+            inputs = {
+                "values": torch.empty(tokens, self.stride),
+                "value_sums": torch.empty(tokens, self.groups + 1),
+            }
+        else:
+            inputs = {
+                "codes": torch.empty(tokens, self.stride, dtype=torch.int8),
+                "step": step.detach().float().expand(*x.shape[:-1], 1).reshape(tokens).clone(),
+                "sums": torch.empty(tokens, self.groups + 1, dtype=torch.int32),
+            }
+        struct = _Input(**{name: pointer(tensor) for name, tensor in inputs.items()})
         self._lib.maqd_linear(
             ctypes.byref(self.struct),
             pointer(flat),
             tokens,
-            self.activation_levels,
-            *(pointer(tensor) for tensor in inputs.values()),
+            self.activation_levels or 0,
+            ctypes.byref(struct),
             pointer(out),
             path_number(),
             self._threads(tokens),

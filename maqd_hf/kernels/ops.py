@@ -17,7 +17,7 @@ from torch import Tensor
 class Product(Protocol):
     """What registers itself: a layer whose ``product`` takes inputs and their steps."""
 
-    def product(self, x: Tensor, step: Tensor) -> Tensor: ...
+    def product(self, x: Tensor, step: Tensor | None) -> Tensor: ...
 
 
 _numbers = count(1)
@@ -32,11 +32,11 @@ def register(layer: Product) -> int:
 
 
 _library = torch.library.Library("maqd", "DEF")  # kept: operators vanish with it
-_library.define("packed_linear(Tensor x, Tensor step, int layer, int out_features) -> Tensor")
+_library.define("packed_linear(Tensor x, Tensor? step, int layer, int out_features) -> Tensor")
 
 
 @torch.library.impl(_library, "packed_linear", "CPU")
-def _packed_linear(x: Tensor, step: Tensor, layer: int, out_features: int) -> Tensor:
+def _packed_linear(x: Tensor, step: Tensor | None, layer: int, out_features: int) -> Tensor:
     found = _registered.get(layer)
     if found is None:
         raise RuntimeError(
@@ -46,11 +46,11 @@ def _packed_linear(x: Tensor, step: Tensor, layer: int, out_features: int) -> Te
 
 
 @torch.library.register_fake("maqd::packed_linear", lib=_library)
-def _packed_linear_shape(x: Tensor, step: Tensor, layer: int, out_features: int) -> Tensor:
+def _packed_linear_shape(x: Tensor, step: Tensor | None, layer: int, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def packed_linear(x: Tensor, step: Tensor, layer: int, out_features: int) -> Tensor:
+def packed_linear(x: Tensor, step: Tensor | None, layer: int, out_features: int) -> Tensor:
     """``x`` (..., in) times the weight of the layer registered as ``layer`` -> (..., out).
 
     ``step``: as in ``NativeWeight.__call__``.

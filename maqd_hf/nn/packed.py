@@ -123,7 +123,6 @@ class PackedLinear(nn.Module):
             for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
         )
         if self._native is None or self._native[0] != state:
-            assert self.spec.activation_levels is not None
             weight = kernels.NativeWeight(
                 self.weight,
                 self.levels,
@@ -140,11 +139,14 @@ class PackedLinear(nn.Module):
         return {**self.__dict__, "_native": None}  # pointers do not travel: copies make their own
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._number = kernels.register(self)
 
-    def _native_step(self, x: Tensor) -> Tensor:
-        """The activation step the compiled kernel is given; 0 asks for each token's own."""
+    def _native_step(self, x: Tensor) -> Tensor | None:
+        """The activation step the compiled kernel is given; 0 asks for each token's own, None
+        for float activations."""
+        if self.spec.activation_levels is None:
+            return None
         if self.activation_step is None:
             return self.weight_scale.new_zeros(1)
         _, first = self.context.masks_for(x)
@@ -152,14 +154,12 @@ class PackedLinear(nn.Module):
             return self.activation_step
         return torch.where(first.unsqueeze(-1), 0, self.activation_step)
 
-    def product(self, x: Tensor, step: Tensor) -> Tensor:
-        """The compiled kernel's product of ``x`` (..., in), quantised with ``step``."""
+    def product(self, x: Tensor, step: Tensor | None) -> Tensor:
+        """The compiled kernel's product of ``x`` (..., in), quantised with ``step`` unless None."""
         return self.native_weight()(x, step)
 
     def forward(self, x: Tensor) -> Tensor:
-        levels = self.spec.activation_levels
-        groups = self.weight_scale.shape[1]
-        if kernels.native_serves(x, self.weight, self.levels, groups, levels):
+        if kernels.native_serves(x, self.weight, self.levels, self.weight_scale.shape[1]):
             step = self._native_step(x)
             if torch.compiler.is_compiling():
                 return kernels.packed_linear_op(x, step, self._number, self.out_features)

@@ -12,7 +12,7 @@
 typedef struct {
     const maqd_weight *weight;
     float step; /* of the activations; 0: one per token */
-    int32_t levels, own_first;
+    int32_t levels, own_first; /* levels 0: float activations */
 } linear;
 
 typedef struct {
@@ -26,6 +26,7 @@ typedef struct {
     const float *frequencies; /* (head_dim / 2) */
     const block *block;
     maqd_norm norm;
+    int32_t floats; /* some layer has float activations */
 } maqd_decoder;
 
 typedef struct {
@@ -95,6 +96,8 @@ static void lay_out(state *s, arena *memory) {
             f.input[j].codes = cut(memory, n * (widest + 16));
             f.input[j].step = cut_floats(memory, n);
             f.input[j].sums = cut(memory, n * (widest / 4 + 2) * (int64_t)sizeof(int32_t));
+            f.input[j].values = s->model->floats ? cut_floats(memory, n * (widest + 16)) : NULL;
+            f.input[j].value_sums = (float *)f.input[j].sums;
         }
         if (memory->base) s->feeding[i] = f;
     }
@@ -115,6 +118,7 @@ static void feed(const state *s, int thread, const float *add, const float *rows
     if (!s->private) maqd_share(s->count, thread, s->threads, &from, &to);
     for (int i = 0; i < n; ++i) {
         input[i] = f->input[i];
+        if (layers[i]->levels) input[i].values = NULL;
         for (int j = 0; j < i; ++j)
             if (same_input(layers[i], layers[j])) input[i] = input[j];
     }
@@ -128,13 +132,9 @@ static void feed(const state *s, int thread, const float *add, const float *rows
             row = scratch;
         }
         for (int i = 0; i < n; ++i) {
-            const maqd_weight *w = layers[i]->weight;
-            const int64_t stride = w->chunks * (32 / w->bits);
             if (input[i].codes != f->input[i].codes) continue;
             input[i].step[t] = layers[i]->own_first && first ? 0 : layers[i]->step;
-            s->path->quantize(row, width, w->groups, layers[i]->levels, input[i].step + t,
-                              input[i].codes + t * stride, stride,
-                              input[i].sums + t * (w->groups + 1));
+            maqd_take(s->path, layers[i]->weight, row, layers[i]->levels, input + i, t);
         }
     }
     if (!s->private) maqd_barrier(s->threads);

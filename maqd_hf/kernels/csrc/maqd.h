@@ -11,6 +11,7 @@
  *   y = xs * ( sum_g s_g (sum c q - z sum_g q) + o sum q + constant ) + bias
  *
  * where `constant` = sum_g s_g h (sum_g c - z n_g) + o h n comes ready from the repacking side.
+ * Float activations ("weight-only") take the place of q, with xs = 1 and a constant of 0.
  *
  * Plain C without Python or torch: called through ctypes on data pointers. Each path_*.c compiles
  * path.h for its instruction set; the choice is made at run time, never by -march=native.
@@ -39,6 +40,9 @@ typedef struct {
     int8_t *codes; /* (tokens, chunks * inputs per chunk), zero beyond the columns */
     float *step;   /* (tokens) */
     int32_t *sums; /* (tokens, groups + 1): sum of the codes of every group, and of all */
+    /* float activations have these instead; NULL where codes are used */
+    float *values;     /* shaped as codes */
+    float *value_sums; /* shaped as sums */
 } maqd_input;
 
 /* y = x * factor (weight) (+ bias). `token`: factor = 1 / sqrt(mean square + eps), for every token;
@@ -74,6 +78,9 @@ typedef struct {
      * for the token's own, absmax / ((M-1)/2). NaN counts as the largest code, infinity clips. */
     void (*quantize)(const float *x, int64_t columns, int64_t groups, int32_t levels, float *step,
                      int8_t *codes, int64_t stride, int32_t *sums);
+    /* One token of float activations: copied, padded, summed. */
+    void (*spread)(const float *x, int64_t columns, int64_t groups, float *values, int64_t stride,
+                   float *sums);
     void (*norm)(const maqd_norm *norm, int first, const float *x, float *y);
     void (*rope)(float *x, const float *cosine, const float *sine, int64_t half);
     void (*attend)(const maqd_attention *a);
@@ -89,6 +96,18 @@ typedef void (*maqd_work)(void *argument, int thread, int threads);
 HIDDEN void maqd_run(maqd_work work, void *argument, int threads);
 /* Every thread of the current run waits here for the others. */
 HIDDEN void maqd_barrier(int threads);
+
+/* Quantises, or for `levels` 0 copies, one token: `x` becomes row `token` of `input`. */
+static inline void maqd_take(const maqd_path *path, const maqd_weight *w, const float *x,
+                             int32_t levels, maqd_input *input, int64_t token) {
+    const int64_t stride = w->chunks * (32 / w->bits), sums = w->groups + 1;
+    if (levels)
+        path->quantize(x, w->columns, w->groups, levels, input->step + token,
+                       input->codes + token * stride, stride, input->sums + token * sums);
+    else
+        path->spread(x, w->columns, w->groups, input->values + token * stride, stride,
+                     input->value_sums + token * sums);
+}
 
 /* The part of 0..count that belongs to a thread. */
 static inline void maqd_share(int64_t count, int thread, int threads, int64_t *from, int64_t *to) {

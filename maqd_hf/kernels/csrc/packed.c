@@ -57,7 +57,7 @@ void maqd_repack(const int32_t *words, int64_t rows, int64_t columns, int32_t le
 typedef struct {
     const maqd_path *path;
     const maqd_weight *weight;
-    maqd_input input;
+    maqd_input *input;
     const float *x;
     int64_t tokens;
     int32_t levels;
@@ -67,23 +67,20 @@ typedef struct {
 static void product_share(void *argument, int thread, int threads) {
     const product *p = argument;
     const maqd_weight *w = p->weight;
-    const int64_t stride = w->chunks * (32 / w->bits);
     int64_t from, to;
     maqd_share(p->tokens, thread, threads, &from, &to);
     for (int64_t t = from; t < to; ++t)
-        p->path->quantize(p->x + t * w->columns, w->columns, w->groups, p->levels,
-                          p->input.step + t, p->input.codes + t * stride, stride,
-                          p->input.sums + t * (w->groups + 1));
+        maqd_take(p->path, w, p->x + t * w->columns, p->levels, p->input, t);
     maqd_barrier(threads);
     maqd_share((w->rows + ROWS - 1) / ROWS, thread, threads, &from, &to);
-    p->path->matmul(w, &p->input, from, to, p->tokens, p->y, w->rows);
+    p->path->matmul(w, p->input, from, to, p->tokens, p->y, w->rows);
 }
 
-/* x (tokens, columns) -> y (tokens, rows). `step` (tokens): 0 asks for the token's own and gets it;
- * `codes` and `sums` are scratch, shaped as in maqd_input. */
-void maqd_linear(const maqd_weight *w, const float *x, int64_t tokens, int32_t levels, float *step,
-                 int8_t *codes, int32_t *sums, float *y, int32_t path, int32_t threads) {
-    product p = {PATHS[path], w, {codes, step, sums}, x, tokens, levels, y};
+/* x (tokens, columns) -> y (tokens, rows). `input` is scratch, but for its steps: 0 asks for the
+ * token's own and gets it. `levels` 0: float activations. */
+void maqd_linear(const maqd_weight *w, const float *x, int64_t tokens, int32_t levels,
+                 maqd_input *input, float *y, int32_t path, int32_t threads) {
+    product p = {PATHS[path], w, input, x, tokens, levels, y};
     maqd_run(product_share, &p, threads);
 }
 

@@ -87,8 +87,60 @@ INLINE void tile(const maqd_weight *w, const maqd_input *x, int64_t block, const
     }
 }
 
+/* The same with float activations: codes become floats, four sums a token keep them independent. */
+INLINE void tile_float(const maqd_weight *w, const maqd_input *x, int64_t block, int64_t token,
+                       const int tokens, const int bits, float *y, int64_t y_stride) {
+    const int64_t inputs = 32 / bits, stride = w->chunks * inputs, sums = w->groups + 1;
+    const int64_t padded = (w->rows + ROWS - 1) / ROWS * ROWS, first = block * ROWS;
+    const int64_t chunks = w->groups == 1 ? w->chunks : w->columns / w->groups / inputs;
+    const int64_t live = w->rows - first < ROWS ? w->rows - first : ROWS;
+    const uint8_t *codes = w->codes + block * w->chunks * 64;
+    const float *values = x->values + token * stride;
+    v16 total[TOKENS];
+    for (int t = 0; t < tokens; ++t) total[t] = (v16){0};
+    for (int64_t g = 0; g < w->groups; ++g) {
+        v16 sum[TOKENS][4];
+        for (int t = 0; t < tokens; ++t)
+            for (int j = 0; j < 4; ++j) sum[t][j] = (v16){0};
+        for (int64_t c = 0; c < chunks; ++c, codes += 64, values += inputs) {
+            i16 word;
+            memcpy(&word, codes, sizeof word);
+            for (int p = 0; p < 8 / bits; ++p)
+                for (int j = 0; j < 4; ++j) {
+                    const i16 code = word >> (8 * j + bits * p) & ((1 << bits) - 1);
+                    const v16 value = __builtin_convertvector(code, v16);
+                    for (int t = 0; t < tokens; ++t)
+                        sum[t][j] += value * values[t * stride + 4 * p + j];
+                }
+        }
+        const v16 scale = load(w->scale + g * padded + first);
+        for (int t = 0; t < tokens; ++t) {
+            const v16 all_four = (sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3]);
+            total[t] += scale * (all_four - w->zero * x->value_sums[(token + t) * sums + g]);
+        }
+    }
+    for (int t = 0; t < tokens; ++t) {
+        const float sum = x->value_sums[(token + t) * sums + w->groups];
+        const v16 value = total[t] + load(w->offset + first) * sum + load(w->bias + first);
+        memcpy(y + (token + t) * y_stride + first, &value, (size_t)live * sizeof *y);
+    }
+}
+
+INLINE void matmul_float(const maqd_weight *w, const maqd_input *x, int64_t block, int64_t last,
+                         int64_t tokens, float *y, int64_t y_stride, const int bits) {
+    for (; block < last; ++block) {
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4) tile_float(w, x, block, t, 4, bits, y, y_stride);
+        for (; t < tokens; ++t) tile_float(w, x, block, t, 1, bits, y, y_stride);
+    }
+}
+
 INLINE void matmul_bits(const maqd_weight *w, const maqd_input *x, int64_t block, int64_t last,
                         int64_t tokens, float *y, int64_t y_stride, const int bits) {
+    if (x->values) {
+        matmul_float(w, x, block, last, tokens, y, y_stride, bits);
+        return;
+    }
     /* 2-bit codes of 4 tokens fill the registers with one row block */
     const int pair = bits > 2 || tokens < TOKENS ? BLOCKS : 1;
     for (; block + pair <= last; block += pair) {
@@ -152,6 +204,23 @@ static void quantize(const float *x, int64_t columns, int64_t groups, int32_t le
     }
     sums[groups] = everything;
     memset(codes + columns, 0, (size_t)(stride - columns));
+}
+
+static void spread(const float *x, int64_t columns, int64_t groups, float *values, int64_t stride,
+                   float *sums) {
+    const int64_t width = columns / groups;
+    float everything = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+        const float *part = x + g * width;
+        v16 sum = {0};
+        for (int64_t k = 0; k < width; k += 16)
+            sum += load_some(part + k, width - k < 16 ? width - k : 16, 0);
+        sums[g] = sum16(sum);
+        everything += sums[g];
+    }
+    sums[groups] = everything;
+    memcpy(values, x, (size_t)columns * sizeof *x);
+    for (int64_t k = columns; k < stride; ++k) values[k] = 0;
 }
 
 /* ----------------------------------------------------------------------- the rest of a decoder */
@@ -291,4 +360,4 @@ static void swiglu(float *gate, const float *up, int64_t count) {
     }
 }
 
-const maqd_path PATH = {NAME, SUPPORTED, matmul, quantize, norm, rope, attend, swiglu};
+const maqd_path PATH = {NAME, SUPPORTED, matmul, quantize, spread, norm, rope, attend, swiglu};
