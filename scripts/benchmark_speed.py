@@ -13,6 +13,7 @@ shared. `--busy N` repeats `models` beside N processes that compute without end.
 with `pip install maqd_hf[bench]`; a missing one is named.
 """
 
+import copy
 import json
 import os
 import statistics
@@ -297,7 +298,7 @@ def model_sources(folder: Path, config: Any, float_model: str | None) -> dict[st
 def build(config: Any) -> Any:
     """A model with random weights; rotary tables and norms as they are."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
 
 
 def llama_cpp_sources(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ..packing import codes_per_word, unpack_codes
 _ROWS = 16  # rows of a block, as in maqd.h
 _PARALLEL = 1 << 17  # multiplications below which a second thread costs more than it brings
 PATH_VARIABLE = "MAQD_KERNEL"
+LIBRARY_VARIABLE = "MAQD_LIBRARY"  # another build of the library, as `.ci/sanitize` makes one
 
 
 class WeightStruct(ctypes.Structure):
@@ -43,7 +44,8 @@ class _Input(ctypes.Structure):
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None if the package was installed without a compiler."""
-    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    given = os.environ.get(LIBRARY_VARIABLE)
+    found = [Path(given)] if given else sorted(Path(__file__).parent.glob("_native*.so"))
     if not found:
         return None
     lib = ctypes.CDLL(str(found[0]))
