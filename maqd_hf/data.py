@@ -104,6 +104,49 @@ def load_text(
         ValueError: no such column, or several to choose from; the message names them.
     """
     dataset = load_split(source, split=split, config_name=config_name)
+    column = _text_column(dataset, source, column)
+    if join is not None:
+        return Dataset.from_dict({"text": [join.join(dataset[column])]})
+    return dataset.select_columns([column]).rename_columns({column: "text"})
+
+
+def load_labelled(
+    source: str,
+    *,
+    split: str = "train",
+    text_column: str | None = None,
+    label_column: str = "label",
+    config_name: str | None = None,
+) -> Dataset:
+    """One split of a classification set, with the columns ``"text"`` and ``"label"``.
+
+    Args:
+        source, split, config_name: as in `load_split`.
+        text_column: as ``column`` in `load_text`.
+        label_column: the column that holds the classes, numbers from 0.
+
+    Raises:
+        ValueError: no such column, or labels that are not class numbers.
+    """
+    dataset = load_split(source, split=split, config_name=config_name)
+    text_column = _text_column(dataset, source, text_column)
+    if label_column not in dataset.column_names:
+        raise ValueError(
+            f"{source}: no column {label_column!r}; there are {', '.join(dataset.column_names)}."
+        )
+    kind = dataset.features[label_column].dtype
+    labels = pc.min(dataset.with_format("arrow")[:][label_column]).as_py() if len(dataset) else 0
+    if not kind.startswith(("int", "uint")) or labels is None or labels < 0:
+        raise ValueError(
+            f"{source}: column {label_column!r} holds {kind} values from {labels!r}, not classes "
+            "numbered from 0: leave out unlabelled rows, map other labels to numbers."
+        )
+    columns = {text_column: "text", label_column: "label"}
+    return dataset.select_columns(list(columns)).rename_columns(columns)
+
+
+def _text_column(dataset: Dataset, source: str, column: str | None) -> str:
+    """The column of strings that was asked for, or the obvious one."""
     strings = [
         name
         for name, feature in dataset.features.items()
@@ -114,12 +157,10 @@ def load_text(
             raise ValueError(
                 f"{source}: say which column holds the text; columns of strings: {strings}."
             )
-        column = "text" if "text" in strings else strings[0]
-    elif column not in strings:
+        return "text" if "text" in strings else strings[0]
+    if column not in strings:
         raise ValueError(f"{source}: no column {column!r} of strings; there are {strings}.")
-    if join is not None:
-        return Dataset.from_dict({"text": [join.join(dataset[column])]})
-    return dataset.select_columns([column]).rename_columns({column: "text"})
+    return column
 
 
 def tokenize_blocks(

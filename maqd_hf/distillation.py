@@ -13,6 +13,9 @@ stays *inside* the model's forward, where DDP and FSDP2 expect the head's parame
 A model whose logits are not exactly what its head returns (soft-capping, scaled logits), or that
 does not use its ``loss_function``, is found out by a probe (``head_is_deferrable``) and goes
 through the same loss with whole logits.
+
+A classifier's logits are a few numbers a text: ``hidden_distance`` adds what the teacher's last
+hidden states say, at every token.
 """
 
 from __future__ import annotations
@@ -179,6 +182,53 @@ def _token_losses(
     return loss, grad
 
 
+def hidden_distance(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
+    """How far the student's hidden states are from the teacher's: (batch,), differentiable.
+
+    For each sample the mean over its tokens of |student - teacher|^2 / |teacher|^2. Relative to the
+    token's own size, so that the massive first tokens of pretrained decoders do not own it.
+
+    Args:
+        student, teacher: (batch, tokens, features).
+        counted: (batch, tokens), False or 0 on padding; None: every token counts.
+
+    >>> hidden_distance(torch.zeros(1, 2, 4), torch.ones(1, 2, 4))
+    tensor([1.])
+    """
+    student, teacher = (t if t.dtype == torch.float64 else t.float() for t in (student, teacher))
+    size = teacher.square().sum(-1).clamp(min=torch.finfo(teacher.dtype).tiny)
+    relative = (student - teacher).square().sum(-1) / size
+    if counted is None:
+        return relative.mean(dim=1)
+    counted = counted.bool()
+    return relative.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp(min=1)
+
+
+class HiddenLoss(NamedTuple):
+    """``hidden_distance`` summed over a batch: a sample weighs as much as it has labels.
+
+    ``ours`` holds the student's states once its forward has run (``last_hidden_states``).
+    """
+
+    ours: list[Tensor]
+    theirs: Tensor
+    counted: Tensor | None
+    weight: float
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        """``labels``: (batch, ...), those that count are not ``IGNORE``."""
+        distance = hidden_distance(self.ours[0], self.theirs, self.counted)
+        counts = (labels != IGNORE).reshape(len(labels), -1).sum(1)
+        return self.weight * (distance * counts).sum()
+
+
+class Target(NamedTuple):
+    """What the teacher says of a batch; None is what is not wanted."""
+
+    logits: Logits | None = None
+    hidden: HiddenLoss | None = None
+
+
 # --------------------------------------------------------------------- a model with a deferred head
 
 LossFunction = Callable[..., Tensor]
@@ -189,6 +239,22 @@ def bare_model(model: nn.Module) -> PreTrainedModel:
     model = getattr(model, "_orig_mod", model)
     inner = getattr(model, "get_base_model", None)
     return inner() if inner is not None else model  # type: ignore[return-value]
+
+
+@contextmanager
+def last_hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within this context every forward of ``model`` puts the output of its base model, (batch,
+    tokens, features), in place of what the list holds."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        found[:] = [output[0]]
+
+    handle = bare_model(model).base_model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -255,3 +321,20 @@ def head_is_deferrable(model: nn.Module) -> bool:
         handle.remove()
         bare.train(training)
     return len(seen) == len(handed) == 1 and seen[0] is handed[0] is output.logits
+
+
+@torch.no_grad()
+def teacher_output(
+    teacher: nn.Module, inputs: dict[str, Any], deferred: bool
+) -> tuple[Logits, Tensor]:
+    """The teacher's prediction for every token (hidden states and head if its head is deferrable,
+    else logits), and its last hidden states."""
+    with last_hidden_states(teacher) as hidden:
+        if not deferred:
+            return Logits(teacher(**inputs).logits), hidden[0]
+        with deferred_head(teacher, _no_loss):
+            return head_of(teacher, teacher(**inputs).logits), hidden[0]
+
+
+def _no_loss(**kwargs: Any) -> Tensor:
+    raise AssertionError("the teacher is called without labels")

@@ -36,12 +36,16 @@ from .callbacks import GateSchedule, QuantizerMonitor, RankAgreement
 from .checkpoints import first_interrupt, is_complete, last_complete_checkpoint
 from .distillation import (
     IGNORE,
+    HiddenLoss,
     Logits,
+    Target,
     bare_model,
     deferred_head,
     distillation_loss,
     head_is_deferrable,
     head_of,
+    last_hidden_states,
+    teacher_output,
 )
 from .nn import (
     ActivationQuantizer,
@@ -101,6 +105,8 @@ class MaQDTrainer(Trainer):
             )
         if teacher is not None and args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor and a teacher exclude each other: drop one")
+        if teacher is None and args.hidden_distillation:
+            raise ValueError("hidden_distillation needs a teacher: give one, or leave it at 0")
         self.ranks = RankAgreement()
         self.monitor = QuantizerMonitor(args.quantizer_logging_steps)
         schedule = GateSchedule(args.lbn_start, args.lbn_end, args.lbn_norms)
@@ -216,7 +222,8 @@ class MaQDTrainer(Trainer):
                 "the teacher shares trainable parameters with the model, so it would change with "
                 "it: load it again, or copy.deepcopy it before quantize_model"
             )
-        for what in ("vocab_size", "num_labels"):
+        same = ["vocab_size", "num_labels"] + ["hidden_size"] * (self.args.hidden_distillation > 0)
+        for what in same:
             ours, theirs = (getattr(m.config, what, None) for m in (student, teacher))
             if ours != theirs:
                 raise ValueError(f"the teacher has {what}={theirs}, the model {ours}")
@@ -245,8 +252,8 @@ class MaQDTrainer(Trainer):
         in_training = self.model.training and "labels" in inputs and self.label_smoother is None
         if not in_training or (self.teacher is None and not deferred):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        target = self._teacher_logits(inputs)
         with ExitStack() as stack:
+            target = self._target(inputs, stack)
             if deferred:
                 loss = partial(self._deferred_loss, target=target)
                 stack.enter_context(deferred_head(self.model, loss))
@@ -259,24 +266,25 @@ class MaQDTrainer(Trainer):
         """Autocast around every loss; accelerate does it for all wrappers but FSDP2."""
         return self.accelerator.autocast()
 
-    @torch.no_grad()
-    def _teacher_logits(self, inputs: dict[str, Any]) -> Logits | None:
-        """The teacher's prediction for every token: hidden states and head, or logits."""
-        if self.teacher is None or self.args.distillation_weight == 0:
-            return None
-        inputs = {k: v for k, v in inputs.items() if k not in ("labels", "num_items_in_batch")}
-        with ExitStack() as stack:
-            if not self._defers.get(id(self.teacher), False):
-                return Logits(self.teacher(**inputs).logits)
-            stack.enter_context(deferred_head(self.teacher, _no_loss))
-            return head_of(self.teacher, self.teacher(**inputs).logits)
+    def _target(self, inputs: dict[str, Any], stack: ExitStack) -> Target:
+        """What the teacher says of the batch. Hooks on the model stay while ``stack`` is open."""
+        weight = self.args.hidden_distillation
+        if self.teacher is None or (self.args.distillation_weight == 0 and not weight):
+            return Target()
+        given = {k: v for k, v in inputs.items() if k not in ("labels", "num_items_in_batch")}
+        deferred = self._defers.get(id(self.teacher), False)
+        logits, theirs = teacher_output(self.teacher, given, deferred)
+        if not weight:
+            return Target(logits)
+        ours = stack.enter_context(last_hidden_states(self.model))
+        return Target(logits, HiddenLoss(ours, theirs, inputs.get("attention_mask"), weight))
 
     @torch.compiler.disable
     def _deferred_loss(
         self,
         logits: Tensor,
         labels: Tensor,
-        target: Logits | None,
+        target: Target,
         num_items_in_batch: Any = None,
         shift_labels: Tensor | None = None,
         **kwargs: Any,
@@ -289,7 +297,7 @@ class MaQDTrainer(Trainer):
         return self._mean_loss(student, target, shift_labels, num_items_in_batch)
 
     def _whole_loss(
-        self, outputs: Any, labels: Tensor, target: Logits | None, num_items_in_batch: Any = None
+        self, outputs: Any, labels: Tensor, target: Target, num_items_in_batch: Any = None
     ) -> Tensor:
         """Logits (batch, tokens, vocabulary) with a label a token, or (batch, classes)."""
         logits: Tensor = outputs["logits"]
@@ -303,12 +311,15 @@ class MaQDTrainer(Trainer):
         return self._mean_loss(Logits(logits[labels != IGNORE]), target, labels, num_items_in_batch)
 
     def _mean_loss(
-        self, student: Logits, target: Logits | None, labels: Tensor, num_items_in_batch: Any
+        self, student: Logits, target: Target, labels: Tensor, num_items_in_batch: Any
     ) -> Tensor:
         counted = labels != IGNORE
-        if target is not None:
-            target = target._replace(hidden=target.hidden[counted])
-        total = distillation_loss(student, target, labels[counted], self.args.objective())
+        expected = target.logits
+        if expected is not None:
+            expected = expected._replace(hidden=expected.hidden[counted])
+        total = distillation_loss(student, expected, labels[counted], self.args.objective())
+        if target.hidden is not None:
+            total = total + target.hidden(labels)
         count = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / count
 
@@ -409,10 +420,6 @@ class MaQDTrainer(Trainer):
 def _shift(labels: Tensor) -> Tensor:
     """Labels (batch, tokens) moved to the position that predicts them; -100 for the last."""
     return nn.functional.pad(labels, (0, 1), value=IGNORE)[..., 1:]
-
-
-def _no_loss(**kwargs: Any) -> Tensor:
-    raise AssertionError("the teacher is called without labels")
 
 
 def _is_packed(model: nn.Module) -> bool:

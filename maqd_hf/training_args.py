@@ -23,6 +23,13 @@ class MaQDTrainingArguments(TrainingArguments):
     distillation_weight: float = field(
         default=1.0, metadata={"help": "Share of the KL; the rest is cross entropy on the labels."}
     )
+    hidden_distillation: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the last hidden states' squared distance to the teacher's, relative "
+            "to the teacher's square; needs a teacher of the same width."
+        },
+    )
     kl_chunk_tokens: int = field(
         default=256, metadata={"help": "Tokens whose logits exist at once during training."}
     )
@@ -52,6 +59,9 @@ class MaQDTrainingArguments(TrainingArguments):
         self.objective()  # validates the distillation settings
         if self.scale_learning_rate < 0:
             raise ValueError(f"scale_learning_rate={self.scale_learning_rate} must not be negative")
+
+        if self.hidden_distillation < 0:
+            raise ValueError(f"hidden_distillation={self.hidden_distillation} must not be negative")
 
     def objective(self) -> Objective:
         """What a token costs, as these arguments say."""

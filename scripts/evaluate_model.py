@@ -12,18 +12,13 @@ models see the same windows, one after the other in one process; the ratio is to
 """
 
 import json
-import platform
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import evaluate
 import torch
-import transformers
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -33,10 +28,12 @@ from transformers import (
 
 import maqd_hf  # registers the quantised models with transformers
 import maqd_hf.metrics
-from maqd_hf.data import EMBEDDED, load_split, load_text
+from maqd_hf.classification import classify
+from maqd_hf.data import EMBEDDED, load_labelled, load_text
 from maqd_hf.embedded import resolve_model
 from maqd_hf.perplexity import text_perplexity
 from maqd_hf.size import model_size
+from maqd_hf.versions import package_versions
 
 MIB = 2**20
 JOINS = {"blank_line": "\n\n", "newline": "\n", "nothing": "", "separate": None}
@@ -99,36 +96,29 @@ def perplexity(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
     return derived | asdict(result)
 
 
-@torch.inference_mode()
 def accuracy(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
-    data = load_split(args.dataset, split=args.dataset_split, config_name=args.dataset_config_name)
-    text_column = args.text_column or "text"
-    for column in (text_column, args.label_column):
-        if column not in data.column_names:
-            raise ValueError(
-                f"{args.dataset}: no column {column!r}; there are {', '.join(data.column_names)}."
-            )
+    data = load_labelled(
+        args.dataset,
+        split=args.dataset_split,
+        text_column=args.text_column,
+        label_column=args.label_column,
+        config_name=args.dataset_config_name,
+    )
     data = data.select(range(min(len(data), args.max_texts or len(data))))
+    found = classify(
+        model,
+        tokenizer,
+        data["text"],
+        max_length=args.window,
+        batch_size=args.batch_size,
+        progress=True,
+    )
     metric = evaluate.load(maqd_hf.metrics.path("accuracy"))
-    tokens, began = 0, time.perf_counter()
-    model.eval()
-    for batch in tqdm(data.iter(args.batch_size), total=-(-len(data) // args.batch_size)):
-        inputs = tokenizer(
-            batch[text_column],
-            padding=True,
-            truncation=True,
-            max_length=args.window,
-            return_tensors="pt",
-        ).to(model.device)
-        tokens += int(inputs["attention_mask"].sum())
-        chosen = model(**inputs).logits.argmax(-1)
-        metric.add_batch(predictions=chosen.tolist(), references=batch[args.label_column])
-    seconds = time.perf_counter() - began
-    return metric.compute() | {
+    return metric.compute(predictions=found.classes, references=data["label"]) | {
         "texts": len(data),
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens": found.tokens,
+        "seconds": found.seconds,
+        "tokens_per_second": found.tokens_per_second,
         "protocol": f"share of {len(data)} texts with the right class, each cut at "
         f"{args.window} tokens.",
     }
@@ -199,13 +189,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "arguments": asdict(args),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
-        "versions": {
-            "maqd_hf": getattr(maqd_hf, "__version__", None),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "datasets": datasets.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": package_versions(),
         "results": rows,
     }
     if args.output:

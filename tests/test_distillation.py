@@ -16,12 +16,16 @@ from transformers import (
 )
 
 from maqd_hf.distillation import (
+    IGNORE,
+    HiddenLoss,
     Logits,
     Objective,
     deferred_head,
     distillation_loss,
     head_is_deferrable,
     head_of,
+    hidden_distance,
+    last_hidden_states,
 )
 from maqd_hf.nn import LinearSpec, MaQDLinear
 
@@ -120,6 +124,65 @@ def test_frozen_heads_cost_no_gradient_and_a_second_backward_is_refused() -> Non
 def test_impossible_objectives_are_refused(settings: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Objective(*settings)  # type: ignore[arg-type]
+
+
+def naive_distance(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+    """Token by token."""
+    found = []
+    for ours, theirs, mask in zip(student, teacher, counted, strict=True):
+        tokens = [
+            ((a - b) ** 2).sum() / (b**2).sum()
+            for a, b, count in zip(ours, theirs, mask, strict=True)
+            if count
+        ]
+        found.append(sum(tokens) / max(len(tokens), 1))
+    return torch.stack([torch.as_tensor(value, dtype=student.dtype) for value in found])
+
+
+def test_the_hidden_distance_equals_the_naive_one_and_its_gradient() -> None:
+    student = torch.randn(4, 7, WIDTH, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, 7, WIDTH, dtype=torch.float64) * torch.logspace(-3, 3, 7).view(7, 1)
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0] * 2 + [1] * 5, [0] * 7])
+    wanted = naive_distance(student, teacher, mask)
+    got = hidden_distance(student, teacher, mask)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+    assert got[3] == 0
+    weights = torch.tensor([1.0, 2.0, -1.0, 1.0], dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((d * weights).sum(), student)[0] for d in (got, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    everywhere = hidden_distance(student, teacher)
+    torch.testing.assert_close(everywhere, naive_distance(student, teacher, torch.ones(4, 7)))
+    assert hidden_distance(teacher, teacher).max() == 0
+    rounded = hidden_distance(student.bfloat16(), teacher.bfloat16(), mask)
+    assert rounded.dtype == torch.float32, "summed in float32"
+
+
+def test_padding_may_hold_anything() -> None:
+    student, teacher, mask = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.ones(2, 3)
+    mask[1, 2] = 0
+    wanted = hidden_distance(student, teacher, mask)
+    student[1, 2], teacher[1, 2] = torch.inf, 0
+    assert torch.equal(hidden_distance(student, teacher, mask), wanted)
+
+
+@pytest.mark.parametrize("labels", [[3, IGNORE], [[3, 4, IGNORE], [IGNORE] * 3]])
+def test_a_sample_weighs_as_much_as_it_has_labels(labels: list) -> None:
+    ours, theirs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    first = hidden_distance(ours, theirs)[0]
+    labels = torch.tensor(labels)
+    found = HiddenLoss([ours], theirs, None, 0.5)(labels)
+    torch.testing.assert_close(found, 0.5 * first * labels.dim())
+
+
+def test_last_hidden_states_are_what_the_head_reads(tiny_llama: LlamaForCausalLM) -> None:
+    ids = torch.randint(259, (2, 9))
+    with last_hidden_states(tiny_llama) as hidden:
+        output = tiny_llama(input_ids=ids, output_hidden_states=True)
+    torch.testing.assert_close(tiny_llama.lm_head(hidden[0]), output.logits)
+    assert torch.equal(hidden[0], output.hidden_states[-1])
+    kept = hidden[0]
+    tiny_llama(input_ids=ids)
+    assert hidden[0] is kept, "nothing is recorded outside the context"
 
 
 def test_a_deferred_head_moves_into_the_loss(tiny_llama: LlamaForCausalLM) -> None:

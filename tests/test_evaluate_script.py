@@ -104,10 +104,11 @@ def test_classification(script, byte_tokenizer, tmp_path, capsys):
     Dataset.from_dict(data).to_parquet(tmp_path / "x.parquet")
     common = ["--task", "classification", "--model", tmp_path / "bert", "--batch_size", 2]
     common += ["--dataset", tmp_path / "x.parquet"]
-    report = run(script, *common, "--text_column", "sentence")
+    report = run(script, *common)  # the only column of strings
     assert report["results"][0]["accuracy"] == pytest.approx(3 / 5)
+    assert report["results"][0]["tokens"] == 9
     assert "0.6000" in capsys.readouterr().out
     report = run(script, *common, "--text_column", "sentence", "--max_texts", 3)
     assert report["results"][0]["accuracy"] == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="no column 'text'; there are sentence, label"):
-        run(script, *common)
+    with pytest.raises(ValueError, match="no column 'text' of strings; there are \\['sentence'\\]"):
+        run(script, *common, "--text_column", "text")

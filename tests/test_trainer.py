@@ -236,6 +236,79 @@ def test_a_classifier_distills_whole_logits(tmp_path: Path) -> None:
     assert "eval_perplexity" not in trainer.evaluate()
 
 
+def tiny_classifier() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+    )
+    return BertForSequenceClassification(config)
+
+
+def padded_texts() -> list[dict[str, Any]]:
+    """Texts of different lengths, padded to one, with a class each."""
+    rows = []
+    for i, row in enumerate(blocks(4)):
+        mask = [1] * (LENGTH - 3 * i) + [0] * (3 * i)
+        rows.append({"input_ids": row["input_ids"], "attention_mask": mask, "labels": i % 3})
+    return rows
+
+
+def slow_hidden_loss(student: nn.Module, teacher: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
+    """KL of the logits plus the hidden distance, text by text, without a batch."""
+    total = torch.zeros(())
+    for row in rows:
+        length = sum(row.get("attention_mask", [1] * len(row["input_ids"])))
+        ids = torch.tensor(row["input_ids"])[None, :length]
+        ours, theirs = (m(input_ids=ids, output_hidden_states=True) for m in (student, teacher))
+        if "attention_mask" in row:
+            p, q, labels = ours.logits, theirs.logits, 1
+        else:
+            p, q, labels = ours.logits[0, :-1], theirs.logits[0, :-1], length - 1
+        total = total + functional.kl_div(
+            p.log_softmax(-1), q.log_softmax(-1), reduction="sum", log_target=True
+        )
+        ours, theirs = ours.hidden_states[-1], theirs.hidden_states[-1]
+        gap = (ours - theirs).square().sum(-1) / theirs.square().sum(-1)
+        total = total + 0.7 * labels * gap.mean()
+    return total
+
+
+@pytest.mark.parametrize("kind", ["classifier", "causal"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_hidden_distillation_equals_its_slow_reference(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, kind: str, accumulation: int
+) -> None:
+    teacher = tiny_classifier() if kind == "classifier" else tiny_llama
+    rows = padded_texts() if kind == "classifier" else blocks(4)
+    labels = len(rows) * (1 if kind == "classifier" else LENGTH - 1)
+    settings = {"embedding_levels": None, "layer_batch_norm": False, "first_token": "shared"}
+    model = to_qat(copy.deepcopy(teacher), **settings)
+    reference = copy.deepcopy(model).train()
+    loss = slow_hidden_loss(reference, teacher.eval(), rows) / labels
+    loss.backward()
+    got = first_gradients(
+        model,
+        tmp_path,
+        teacher=teacher,
+        train_dataset=rows,
+        hidden_distillation=0.7,
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    wanted = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
+    for name in [name for name in wanted if name.endswith("key.bias")]:
+        del wanted[name], got[name]  # zero but for rounding: the softmax does not see them
+    assert_close_gradients(wanted, got)
+
+
 def test_conv1d_models_and_folders_as_teachers(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
     tiny_gpt2.save_pretrained(tmp_path / "teacher")
     model = to_qat(copy.deepcopy(tiny_gpt2))
@@ -531,6 +604,13 @@ def test_contradictions_are_refused(
     other.config.vocab_size = 300
     with pytest.raises(ValueError, match="vocab_size=300, the model 259"):
         trainer_for(qat, tmp_path, teacher=other)
+    with pytest.raises(ValueError, match="hidden_distillation needs a teacher"):
+        trainer_for(qat, tmp_path, hidden_distillation=1.0)
+    other.config.vocab_size, other.config.hidden_size = 259, 32
+    with pytest.raises(ValueError, match="hidden_size=32, the model 64"):
+        trainer_for(qat, tmp_path, teacher=other, hidden_distillation=1.0)
+    with pytest.raises(ValueError, match="hidden_distillation=-1"):
+        arguments(tmp_path, hidden_distillation=-1.0)
     with pytest.raises(ValueError, match="scale_learning_rate"):
         arguments(tmp_path, scale_learning_rate=-1.0)
 

@@ -1,4 +1,5 @@
-"""What casting a model (``.half()``, ``.to(torch.bfloat16)``) does to the tensors of our layers.
+"""What casting a model (``.half()``, ``.to(torch.bfloat16)``) does to our layers' tensors, and
+where bfloat16 products are worth asking for.
 
 All tensors of our layers stay float32: eight bits of mantissa would move every level of a grid.
 What they put out has the dtype of their input.
@@ -39,3 +40,13 @@ def mark_output_dtype(module: nn.Module, dtype: torch.dtype | None) -> None:
     module._parameters.clear()
     module.register_parameter("output_like", mark)
     module._parameters.update(rest)
+
+
+def fast_bf16(device: torch.device | str) -> bool:
+    """Whether ``device`` multiplies bfloat16 matrices faster than float32 ones."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return kind == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
