@@ -11,7 +11,6 @@ step of each is a warm-up. Tokens are random: neither number depends on them.
 """
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -32,10 +31,10 @@ from transformers import (
     TrainingArguments,
 )
 
-import maqd_hf
 from maqd_hf import MaQDConfig, quantize_model
 from maqd_hf.embedded import SMOLLM2, resolve_model
 from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments
+from maqd_hf.versions import package_versions
 
 MIB = 2**20
 PLAIN, QAT, DISTILLED = "plain fine-tune", "QAT", "QAT with teacher"
@@ -172,12 +171,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "arguments": asdict(args),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {
-            "maqd_hf": maqd_hf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": package_versions(),
         "results": rows,
     }
     if args.output:

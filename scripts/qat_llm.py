@@ -5,6 +5,7 @@ Without arguments: SmolLM2-135M-Instruct and 105 Wikipedia articles, both from o
 
     python scripts/qat_llm.py
     python scripts/qat_llm.py --model someone/some-llm --dataset someone/some-text --weight_levels 4
+    python scripts/qat_llm.py --metrics results/main_job.json
 
 The run directory holds arguments.json, metrics.json, plot.png, README.md (the model card) and
 model/ (the packed model). Ctrl-C while training leaves a checkpoint; ``--resume_from_checkpoint
@@ -13,10 +14,10 @@ true`` continues from the last one.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
-import platform
 import shutil
 import sys
 import time
@@ -31,8 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import matplotlib
 import torch
-import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,16 +41,17 @@ from transformers import (
     default_data_collator,
 )
 
-import maqd_hf
 from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
 from maqd_hf.data import load_text, tokenize_blocks
 from maqd_hf.embedded import resolve_model
 from maqd_hf.model_card import write_card
+from maqd_hf.nn.precision import fast_bf16
 from maqd_hf.perplexity import PerplexityResult, text_perplexity
 from maqd_hf.saving import save_model
 from maqd_hf.sensitivity import select_static_norms
 from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
+from maqd_hf.versions import package_versions
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -93,6 +94,9 @@ class JobArguments:
     eval_windows: int = field(default=12, metadata={"help": "Windows to evaluate on."})
     prompt: str = field(default="The city was founded in", metadata={"help": "For the sample."})
     new_tokens: int = field(default=40, metadata={"help": "Tokens to generate as a sample."})
+    metrics: str | None = field(
+        default=None, metadata={"help": "Write metrics.json here as well, without any paths."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace an existing run directory."})
 
     def maqd_config(self) -> MaQDConfig:
@@ -210,14 +214,16 @@ class Job:
         print(f"   perplexity, {stage}: {result.perplexity:.2f}", flush=True)
         return result
 
+    def first_samples(self, count: int) -> Tensor:
+        """(samples, tokens) ids: the first ``count`` training samples, fewer if there are."""
+        return torch.tensor(self.blocks[:count]["input_ids"])
+
     def start(self) -> PreTrainedModel:
         """Convert and calibrate: the best model that needs no training."""
         student = copy.deepcopy(self.teacher)
         report = quantize_model(student, self.config, start="range")  # calibrate searches
         print(report)
-        samples = min(self.job.calibration_samples, len(self.blocks))
-        batches = _batches(self.blocks, samples)
-        calibrate(student, batches)
+        calibrate(student, self.first_samples(self.job.calibration_samples))
         self.run.record(report=_card_report(report))
         return student
 
@@ -225,8 +231,7 @@ class Job:
         """Which norms can be static within the tolerance; the others stay per token."""
         if not self.config.layer_batch_norm:
             return []
-        batches = _batches(self.blocks, min(2, len(self.blocks)))
-        chosen = select_static_norms(student, batches, self.job.lbn_tolerance)
+        chosen = select_static_norms(student, [self.first_samples(2)], self.job.lbn_tolerance)
         print(chosen)
         self.run.record(norms={**chosen.to_dict(), "static": chosen.static})
         return chosen.static
@@ -289,13 +294,8 @@ class Job:
         self.run.record(
             model_id=self.run.folder.name,
             base_model=self.job.model,
-            command="python scripts/qat_llm.py " + " ".join(sys.argv[1:]),
-            versions={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "maqd_hf": maqd_hf.__version__,
-            },
+            command=_command(sys.argv[1:]),
+            versions=package_versions(),
             evaluations=[
                 {
                     "text": f"{self.job.dataset}, {self.job.eval_split}",
@@ -307,7 +307,17 @@ class Job:
         )
         plot(self.run.metrics, self.run.folder / "plot.png")
         write_card(self.run.folder)
+        if self.job.metrics is not None:
+            shutil.copyfile(self.run.path, self.job.metrics)
         print(summary(self.run.metrics, self.run.folder))
+
+
+def _command(words: list[str]) -> str:
+    """The command line without the places it writes to, which mean nothing elsewhere."""
+    places = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    places.add_argument("--output_dir")
+    places.add_argument("--metrics")
+    return " ".join(["python scripts/qat_llm.py", *places.parse_known_args(words)[1]])
 
 
 def _find_checkpoint(folder: Path, resume: str | None) -> str | None:
@@ -332,11 +342,6 @@ def _prepare_folder(folder: Path, overwrite: bool, resuming: bool) -> None:
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-
-
-def _batches(blocks: Any, samples: int, size: int = 4) -> list[dict[str, torch.Tensor]]:
-    ids = torch.tensor(blocks[:samples]["input_ids"])
-    return [{"input_ids": part} for part in ids.split(size)]
 
 
 def _file_bytes(folder: Path) -> int:
@@ -415,20 +420,13 @@ def parse(arguments: list[str] | None = None) -> tuple[JobArguments, MaQDTrainin
         save_strategy="no",
         report_to="none",
         max_grad_norm=1.0,
-        bf16=_fast_bf16(),
+        bf16=fast_bf16("cuda" if torch.cuda.is_available() else "cpu"),
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
         adam_beta2=0.95,
     )
     job, training = parser.parse_args_into_dataclasses(arguments)
     return job, training
-
-
-def _fast_bf16() -> bool:
-    """Whether bfloat16 products are faster than float32 ones here."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

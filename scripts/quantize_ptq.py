@@ -3,17 +3,16 @@
     python scripts/quantize_ptq.py --output_dir runs/smollm2-w4
     python scripts/quantize_ptq.py --model A --weight_levels 8 --group_size 64 \
         --dataset Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 \
-        --max_eval_windows 24 --output_dir runs/w3
+        --max_eval_windows 24 --metrics results/ptq-8.json
 
-Prints the perplexity of the float and of the packed model on the same windows, side by side, and
-writes metrics.json. Without --output_dir nothing is written. A model is an id on the Hub, a folder,
-or the name of an embedded model (`maqd_hf.embedded`). Norms stay per token: static ones need
-training (scripts/qat_llm.py).
+Prints the perplexity of the float and of the packed model on the same windows, side by side.
+--output_dir keeps the model, with metrics.json; --metrics writes the measurements anywhere. A model
+is an id on the Hub, a folder, or the name of an embedded model (`maqd_hf.embedded`). Norms stay per
+token: static ones need training (scripts/qat_llm.py).
 """
 
 import json
 import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,19 +22,17 @@ from typing import Any, Literal
 # Spinning threads slow a busy machine down tenfold; read by OpenMP when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import datasets
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
-import maqd_hf
 from maqd_hf import MaQDConfig, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
 from maqd_hf.data import EMBEDDED, load_text, tokenize_blocks
 from maqd_hf.embedded import SMOLLM2, resolve_model
 from maqd_hf.perplexity import PerplexityResult, text_perplexity
 from maqd_hf.saving import save_model
+from maqd_hf.versions import package_versions
 
 
 @dataclass
@@ -44,6 +41,7 @@ class Arguments:
         default=EMBEDDED, metadata={"help": "Id, folder, an embedded model's name or 'embedded'."}
     )
     output_dir: str | None = field(default=None, metadata={"help": "For model and metrics.json."})
+    metrics: str | None = field(default=None, metadata={"help": "Write the results as JSON here."})
 
     weight_levels: int = field(default=16, metadata={"help": "Levels, not bits: 16 is 4 bit."})
     group_size: int | None = field(
@@ -65,7 +63,7 @@ class Arguments:
     )
     samples: int = 16
     sample_tokens: int = 512
-    batch_size: int = 4
+    batch_size: int | None = field(default=None, metadata={"help": "Default: 8192 tokens."})
     seed: int = 0
 
     eval_dataset: str | None = field(default=None, metadata={"help": "Default: --dataset."})
@@ -133,11 +131,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         embedding_levels=args.embedding_levels,
         layer_batch_norm=False,
     )
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     quantize_model(model, config, start="range" if args.gptq else "search")  # GPTQ searches
     ids = calibration_ids(args, tokenizer)
     gptq_report = calibrate(model, ids, gptq_weights=args.gptq, batch_size=args.batch_size)
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
     report = pack_model(model)
     print(report)
     if gptq_report is not None:
@@ -145,30 +143,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     after = measure(args, model, tokenizer)
 
     metrics = {
-        "arguments": asdict(args),
+        "arguments": {k: v for k, v in asdict(args).items() if k not in ("output_dir", "metrics")},
         "calibration_tokens": ids.numel(),
         "quantization_seconds": seconds,
+        "quantization_cpu_seconds": cpu_seconds,
+        "threads": torch.get_num_threads(),
         "float": describe(before),
         "quantized": describe(after),
         "bits_per_weight": report.bits_per_weight,
-        "gptq": gptq_report and gptq_report.to_dict(),
+        "gptq": gptq_report and gptq_report.summary(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "versions": {
-            "maqd_hf": maqd_hf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "datasets": datasets.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": package_versions(),
     }
     if before and after:
         print(f"perplexity: float {before.perplexity:.3f}   quantised {after.perplexity:.3f}")
         print(after.protocol)
+    files = [Path(args.metrics)] if args.metrics else []
     if args.output_dir:
-        output = Path(args.output_dir)
-        save_model(model, output, tokenizer)
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        print(f"saved to {output}")
+        save_model(model, args.output_dir, tokenizer)
+        files.append(Path(args.output_dir) / "metrics.json")
+        print(f"saved to {args.output_dir}")
+    for file in files:
+        file.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
 

@@ -4,6 +4,7 @@ And scripts/quantize_ptq.py, which does nothing else.
 """
 
 import copy
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import BertForMaskedLM, GPT2LMHeadModel, LlamaForCausalLM, T5C
 from transformers import T5ForConditionalGeneration as T5
 
 from maqd_hf import quantize_model
-from maqd_hf.calibration import best_step, calibrate, calibrate_activations, gptq
+from maqd_hf.calibration import best_step, blocks, calibrate, calibrate_activations, gptq
 from maqd_hf.calibration.blocks import as_batches, counted_tokens, find_segments
 from maqd_hf.calibration.compensation import (
     Grid,
@@ -30,8 +31,10 @@ from maqd_hf.calibration.compensation import (
 )
 from maqd_hf.functional import dequantize, grid_center, quantize
 from maqd_hf.nn import ActivationQuantizer, LinearSpec, MaQDLinear
+from maqd_hf.nn.precision import fast_bf16
 from maqd_hf.search import search_step
 
+gptq_module = importlib.import_module(gptq.__module__)  # its name is the function's, too
 LEVELS = (2, 3, 4, 8, 15, 16, 255)
 WEIGHTS_ONLY = {"activation_levels": None, "layer_batch_norm": False}
 
@@ -321,6 +324,69 @@ def test_padding_counts_for_nothing(tiny_bert, ids):
     assert float(same.float().mean()) > 0.99
 
 
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_bert"])
+@pytest.mark.parametrize("correction", [0.0, 0.5])
+def test_one_batch_and_several_give_the_same_model(request, ids, family, correction, monkeypatch):
+    monkeypatch.setattr(blocks, "fast_bf16", lambda device: False)
+    model = request.getfixturevalue(family)
+    quantize_model(model, weight_levels=4, group_size=32, **WEIGHTS_ONLY)
+    twin = copy.deepcopy(model)
+    one = gptq(model, ids, correction=correction, progress=False)
+    several = gptq(twin, ids, correction=correction, batch_size=3, progress=False)
+    assert list(one.layers) == list(several.layers)
+    same = 0.0
+    for name, layer in layers_of(model).items():
+        codes = layer.weight_codes(), twin.get_submodule(name).weight_codes()
+        same += float((codes[0] == codes[1]).float().mean()) / len(one.layers)
+        assert several.layers[name].error == pytest.approx(one.layers[name].error, rel=0.05)
+    assert same > 0.98  # sums in another order
+
+
+def test_a_block_runs_once_in_float_and_once_quantised_and_the_head_never(tiny_llama, ids):
+    quantize_model(tiny_llama, weight_levels=4, activation_levels=255, layer_batch_norm=False)
+    runs = {"mlp.down_proj": [], "lm_head": []}
+    tiny_llama.model.layers[1].mlp.down_proj.register_forward_hook(
+        lambda module, args, out: runs["mlp.down_proj"].append(len(args[0]))
+    )
+    tiny_llama.lm_head.register_forward_hook(lambda *_: runs["lm_head"].append(1))
+    gptq(tiny_llama, ids, progress=False)
+    assert runs == {"mlp.down_proj": [1, 8, 8], "lm_head": []}  # the first to find the blocks
+    calibrate_activations(tiny_llama, ids, progress=False)
+    assert runs["lm_head"] == []
+
+
+def test_bfloat16_products_only_where_they_pay(tiny_llama, monkeypatch):
+    monkeypatch.setattr(blocks, "fast_bf16", lambda device: True)
+    with blocks.bfloat16_products(tiny_llama):
+        assert torch.is_autocast_enabled("cpu")
+    with blocks.bfloat16_products(tiny_llama.double()):
+        assert not torch.is_autocast_enabled("cpu")
+    monkeypatch.setattr(blocks, "fast_bf16", lambda device: False)
+    with blocks.bfloat16_products(tiny_llama.float()):
+        assert not torch.is_autocast_enabled("cpu")
+    assert fast_bf16("meta") is False
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_moments_and_solvers_stay_float32(tiny_llama, ids, monkeypatch, fast):
+    """Only forwards may run in bfloat16: the rest sums over thousands of tokens."""
+    monkeypatch.setattr(blocks, "fast_bf16", lambda device: fast)
+    inner, seen = gptq_module._quantize_layer, []
+
+    def spy(layer, moments, hessian, settings):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        x = torch.full((1, 3), 1 + 2**-10)
+        add = InputMoments(3)
+        add.add(x)
+        assert float(add.second[0, 1]) == float(x[0, 0] ** 2)
+        return inner(layer, moments, hessian, settings)
+
+    monkeypatch.setattr(gptq_module, "_quantize_layer", spy)
+    quantize_model(tiny_llama, weight_levels=16, **WEIGHTS_ONLY)
+    gptq(tiny_llama, ids, progress=False)
+    assert len(seen) == 14 and not any(seen)
+
+
 def test_bfloat16_model(tiny_llama, ids):
     tiny_llama.to(torch.bfloat16)
     quantize_model(tiny_llama, weight_levels=4, **WEIGHTS_ONLY)
@@ -464,7 +530,10 @@ def test_calibrate_does_both_in_order(tiny_llama, ids):
     calibrate_activations(twin, ids, progress=False)
     for a, b in zip(tiny_llama.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert len(report.to_dict()["layers"]) == 14
+    found = report.summary()
+    assert found == json.loads(json.dumps(found))
+    assert (found["layers"], found["unreachable_rows"]) == (14, 0)
+    assert found["error"] < found["rounding_error"]
     assert calibrate(twin, ids, gptq_weights=False, progress=False) is None
 
 
@@ -483,10 +552,13 @@ def test_quantize_ptq_script(tiny_llama, byte_tokenizer, sample_text, tmp_path, 
         *("--model", tmp_path / "float", "--dataset", tmp_path / "text.txt", "--samples", 6),
         *("--sample_tokens", 64, "--weight_levels", 15, "--group_size", 32),
         *("--activation_levels", 255, "--window", 64, "--max_eval_windows", 5),
-        *("--output_dir", tmp_path / "packed"),
+        *("--output_dir", tmp_path / "packed", "--metrics", tmp_path / "result.json"),
     ]
     metrics = script.main([str(word) for word in words])
-    assert metrics == json.loads((tmp_path / "packed" / "metrics.json").read_text("utf-8"))
+    for file in (tmp_path / "packed" / "metrics.json", tmp_path / "result.json"):
+        assert metrics == json.loads(file.read_text("utf-8"))
+    assert metrics["gptq"]["layers"] == 14
+    assert not {"output_dir", "metrics"} & set(metrics["arguments"])
     assert metrics["calibration_tokens"] == 6 * 64
     assert metrics["float"]["protocol"] == metrics["quantized"]["protocol"]
     ratio = metrics["quantized"]["perplexity"] / metrics["float"]["perplexity"]

@@ -132,7 +132,7 @@ def test_gradient_passes_through_a_packed_layer() -> None:
 
 
 def test_packing_before_calibration_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"in_features=24.*never set.*calibrate.*'token'"):
+    with pytest.raises(ValueError, match=r"in_features=24.*never calibrated.*'token'"):
         PackedLinear.from_qat(MaQDLinear(24, 5))
 
 

@@ -49,9 +49,17 @@ def job(tmp_path, tiny_llama, byte_tokenizer, sample_text):
     return lambda **more: [f"--{k}={v}" for k, v in {**options, **more}.items()]
 
 
-def test_every_stage_and_every_file(job, tmp_path, byte_tokenizer, sample_text, capsys):
-    metrics = load("qat_llm").main(job(lbn_tolerance=10))
+def test_every_stage_and_every_file(
+    job, tmp_path, byte_tokenizer, sample_text, capsys, monkeypatch
+):
+    script, result = load("qat_llm"), tmp_path / "result.json"
+    arguments = job(lbn_tolerance=10, metrics=result)
+    monkeypatch.setattr(sys, "argv", ["qat_llm.py", *arguments])
+    metrics = script.main(arguments)
     run = tmp_path / "run"
+    assert json.loads(result.read_text("utf-8")) == metrics
+    assert "--lbn_tolerance=10" in metrics["command"]
+    assert str(run) not in metrics["command"] and str(result) not in metrics["command"]
     assert {f.name for f in run.iterdir()} >= {
         "arguments.json", "metrics.json", "plot.png", "README.md", "model",
     }  # fmt: skip

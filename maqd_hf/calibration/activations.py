@@ -25,7 +25,7 @@ from .blocks import (
     evaluating,
     float_activations,
     rows_of,
-    run_model,
+    run_body,
     watching,
 )
 
@@ -76,7 +76,7 @@ def calibrate_activations(
     model: nn.Module,
     data: Batches,
     *,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     max_tokens: int = 512,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -86,7 +86,7 @@ def calibrate_activations(
         model: a model converted by ``quantize_model``; its weights are used as they are
             quantised, so calibrate these first.
         data: token ids (samples, tokens), or batches (ids, or a tokenizer's mappings).
-        batch_size: samples in a forward when ``data`` is one tensor.
+        batch_size: samples in a forward when ``data`` is one tensor; None: 8192 tokens.
         max_tokens: tokens kept per layer, spread evenly over the batches.
         progress: show bars.
 
@@ -153,7 +153,7 @@ def _observe(
 
     with evaluating(model), float_activations(model), watching(layers, see):
         for batch in tqdm(batches, desc="observing activations", disable=not progress):
-            run_model(model, batch)
+            run_body(model, batch)
             last = (None, None)
     return [
         ([layer for layer, first in leader.items() if first is key], torch.cat(rows))

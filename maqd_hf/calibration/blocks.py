@@ -20,23 +20,30 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import ActivationQuantizer, LayerBatchNorm, MaQDLinear
+from ..nn.precision import fast_bf16
 
 Batch = dict[str, Tensor]
 Batches = Tensor | Iterable[Tensor | Mapping[str, Any]]
 """Token ids (samples, tokens), or batches of them: (batch, tokens) or a tokenizer's mapping."""
+
+_BATCH_TOKENS = 8192  # the hidden layer of a 1-billion-parameter model then takes 256 MiB
 
 
 class _Stop(Exception):
     """Ends a forward once everything wanted of it is known."""
 
 
-def as_batches(data: Batches, model: nn.Module, batch_size: int = 4) -> list[Batch]:
+def as_batches(data: Batches, model: nn.Module, batch_size: int | None = None) -> list[Batch]:
     """Calibration data as keyword arguments of ``model``, on its device, labels dropped.
+
+    ``batch_size``: samples in a batch when ``data`` is one tensor; None: what makes 8192 tokens.
 
     Raises ``ValueError`` when there is nothing in it or a batch is not (batch, tokens).
     """
     device = next(model.parameters()).device
-    items = data.split(batch_size) if isinstance(data, Tensor) else data
+    items: Iterable[Tensor | Mapping[str, Any]] = data
+    if isinstance(data, Tensor):
+        items = data.split(batch_size or max(1, _BATCH_TOKENS // max(1, data.shape[-1])))
     batches: list[Batch] = []
     for item in items:
         batch = {"input_ids": item} if isinstance(item, Tensor) else dict(item)
@@ -53,6 +60,12 @@ def as_batches(data: Batches, model: nn.Module, batch_size: int = 4) -> list[Bat
     if not batches:
         raise ValueError("the calibration data is empty: pass at least one batch of token ids")
     return batches
+
+
+def one_sample(batch: Batch) -> Batch:
+    """The first sample of ``batch``."""
+    count = len(next(iter(batch.values())))
+    return {k: v[:1] if len(v) == count else v for k, v in batch.items()}
 
 
 def counted_tokens(batch: Batch, skip_first: bool) -> Tensor | None:
@@ -121,6 +134,16 @@ def float_weights(block: nn.Module) -> Iterator[None]:
             layer.weight_step = step
 
 
+def bfloat16_products(model: nn.Module) -> torch.autocast:
+    """Autocast to bfloat16 where the processor is fast at it and the model float32.
+
+    Nothing is cached: the weights change meanwhile.
+    """
+    first = next(model.parameters())
+    pays = fast_bf16(first.device) and first.dtype == torch.float32
+    return torch.autocast(first.device.type, torch.bfloat16, pays, cache_enabled=False)
+
+
 @contextmanager
 def watching(modules: Iterable[nn.Module], see: Callable[..., Any]) -> Iterator[None]:
     """Call ``see(module, args, kwargs)`` before every forward of ``modules``."""
@@ -136,6 +159,18 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     accepted = inspect.signature(model.forward).parameters
     options = {"use_cache": False} if "use_cache" in accepted else {}
     return model(**batch, **options)
+
+
+def run_body(model: nn.Module, batch: Batch) -> None:
+    """A forward for the sake of its hooks, up to the input of the head: logits are the largest
+    tensor of all, and nobody looks at them."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    with watching([] if head is None else [head], stop), suppress(_Stop):
+        run_model(model, batch)
 
 
 def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
@@ -256,7 +291,7 @@ class Segment:
 
 
 def find_segments(model: nn.Module, batch: Batch) -> list[Segment]:
-    """How ``model`` calls its blocks, found by one forward."""
+    """How ``model`` calls its blocks, found by a forward of one sample."""
     order: list[tuple[nn.Module, bool]] = []
     last: list[Tensor] = []
     plain = True
@@ -275,31 +310,10 @@ def find_segments(model: nn.Module, batch: Batch) -> list[Segment]:
         for block in blocks:
             stack.callback(block.register_forward_hook(after).remove)
         stack.enter_context(watching(blocks, before))
-        run_model(model, batch)
+        run_body(model, one_sample(batch))
     segments: list[Segment] = []
     for position, (block, continues) in enumerate(order):
         if not continues:
             segments.append(Segment(model, position, plain))
         segments[-1].calls.append(Call(block))
     return segments
-
-
-def shared_inputs(segment: Segment, call: Call) -> list[list[MaQDLinear]]:
-    """The quantised layers of a block in calling order, those with the same input together."""
-    groups: list[tuple[Tensor, list[MaQDLinear]]] = []
-
-    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(layer, MaQDLinear)
-        x = args[0] if args else kwargs["input"]
-        if any(layer in members for _, members in groups):
-            return
-        for known, members in groups:
-            if known is x:
-                members.append(layer)
-                return
-        groups.append((x, [layer]))
-
-    layers = [m for m in call.block.modules() if isinstance(m, MaQDLinear)]
-    with watching(layers, see):
-        segment.run(call, 0, segment.hidden[0])
-    return [members for _, members in groups]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..functional import dequantize, grid_center, quantize
+from ..kernels.columns import compensate_columns, descend_columns
 from ..nn import MaQDLinear
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ _MARGIN = 0.01  # of a step: how far latents stay from the thresholds of their c
 _MAX_ITERATIONS = 60
 _MEAN_WEIGHT = 0.1  # what a drift of a row's mean costs, as a share of the mean diagonal: behind a
 # LayerNorm it changes nothing (inputs sum to 0), but a latent could not follow it
+_STRIP = 192
 _RIDGE = 1e-4  # keeps scales that the inputs say little about where they are
 
 
@@ -42,13 +44,18 @@ class InputMoments:
         if total == self.tokens:
             return
         old, new = self.tokens / total, 1 / total
-        self.second.mul_(old).addmm_(x.t(), x, alpha=new)
         if x_float is not None and self.drift is None:
             self.drift = torch.zeros_like(self.second)
-        if self.drift is not None:
-            self.drift.mul_(old)
-            if x_float is not None and x_float.shape == x.shape:  # experts may get other tokens
-                self.drift.addmm_((x_float - x).t(), x, alpha=new)
+        with torch.autocast(x.device.type, enabled=False):
+            self.second.mul_(old)
+            for start in range(0, x.shape[1], _STRIP):  # symmetric: a strip, then its mirror image
+                strip, beyond = slice(start, start + _STRIP), slice(start + _STRIP, None)
+                self.second[strip, start:].addmm_(x[:, strip].t(), x[:, start:], alpha=new)
+                self.second[beyond, strip] = self.second[strip, beyond].t()
+            if self.drift is not None:
+                self.drift.mul_(old)
+                if x_float is not None and x_float.shape == x.shape:  # experts get other tokens
+                    self.drift.addmm_((x_float - x).t(), x, alpha=new)
         self.tokens = total
 
 
@@ -122,58 +129,43 @@ def compensate(
 ) -> tuple[Tensor, Tensor]:
     """Round column by column, moving each column's error to the columns not yet rounded.
 
-    Returns codes and the values that were rounded, both (out, in). GPTQ, arXiv:2210.17323. The
-    outer products are addmm_: addr_ wakes threads for each, 100 times slower on a busy machine.
+    Returns codes and the values that were rounded, both (out, in). GPTQ, arXiv:2210.17323.
     """
     order, factor = hessian.order, hessian.factor
-    columns = len(order)
     w = weight.t()[order].contiguous()
-    step = grid.column_step(columns).t()[order].contiguous()
-    centre = grid.centre.t()
+    step = grid.column_step(len(order)).t()[order].contiguous()
+    centre = grid.centre.flatten()
     codes = torch.empty_like(w)
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        block, errors = w[start:stop], torch.empty_like(w[start:stop])
-        for i in range(stop - start):
-            j = start + i
-            code = quantize(block[i] - centre[0], grid.levels, step[j])
-            value = dequantize(code, grid.levels, step[j]) + centre[0]
-            errors[i] = (block[i] - value) / factor[j, j]
-            codes[j] = code
-            block[i + 1 :].addmm_(factor[j, j + 1 : stop, None], errors[i, None], alpha=-1)
-        w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    for start in range(0, len(order), block_size):
+        block, rest = slice(start, start + block_size), slice(start + block_size, None)
+        codes[block], errors = compensate_columns(
+            w[block], factor[block, block], (step[block], centre, grid.levels)
+        )
+        w[rest].addmm_(factor[block, rest].t(), errors, alpha=-1)
     back = torch.argsort(order)
     return codes[back].t().contiguous(), w[back].t().contiguous()
 
 
 def descend(
-    weight: Tensor, grid: Grid, codes: Tensor, hessian: Hessian, block_size: int
+    weight: Tensor, grid: Grid, codes: Tensor, hessian: Hessian, block_size: int, sweeps: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """One sweep of coordinate descent over the columns: each takes its best code given the rest.
+    """Sweeps of coordinate descent over the columns: each takes its best code given the rest.
 
     Returns codes and the values that were rounded. The error cannot grow. arXiv:2309.01885.
     """
     h = hessian.matrix
-    columns = len(h)
-    step, centre = grid.column_step(columns).t().contiguous(), grid.centre.t()
-    codes = codes.t().contiguous()
-    value = grid.values(codes.t()).t().contiguous()
+    step = grid.column_step(len(h)).t().contiguous()
+    centre = grid.centre.flatten()
+    value = grid.values(codes).t().contiguous()
     gradient = h @ (weight.t() - value)
-    rounded = torch.empty_like(value)
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        changes = torch.empty_like(value[start:stop])
-        for i, j in enumerate(range(start, stop)):
-            wanted = value[j] + gradient[j] / h[j, j]
-            code = quantize(wanted - centre[0], grid.levels, step[j])
-            new = dequantize(code, grid.levels, step[j]) + centre[0]
-            changes[i] = new - value[j]
-            codes[j], value[j], rounded[j] = code, new, wanted
-            gradient[start:stop].addmm_(h[start:stop, j, None], changes[i, None], alpha=-1)
-        if stop < columns:
-            gradient[stop:].addmm_(h[stop:, start:stop], changes, alpha=-1)
-        if start:
-            gradient[:start].addmm_(h[:start, start:stop], changes, alpha=-1)
+    codes, rounded = codes.t().contiguous(), torch.empty_like(value)
+    for start in [*range(0, len(h), block_size)] * sweeps:
+        block = slice(start, start + block_size)
+        codes[block], rounded[block], moved = descend_columns(
+            value[block], gradient[block], h[block, block], (step[block], centre, grid.levels)
+        )
+        for others in (slice(start), slice(start + block_size, None)):
+            gradient[others].addmm_(h[others, block], moved, alpha=-1)
     return codes.t().contiguous(), rounded.t().contiguous()
 
 

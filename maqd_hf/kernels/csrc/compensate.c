@@ -1,0 +1,108 @@
+/* The column loops of error compensation: one block of columns, each rounded given the ones before.
+ *
+ * Matrices are (columns, rows), a column of the weight contiguous, so that the rows, which do not
+ * know of each other, are what is vectorised and shared out over threads. A stripe of rows stays in
+ * the first-level cache while all columns of a block pass over it.
+ *
+ * Plain C without Python or torch: called through ctypes on data pointers (columns.py, where the
+ * same loops stand in torch).
+ */
+
+#include <math.h>
+#include <stdint.h>
+
+#define STRIPE 64
+
+/* Loops below compiled for several instruction sets, chosen when the library is loaded. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define CLONES
+#endif
+
+/* A stripe: `width` <= STRIPE rows of matrices with `rows` rows. */
+typedef struct {
+    int64_t columns, rows, width;
+    float top, zero; /* levels - 1 and half of it */
+} maqd_stripe;
+
+static maqd_stripe stripe_at(int64_t first, int64_t levels, int64_t columns, int64_t rows) {
+    const int64_t width = rows - first < STRIPE ? rows - first : STRIPE;
+    return (maqd_stripe){columns, rows, width, (float)(levels - 1), (float)(levels - 1) / 2};
+}
+
+/* The rule of functional.quantize: rint(x / step + zero), clamped. */
+static inline float code_of(float x, float step, const maqd_stripe s) {
+    const float code = rintf(x / step + s.zero);
+    return code < 0 ? 0 : code > s.top ? s.top : code;
+}
+
+CLONES static void compensate_stripe(float *restrict w, const float *restrict factor,
+                                     const float *restrict steps, const float *restrict centre,
+                                     float *restrict codes, float *restrict errors, maqd_stripe s) {
+    for (int64_t i = 0; i < s.columns; ++i, factor += s.columns) {
+        const int64_t at = i * s.rows;
+        float error[STRIPE];
+        for (int64_t r = 0; r < s.width; ++r) {
+            const float step = steps[at + r], x = w[at + r];
+            const float code = code_of(x - centre[r], step, s);
+            codes[at + r] = code;
+            errors[at + r] = error[r] = (x - ((code - s.zero) * step + centre[r])) / factor[i];
+        }
+        for (int64_t k = i + 1; k < s.columns; ++k) {
+            const float share = factor[k];
+            float *later = w + k * s.rows;
+            for (int64_t r = 0; r < s.width; ++r) later[r] -= share * error[r];
+        }
+    }
+}
+
+/* w (columns, rows) in place: each column keeps the value that was rounded, the later ones take
+ * over its error by the row of `factor` (columns, columns). The grid: `steps` (columns, rows),
+ * `centre` (rows). Also out: codes and scaled errors, (columns, rows). */
+void maqd_compensate(float *w, const float *factor, const float *steps, const float *centre,
+                     float *codes, float *errors, int64_t levels, int64_t columns, int64_t rows,
+                     int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
+    for (int64_t first = 0; first < rows; first += STRIPE)
+        compensate_stripe(w + first, factor, steps + first, centre + first, codes + first,
+                          errors + first, stripe_at(first, levels, columns, rows));
+}
+
+CLONES static void descend_stripe(float *restrict value, float *restrict gradient,
+                                  const float *restrict h, const float *restrict steps,
+                                  const float *restrict centre, float *restrict codes,
+                                  float *restrict wanted, float *restrict moved, maqd_stripe s) {
+    for (int64_t i = 0; i < s.columns; ++i, h += s.columns) {
+        const int64_t at = i * s.rows;
+        float move[STRIPE];
+        for (int64_t r = 0; r < s.width; ++r) {
+            const float step = steps[at + r], old = value[at + r];
+            const float x = old + gradient[at + r] / h[i];
+            const float code = code_of(x - centre[r], step, s);
+            const float now = (code - s.zero) * step + centre[r];
+            codes[at + r] = code;
+            wanted[at + r] = x;
+            value[at + r] = now;
+            moved[at + r] = move[r] = now - old;
+        }
+        for (int64_t k = 0; k < s.columns; ++k) {
+            const float share = h[k];
+            float *other = gradient + k * s.rows;
+            for (int64_t r = 0; r < s.width; ++r) other[r] -= share * move[r];
+        }
+    }
+}
+
+/* value, gradient (columns, rows) in place: each column goes to its best value given the others,
+ * `gradient` being h (columns, columns) times what is still missing. Grid as above. Also out:
+ * codes, the values that were rounded, and how far each value moved, all (columns, rows). */
+void maqd_descend(float *value, float *gradient, const float *h, const float *steps,
+                  const float *centre, float *codes, float *wanted, float *moved, int64_t levels,
+                  int64_t columns, int64_t rows, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
+    for (int64_t first = 0; first < rows; first += STRIPE)
+        descend_stripe(value + first, gradient + first, h, steps + first, centre + first,
+                       codes + first, wanted + first, moved + first,
+                       stripe_at(first, levels, columns, rows));
+}
