@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -67,10 +68,10 @@ def post_training(result: list[dict[str, Any]]) -> str:
                 f"{full:.2f}",
                 f"{found:.2f}",
                 f"{100 * (found / full - 1):+.1f} %",
-                f"{run['quantization_seconds']:.0f} s",
+                f"{run['quantization_cpu_seconds']:.0f} s",
             )
         )
-    header = ("weights only, head float", "float", "quantised", "to float", "calibration")
+    header = ("weights only, head float", "float", "quantised", "to float", "processor time")
     text = f"WikiText-2 raw test. {result[0]['quantized']['protocol']}"
     return f"{text}\n\n" + table(header, rows)
 
@@ -107,10 +108,127 @@ def training_cost(result: dict[str, Any]) -> str:
     return f"{text}\n\n" + table(("", "median step", "to plain", "peak memory", "to plain"), rows)
 
 
+def encoders(result: list[dict[str, Any]]) -> str:
+    """Classifiers on their held-out texts: rows of scripts/qat_encoder.py."""
+
+    def bits(levels: int) -> str:
+        return f"{levels} ({math.log2(levels):.2g} bit)"
+
+    rows = []
+    for row in result:
+        share = row["accuracy"]
+        static, token = (len(row["norms"][kind]) for kind in ("static", "per_token"))
+        rows.append(
+            (
+                row["dataset"],
+                f"{bits(row['weight_levels'])} / {bits(row['activation_levels'])}",
+                *(f"{100 * share[stage]:.2f}" for stage in ("float", "start", "packed")),
+                f"{100 * (share['packed'] - share['float']):+.2f}",
+                f"{row['epochs']:.3g} in {row['seconds']['training']:.0f} s",
+                f"{static} of {static + token}",
+                f"{row['bits_per_weight']:.2f}",
+                f"{row['file_bytes'] / 2**20:.1f} MiB",
+            )
+        )
+    header = [
+        "texts", "levels, weights / activations", "float", "start", "packed", "to float",
+        "epochs", "static norms", "bits a weight", "file",
+    ]  # fmt: skip
+    models = ", ".join(sorted({f"`{row['model']}`" for row in result}))
+    texts = [
+        "{dataset}, {eval_rows:,} texts (standard error {error:.1f}), {train_rows:,} seen".format(
+            error=100 * math.sqrt(share * (1 - share) / row["eval_rows"]), **row
+        )
+        for row in {row["dataset"]: row for row in result}.values()
+        for share in [row["accuracy"]["float"]]
+    ]
+    text = (
+        f"{models} with a classification head, accuracy in per cent on held-out texts: "
+        f"{'; '.join(texts)}. Float: {result[0]['float_bytes'] / 2**20:.1f} MiB."
+    )
+    return f"{text}\n\n" + table(header, rows)
+
+
+def block_wise(result: list[dict[str, Any]]) -> str:
+    """Ways to spend the same training tokens: rows of scripts/blockwise_experiments.py."""
+    tables = []
+    keyed = [(json.dumps(row["arguments"], sort_keys=True), row) for row in result]
+    for key in dict.fromkeys(key for key, _ in keyed):
+        asked = json.loads(key)
+        rows = []
+        for row in (row for other, row in keyed if other == key):
+            stages = ("float", "start", "block-wise", "end to end")
+            numbers = [f"{math.exp(row[stage]):.2f}" if stage in row else "" for stage in stages]
+            rows.append((row["name"], str(row["levels"]), *numbers))
+        group = f"groups of {asked['group_size']}" if asked["group_size"] else "one scale a row"
+        text = (
+            f"`{asked['model']}`, {asked['tokens']:,} training tokens a row, {group}, activations "
+            f"{asked['activation_levels']} levels per token. Perplexity after each stage."
+        )
+        header = ("tokens go to", "levels", "float", "start (GPTQ)", "block-wise", "end to end")
+        tables.append(f"{text}\n\n{table(header, rows)}")
+    return "\n\n".join(tables)
+
+
+def speed(result: dict[str, Any]) -> str:
+    """Packed models and matrices beside what else could run them."""
+    tables = []
+    if result["missing_rivals"]:
+        tables.append(f"Rivals not installed in this run: {', '.join(result['missing_rivals'])}.")
+    running = [*result.get("models", []), *result.get("large", [])]
+    for label, threads, busy in dict.fromkeys(
+        (row["model"], row["threads"], row["busy"]) for row in running
+    ):
+        key = {"model": label, "threads": threads, "busy": busy}
+        rows = [
+            (
+                row["name"],
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['to_bf16']:.2f}x",
+                f"{row['prefill_tokens_per_second']:.0f}",
+                f"{1000 * row['first_token_seconds']:.0f} ms",
+                f"{row['load_seconds']:.1f} s",
+                f"{row['peak_bytes'] / 2**20:.0f} MiB",
+            )
+            for row in running
+            if key.items() <= row.items()
+        ]
+        header = (
+            "", "tokens a second", "to bf16", "prefill, tokens a second",
+            "first token after 16", "load", "memory above the framework's",
+        )  # fmt: skip
+        beside = f", beside {busy} processes that compute" if busy else ""
+        text = f"`{label}`, one stream, {threads} thread(s){beside}."
+        tables.append(f"{text}\n\n{table(header, rows)}")
+    if "agreement" in result:
+        tables.append(
+            "Greedy text of the native decode step and of the model's own forward: "
+            "{equal} of {prompts} prompts give the same {new_tokens} tokens; the others part where "
+            "the two best logits lie {gap} apart at most.".format(
+                gap=f"{max(result['agreement']['gaps'], default=0):.2g}", **result["agreement"]
+            )
+        )
+    matrices = [row for row in result.get("matrices", []) if "seconds" in row]
+    for tokens in dict.fromkeys(row["tokens"] for row in matrices):
+        chosen = [row for row in matrices if row["tokens"] == tokens]
+        shapes = list(dict.fromkeys((row["rows"], row["columns"]) for row in chosen))
+        cells = {(row["name"], (row["rows"], row["columns"])): row["seconds"] for row in chosen}
+        rows = [
+            (name, *(f"{1e6 * cells[name, shape]:,.0f}" for shape in shapes))
+            for name in dict.fromkeys(row["name"] for row in chosen)
+        ]
+        text = f"One matrix, {tokens} token(s), {chosen[0]['threads']} threads, microseconds."
+        tables.append(f"{text}\n\n{table(['', *(f'{a} x {b}' for a, b in shapes)], rows)}")
+    return "\n\n".join(tables)
+
+
 SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
     ("The main job", "main_job.json", "python scripts/qat_llm.py", main_job),
+    ("Speed", "speed.json", "python scripts/benchmark_speed.py", speed),
     ("Without training", "ptq-*.json", "python scripts/quantize_ptq.py", post_training),
     ("Static norms", "lbn_experiments.json", "python scripts/lbn_experiments.py", norms),
+    ("Encoders", "encoders.json", "python scripts/qat_encoder.py --dataset ...", encoders),
+    ("Block by block", "blockwise.json", "python scripts/blockwise_experiments.py", block_wise),
     ("What training costs", "training.json", "python scripts/benchmark_training.py", training_cost),
 ]
 
