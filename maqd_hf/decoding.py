@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -203,7 +204,7 @@ class NativeForward:
 
     @property
     def __signature__(self) -> inspect.Signature:  # generate() asks what forward accepts
-        return inspect.signature(type(self.model).forward.__get__(self.model))
+        return _signature(type(self.model))
 
     @property
     def __code__(self) -> Any:  # torch.export says by it where forward stands
@@ -239,6 +240,13 @@ class NativeForward:
         except _UnsupportedError as problem:
             self._decoder, self._problem = None, str(problem)
         return self._decoder
+
+
+@cache
+def _signature(model_class: type[nn.Module]) -> inspect.Signature:
+    """What ``forward`` accepts, without self; generate() asks at every token."""
+    signature = inspect.signature(model_class.forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 class _Call:

@@ -189,6 +189,7 @@ class TransformersModel:
         if native is not None:
             use_native(self.model, native)
         self.load_seconds = time.perf_counter() - began
+        self.model.generation_config.eos_token_id = None  # nobody stops early
         vocabulary = self.model.config.vocab_size
         self.ids = torch.randint(5, vocabulary, (1, PREFILL), generator=torch.Generator())
 
@@ -199,7 +200,7 @@ class TransformersModel:
     @torch.no_grad()
     def decode(self, new: int) -> None:
         prompt = self.ids[:, :PROMPT]
-        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        options = {"max_new_tokens": new, "do_sample": False}
         self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
@@ -307,6 +308,8 @@ def llama_cpp_sources(folder: Path) -> dict[str, Any]:
         return {}
     import llama_cpp
 
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, None)
     found: dict[str, Any] = {}
     for name, number in LLAMA_CPP.items():
         target = folder / f"{name}.gguf"

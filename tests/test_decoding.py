@@ -359,7 +359,7 @@ def test_a_table_is_read_within_its_bounds(best):
 
 
 def test_threads_forks_and_two_models(best):
-    """Several callers at once share one pool; a forked child starts its own."""
+    """Several callers at once; a forked child, where OpenMP has no threads, runs on one."""
     first, second = packed(embedding_levels=255), packed(weight_levels=4)
     ids = torch.randint(3, 250, (1, 40))
     torch.set_num_threads(4)

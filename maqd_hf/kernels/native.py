@@ -108,6 +108,42 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else int(tensor.data_ptr())
 
 
+class _Arena:
+    """Memory for codes, in large pieces on huge pages: layers that are made one after the other lie
+    so, and reading on from one to the next neither misses the page table nor stops the prefetcher.
+
+    A piece is freed with the last of the layers in it.
+    """
+
+    piece = 1 << 25
+    _huge = 1 << 21
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def zeros(self, count: int) -> Tensor:
+        """``count`` bytes, aligned to a cache line; zero."""
+        count = -(-count // 64) * 64
+        if count > len(self._rest):
+            size = max(count, self.piece)
+            memory = torch.empty(size + self._huge, dtype=torch.uint8)
+            skip = -memory.data_ptr() % self._huge
+            self._rest = memory[skip : skip + size]
+            _advise_huge(self._rest)
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken.zero_()
+
+
+def _advise_huge(memory: Tensor) -> None:
+    """Ask for huge pages where the system has them (Linux: MADV_HUGEPAGE is 14)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "madvise"):
+        libc.madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(len(memory)), 14)
+
+
+_arena = _Arena()
+
+
 class NativeWeight:
     """One layer's weight in the kernel's layout, and its product with inputs.
 
@@ -136,8 +172,7 @@ class NativeWeight:
         chunks = -(-columns // inputs)
         blocks = -(-self.rows // _ROWS)
         self.stride = chunks * inputs
-        # 4 KiB more than needed: the kernel prefetches ahead
-        self.codes = torch.zeros(blocks * chunks * 64 + 4096, dtype=torch.uint8)
+        self.codes = _arena.zeros(blocks * chunks * 64)
         words = words.contiguous()
         lib.maqd_repack(
             pointer(words),

@@ -51,6 +51,7 @@ typedef struct {
     int64_t count;  /* batch * tokens */
     int private;    /* every thread feeds itself */
     int threads;
+    maqd_team *team;
     int64_t widest; /* input of any layer */
     feeding *feeding;   /* one for all, or one per thread */
     float *mixed, *out; /* (count, widest): q, k, v or gate; attention or up */
@@ -137,7 +138,7 @@ static void feed(const state *s, int thread, const float *add, const float *rows
             maqd_take(s->path, layers[i]->weight, row, layers[i]->levels, input + i, t);
         }
     }
-    if (!s->private) maqd_barrier(s->threads);
+    if (!s->private) maqd_barrier(s->team);
 }
 
 /* The thread's share of the row blocks of `n` layers, whose outputs stand side by side in y. */
@@ -245,7 +246,7 @@ static void angles(const state *s, int thread) {
         }
 }
 
-static void decode(void *argument, int thread, int threads) {
+static void decode(void *argument, maqd_team *team, int thread, int threads) {
     state local = *(const state *)argument;
     const state *s = &local;
     const maqd_decoder *m = s->model;
@@ -253,7 +254,8 @@ static void decode(void *argument, int thread, int threads) {
     float *own = s->feeding[s->private ? thread : 0].hidden;
     const float *add = NULL;
     maqd_input input[3];
-    local.threads = threads; /* fewer than asked for where the pool is taken */
+    local.threads = threads; /* may be fewer than asked for */
+    local.team = team;
     if (s->private) memcpy(own, s->call->hidden, (size_t)(s->count * hidden) * sizeof *own);
     angles(s, thread);
     for (int64_t i = 0; i < m->blocks; ++i) {
@@ -262,21 +264,21 @@ static void decode(void *argument, int thread, int threads) {
         const linear *const o = &b->o, *const down = &b->down;
         feed(s, thread, add, NULL, hidden, &b->input_norm, attention, 3, input);
         multiply(s, thread, attention, 3, input, s->mixed, heads + 2 * m->kv_heads * m->head_dim);
-        maqd_barrier(threads);
+        maqd_barrier(team);
         rotate(s, i, thread);
-        maqd_barrier(threads);
+        maqd_barrier(team);
         attend(s, i, thread);
-        maqd_barrier(threads);
+        maqd_barrier(team);
         feed(s, thread, NULL, s->out, heads, NULL, &o, 1, input);
         multiply(s, thread, &o, 1, input, s->mixed, hidden);
-        maqd_barrier(threads);
+        maqd_barrier(team);
         feed(s, thread, s->mixed, NULL, hidden, &b->post_norm, gated, 2, input);
-        maqd_barrier(threads); /* `mixed` is read until here */
+        maqd_barrier(team); /* `mixed` is read until here */
         gate(s, thread, b, input);
-        maqd_barrier(threads);
+        maqd_barrier(team);
         feed(s, thread, NULL, s->mixed, m->intermediate, NULL, &down, 1, input);
         multiply(s, thread, &down, 1, input, s->out, hidden);
-        maqd_barrier(threads);
+        maqd_barrier(team);
         add = s->out;
     }
     int64_t from, to;

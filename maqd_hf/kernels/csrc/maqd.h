@@ -90,12 +90,12 @@ typedef struct {
 extern HIDDEN const maqd_path maqd_path_portable, maqd_path_avx2, maqd_path_vnni;
 HIDDEN const maqd_path *maqd_get_path(int32_t path);
 
-/* Runs work(argument, thread, threads) on `threads` threads at once, the caller being thread 0.
- * With the pool taken by another caller it runs on the calling thread alone. */
-typedef void (*maqd_work)(void *argument, int thread, int threads);
+/* Runs work(argument, team, thread, threads) on up to `threads` threads at once. */
+typedef struct maqd_team maqd_team;
+typedef void (*maqd_work)(void *argument, maqd_team *team, int thread, int threads);
 HIDDEN void maqd_run(maqd_work work, void *argument, int threads);
-/* Every thread of the current run waits here for the others. */
-HIDDEN void maqd_barrier(int threads);
+/* Every thread of the team waits here for the others. */
+HIDDEN void maqd_barrier(maqd_team *team);
 
 /* Quantises, or for `levels` 0 copies, one token: `x` becomes row `token` of `input`. */
 static inline void maqd_take(const maqd_path *path, const maqd_weight *w, const float *x,

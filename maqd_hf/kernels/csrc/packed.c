@@ -25,7 +25,8 @@ typedef struct {
     uint8_t *codes;
 } repacking;
 
-static void repack_share(void *argument, int thread, int threads) {
+static void repack_share(void *argument, maqd_team *team, int thread, int threads) {
+    (void)team;
     const repacking *r = argument;
     const int64_t per_row = (r->columns + r->digits - 1) / r->digits;
     const int64_t inputs = 32 / r->bits, chunks = (r->columns + inputs - 1) / inputs;
@@ -64,14 +65,14 @@ typedef struct {
     float *y;
 } product;
 
-static void product_share(void *argument, int thread, int threads) {
+static void product_share(void *argument, maqd_team *team, int thread, int threads) {
     const product *p = argument;
     const maqd_weight *w = p->weight;
     int64_t from, to;
     maqd_share(p->tokens, thread, threads, &from, &to);
     for (int64_t t = from; t < to; ++t)
         maqd_take(p->path, w, p->x + t * w->columns, p->levels, p->input, t);
-    maqd_barrier(threads);
+    maqd_barrier(team);
     maqd_share((w->rows + ROWS - 1) / ROWS, thread, threads, &from, &to);
     p->path->matmul(w, p->input, from, to, p->tokens, p->y, w->rows);
 }

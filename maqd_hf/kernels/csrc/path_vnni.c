@@ -31,11 +31,14 @@ static inline __attribute__((always_inline)) void dot(const uint8_t *chunk, int6
     for (int t = 0; t < tokens; ++t)
         for (int b = 0; b < blocks; ++b)
             for (int p = 0; p < positions; ++p) acc[t][b][p] = _mm512_setzero_si512();
+    /* the same place of the next blocks, or of a long row only a little further on */
+    const int64_t next = blocks * block_stride;
+    const int64_t ahead = next > 32768 ? 4096 : next < 2048 ? 2048 : next;
     for (int64_t c = 0; c < chunks; ++c, chunk += 64) {
         __m512i w[2];
         for (int b = 0; b < blocks; ++b) {
             w[b] = _mm512_loadu_si512(chunk + b * block_stride);
-            _mm_prefetch((const char *)chunk + b * block_stride + 2048, _MM_HINT_T0);
+            _mm_prefetch((const char *)chunk + b * block_stride + ahead, _MM_HINT_T0);
         }
         for (int p = 0; p < positions; ++p) {
             const __m512i mask = _mm512_set1_epi8((char)(((1 << bits) - 1) << (bits * p)));

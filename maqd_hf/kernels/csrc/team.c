@@ -1,0 +1,89 @@
+/* Threads of one run. They are those of the host's OpenMP pool, which torch uses too: a pool of our
+ * own would fight with its spinning threads for the cores (measured: one token took 11 ms instead
+ * of 5). Inside a run threads wait for each other some two hundred times, for microseconds, so the
+ * barrier is ours: it spins for a bound and sleeps after it, which keeps a busy machine usable. */
+#define _GNU_SOURCE
+#include "maqd.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define SPINS 3000 /* pauses before a thread sleeps: some 50 microseconds */
+
+struct maqd_team {
+    int threads;
+    _Atomic uint32_t arrived, passed, sleepers;
+};
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void await(maqd_team *team, uint32_t round) {
+    for (int i = 0; i < SPINS; ++i) {
+        if (atomic_load_explicit(&team->passed, memory_order_acquire) != round) return;
+        relax();
+    }
+    atomic_fetch_add(&team->sleepers, 1);
+    while (atomic_load(&team->passed) == round) {
+#ifdef __linux__
+        syscall(SYS_futex, &team->passed, FUTEX_WAIT_PRIVATE, round, NULL, NULL, 0);
+#else
+        sched_yield();
+#endif
+    }
+    atomic_fetch_sub(&team->sleepers, 1);
+}
+
+void maqd_barrier(maqd_team *team) {
+    if (team->threads < 2) return;
+    const uint32_t round = atomic_load_explicit(&team->passed, memory_order_relaxed);
+    if (atomic_fetch_add(&team->arrived, 1) != (uint32_t)team->threads - 1) {
+        await(team, round);
+        return;
+    }
+    atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
+    atomic_store(&team->passed, round + 1);
+#ifdef __linux__
+    if (atomic_load(&team->sleepers))
+        syscall(SYS_futex, &team->passed, FUTEX_WAKE_PRIVATE, team->threads, NULL, NULL, 0);
+#endif
+}
+
+/* OpenMP's threads do not survive a fork, and the child waits for them for ever. */
+static int forked;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static void note_fork(void) { forked = 1; }
+static void prepare(void) { pthread_atfork(NULL, NULL, note_fork); }
+
+void maqd_run(maqd_work work, void *argument, int threads) {
+    pthread_once(&once, prepare);
+    maqd_team team = {.threads = 1};
+#ifdef _OPENMP
+    if (threads > 1 && !forked && !omp_in_parallel()) {
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp single
+            team.threads = omp_get_num_threads();
+            work(argument, &team, omp_get_thread_num(), team.threads);
+            maqd_barrier(&team); /* that of OpenMP below would spin for long */
+        }
+        return;
+    }
+#endif
+    work(argument, &team, 0, 1);
+}
