@@ -243,7 +243,7 @@ class NativeForward:
 
 
 @cache
-def _signature(model_class: type[nn.Module]) -> inspect.Signature:
+def _signature(model_class: Any) -> inspect.Signature:
     """What ``forward`` accepts, without self; generate() asks at every token."""
     signature = inspect.signature(model_class.forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])

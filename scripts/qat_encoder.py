@@ -191,8 +191,8 @@ class Job:
             teacher=teacher,
         )
         trainer.train()
-        # accelerate leaves its bfloat16 autocast around the forward: measure in float32.
-        student.__dict__.pop("forward", None)
+        # accelerate leaves its bfloat16 autocast around the forward: measure in float32
+        trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
         return trainer
 
     def run(self, teacher: Any, said: list[int], weights: int, activations: int) -> dict[str, Any]:
