@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -204,7 +205,7 @@ class NativeForward:
 
     @property
     def __signature__(self) -> inspect.Signature:  # generate() asks what forward accepts
-        return _signature(type(self.model))
+        return _signature(type(self.model).forward)
 
     @property
     def __code__(self) -> Any:  # torch.export says by it where forward stands
@@ -243,9 +244,9 @@ class NativeForward:
 
 
 @cache
-def _signature(model_class: Any) -> inspect.Signature:
-    """What ``forward`` accepts, without self; generate() asks at every token."""
-    signature = inspect.signature(model_class.forward)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    """What a ``forward`` accepts, without self; generate() asks at every token."""
+    signature = inspect.signature(forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 

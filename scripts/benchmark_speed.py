@@ -9,8 +9,9 @@ shapes cost the same, so no calibration is done) through `generate()` and in one
 tokens, against transformers in bfloat16 and llama.cpp. `large`: a random Llama of 1 B parameters.
 `agreement`: what the native decode step and the model's own forward write after 50 prompts. All
 competitors of a table take turns in one run, and medians and ratios are printed: the machine may be
-shared. `--busy N` repeats `models` beside N processes that compute without end. Rivals come
-with `pip install maqd_hf[bench]`; a missing one is named.
+shared. `--busy N` repeats `models`, with the last thread count and half the rounds, beside N
+processes that compute without end. Tables that are not asked for stay in the output as they are.
+Rivals come with `pip install maqd_hf[bench]`; a missing one is named.
 """
 
 import copy
@@ -20,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -149,6 +150,8 @@ def onnx_product(rows: int, columns: int, bits: int, x: Tensor) -> Callable[[], 
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # its threads would spin on beside the next competitor
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     inputs = {"x": x.numpy()}
     return lambda: session.run(None, inputs)
@@ -378,16 +381,18 @@ def models(args: Arguments, sources: dict[str, Any], label: str, busy: int) -> l
 
 
 @torch.no_grad()
-def agreement(prompts: int = 50, new: int = 32) -> dict[str, Any]:
+def agreement(activation_levels: int | None, prompts: int = 50, new: int = 32) -> dict[str, Any]:
     """Greedy text of the native decode step beside that of the model's own forward.
 
-    Both compute the same codes up to float rounding, which lets one tip over now and then. Where
-    texts part, the gap between the two largest logits says how near the choice was.
+    Both agree up to float rounding, which moves a quantised activation to its next code now and
+    then; from there on they differ by as much as quantisation does anyway. Where texts part, the
+    gap between the two largest logits says how near the choice was.
     """
     path = resolve_model(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    quantize_model(model, MaQDConfig(embedding_levels=255, activation_scaling="token"))
+    settings = MaQDConfig(activation_levels=activation_levels, activation_scaling="token")
+    quantize_model(model, settings)
     pack_model(model)
     gaps = []
     for row in tqdm(list(embedded_text())[:prompts], desc="agreement"):
@@ -398,14 +403,14 @@ def agreement(prompts: int = 50, new: int = 32) -> dict[str, Any]:
         use_native(model, False)
         out = model.generate(ids, **options, output_logits=True, return_dict_in_generate=True)
         expected = out.sequences[0].tolist()
-        parted = next((i for i, (a, b) in enumerate(zip(got, expected)) if a != b), None)  # noqa: B905
+        pairs = enumerate(zip(got, expected, strict=False))
+        parted = next((i for i, (a, b) in pairs if a != b), None)
         if parted is not None:
             best = out.logits[parted - ids.shape[1]][0].topk(2).values
             gaps.append(float(best[0] - best[1]))
-    print(
-        f"{prompts - len(gaps)} of {prompts} texts are equal; logit gaps where others part: {gaps}"
-    )
-    return {"prompts": prompts, "new_tokens": new, "equal": prompts - len(gaps), "gaps": gaps}
+    result = {"activation_levels": activation_levels, "prompts": prompts, "new_tokens": new}
+    print(f"{activation_levels} activation levels: {prompts - len(gaps)} of {prompts} texts equal")
+    return {**result, "equal": prompts - len(gaps), "gaps": gaps}
 
 
 def large_config() -> LlamaConfig:
@@ -427,34 +432,42 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     missing = [package for module, package in RIVALS.items() if not find_spec(module)]
     for package in missing:
         print(f"rival missing: {package} (pip install maqd_hf[bench])")
-    report: dict[str, Any] = {
+    output = Path(args.output) if args.output else None
+    report: dict[str, Any] = json.loads(output.read_text()) if output and output.exists() else {}
+    report |= {
         "arguments": asdict(args),
         "kernels": kernels.info(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "missing_rivals": missing,
         "versions": package_versions(),
     }
+
+    def keep(table: str, rows: list[dict[str, Any]]) -> None:
+        report[table] = rows
+        if output:
+            output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
     if "agreement" in args.tables:
-        report["agreement"] = agreement()
+        keep("agreement", [agreement(levels) for levels in (None, 255)])
     if "matrices" in args.tables:
         torch.set_num_threads(max(args.threads))
-        report["matrices"] = matrices(args)
+        keep("matrices", matrices(args))
     with tempfile.TemporaryDirectory() as folder:
         if "models" in args.tables:
             float_model = str(resolve_model(SMOLLM2))
             config = AutoConfig.from_pretrained(float_model)
             sources = model_sources(Path(folder), config, float_model)
             sources |= llama_cpp_sources(Path(folder))
-            report["models"] = models(args, sources, SMOLLM2, 0)
+            rows = models(args, sources, SMOLLM2, 0)
+            keep("models", rows)
             if args.busy:
-                report["models"] += models(args, sources, SMOLLM2, args.busy)
+                crowded = replace(args, threads=args.threads[-1:], rounds=max(1, args.rounds // 2))
+                keep("models", rows + models(crowded, sources, SMOLLM2, args.busy))
         if args.large:
             place = Path(folder) / "large"
             place.mkdir()
             sources = model_sources(place, large_config(), None)
-            report["large"] = models(args, sources, "random Llama, 1 B", 0)
-    if args.output:
-        Path(args.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            keep("large", models(args, sources, "random Llama, 1 B", 0))
     return report
 
 

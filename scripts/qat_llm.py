@@ -448,7 +448,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         norms = list(run.metrics.get("norms", {}).get("static", []))
     with run.stage("training"):
         trainer = job.train(student, norms)
-        # without accelerate's bfloat16 autocast around the forward: measure as the packed model runs
+        # without accelerate's autocast around the forward: measure as the packed model runs
         student = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         job.perplexity(student, "trained")
         del trainer

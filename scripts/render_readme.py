@@ -200,13 +200,18 @@ def speed(result: dict[str, Any]) -> str:
         beside = f", beside {busy} processes that compute" if busy else ""
         text = f"`{label}`, one stream, {threads} thread(s){beside}."
         tables.append(f"{text}\n\n{table(header, rows)}")
-    if "agreement" in result:
+    for row in result.get("agreement", []):
+        levels = row["activation_levels"]
+        kind = f"{levels} activation levels" if levels else "float activations"
+        gaps = sorted(row["gaps"])
+        parted = (
+            f"; median gap of the two best logits where others part: {gaps[len(gaps) // 2]:.2g}"
+        )
         tables.append(
-            "Greedy text of the native decode step and of the model's own forward: "
-            "{equal} of {prompts} prompts give the same {new_tokens} tokens; the others part where "
-            "the two best logits lie {gap} apart at most.".format(
-                gap=f"{max(result['agreement']['gaps'], default=0):.2g}", **result["agreement"]
-            )
+            f"Greedy text of the native decode step and of the model's own forward, "
+            f"{kind}: {row['equal']} of {row['prompts']} prompts give the same "
+            f"{row['new_tokens']} tokens"
+            f"{parted if gaps else ''}."
         )
     matrices = [row for row in result.get("matrices", []) if "seconds" in row]
     for tokens in dict.fromkeys(row["tokens"] for row in matrices):
