@@ -204,9 +204,8 @@ def speed(result: dict[str, Any]) -> str:
         levels = row["activation_levels"]
         kind = f"{levels} activation levels" if levels else "float activations"
         gaps = sorted(row["gaps"])
-        parted = (
-            f"; median gap of the two best logits where others part: {gaps[len(gaps) // 2]:.2g}"
-        )
+        middle = gaps[len(gaps) // 2] if gaps else 0
+        parted = f"; median gap of the two best logits where others part: {middle:.2g}"
         tables.append(
             f"Greedy text of the native decode step and of the model's own forward, "
             f"{kind}: {row['equal']} of {row['prompts']} prompts give the same "
