@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from datasets import (
     Dataset,
     DatasetDict,
@@ -210,6 +211,15 @@ def tokenize_blocks(
         )
     rows = pa.FixedSizeListArray.from_arrays(ids[: blocks * block_size], block_size)
     return Dataset(pa.table({"input_ids": rows, "labels": rows}))
+
+
+def spread_samples(blocks: Dataset, count: int) -> torch.Tensor:
+    """(samples, block_size) token ids of ``count`` blocks, or all there are, spread evenly.
+
+    ``blocks``: from `tokenize_blocks`.
+    """
+    chosen = torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long().tolist()
+    return torch.tensor(blocks[chosen]["input_ids"])
 
 
 def _token_row(

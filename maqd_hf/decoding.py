@@ -229,9 +229,10 @@ class NativeForward:
         return call.answer(decoder)
 
     def _decoder_for(self, call: _Call) -> NativeDecoder | None:
-        """The plan; checked against the model's tensors and hooks at every call but a decode step,
-        where that would take longer than the rest."""
-        if self._decoder is not None and call.tokens == 1 and call.past:
+        """The plan, or None where ``_problem`` says why; checked against the model's tensors and
+        hooks at every call but a decode step, where that would take longer than the rest."""
+        known = self._decoder is not None or self._problem is not None
+        if known and call.tokens == 1 and call.past:
             return self._decoder
         try:
             stamp = _check_model(self.model)

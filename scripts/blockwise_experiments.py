@@ -41,7 +41,7 @@ from transformers import (
 
 from maqd_hf import MaQDConfig, quantize_model
 from maqd_hf.calibration import calibrate, reconstruct_blocks
-from maqd_hf.data import EMBEDDED, load_text, tokenize_blocks
+from maqd_hf.data import EMBEDDED, load_text, spread_samples, tokenize_blocks
 from maqd_hf.embedded import SMOLLM2, resolve_model
 from maqd_hf.nn.precision import fast_bf16
 from maqd_hf.perplexity import text_perplexity, token_perplexity
@@ -139,9 +139,7 @@ class Task:
 
     def calibration_ids(self) -> Tensor:
         """(samples, tokens), spread evenly over the text."""
-        count = min(self.arguments.samples, len(self.blocks))
-        chosen = torch.linspace(0, len(self.blocks) - 1, count).long().tolist()
-        return torch.tensor(self.blocks[chosen]["input_ids"])
+        return spread_samples(self.blocks, self.arguments.samples)
 
     def nats(self, model: PreTrainedModel) -> float:
         """Mean loss per token of the evaluation text."""

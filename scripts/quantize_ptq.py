@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from maqd_hf import MaQDConfig, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
-from maqd_hf.data import EMBEDDED, load_text, tokenize_blocks
+from maqd_hf.data import EMBEDDED, load_text, spread_samples, tokenize_blocks
 from maqd_hf.embedded import SMOLLM2, resolve_model
 from maqd_hf.perplexity import PerplexityResult, text_perplexity
 from maqd_hf.saving import save_model
@@ -84,8 +84,7 @@ def calibration_ids(args: Arguments, tokenizer: Any) -> Tensor:
         join=args.join,
     )
     blocks = tokenize_blocks(text, tokenizer, args.sample_tokens)
-    chosen = torch.linspace(0, len(blocks) - 1, min(args.samples, len(blocks))).long().tolist()
-    return torch.tensor(blocks[chosen]["input_ids"])
+    return spread_samples(blocks, args.samples)
 
 
 def measure(args: Arguments, model: Any, tokenizer: Any) -> PerplexityResult | None:

@@ -5,7 +5,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 from transformers import default_data_collator
 
-from maqd_hf.data import load_labelled, load_split, load_text, tokenize_blocks
+from maqd_hf.data import load_labelled, load_split, load_text, spread_samples, tokenize_blocks
 
 
 @pytest.fixture
@@ -178,3 +178,9 @@ def test_labelled_texts(tmp_path):
     Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}).to_parquet(path)
     with pytest.raises(ValueError, match="int64 values from -1, not classes"):
         load_labelled(str(path))
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [0]), (3, [0, 2, 4]), (9, [0, 1, 2, 3, 4])])
+def test_samples_are_spread_over_the_text(count, expected):
+    blocks = Dataset.from_dict({"input_ids": [[i, i] for i in range(5)]})
+    assert spread_samples(blocks, count).tolist() == [[i, i] for i in expected]

@@ -279,6 +279,14 @@ def test_which_models_are_not_supported(best):
     model(torch.randint(3, 250, (1, 9)))
 
 
+def test_what_is_unsupported_is_not_looked_into_at_every_token(best, monkeypatch):
+    model, checks = packed(group_size=4), []
+    check = maqd_hf.decoding._check_model
+    monkeypatch.setattr("maqd_hf.decoding._check_model", lambda m: checks.append(m) or check(m))
+    model.generate(torch.randint(3, 250, (1, 4)), max_new_tokens=6, do_sample=False)
+    assert len(checks) == 1
+
+
 def problem_after_call(model):
     with torch.no_grad():
         model(torch.randint(3, 250, (1, 4)))

@@ -85,16 +85,28 @@ class LinearSpec:
 
 
 def activation_step(
-    x: Tensor, spec: LinearSpec, static: Tensor | None, context: BatchContext
+    x: Tensor,
+    spec: LinearSpec,
+    static: Tensor | None,
+    context: BatchContext,
+    own: Tensor | None = None,
 ) -> Tensor:
-    """The step in force for ``x`` (..., D), whose static one is ``static``: (1,) or (..., 1)."""
-    assert spec.activation_levels is not None
+    """The step in force for ``x`` (..., D), whose static one is ``static``: (1,) or (..., 1).
+
+    ``own`` stands for the step a token takes from itself, where it is not to be computed here.
+    """
+    levels = spec.activation_levels
+    assert levels is not None
+
+    def of_token() -> Tensor:
+        return token_step(widen(x), levels) if own is None else own
+
     if static is None:
-        return token_step(widen(x), spec.activation_levels)
+        return of_token()
     _, first = context.masks_for(x)
     if spec.first_token == "shared" or first is None:
         return static
-    return torch.where(first.unsqueeze(-1), token_step(widen(x), spec.activation_levels), static)
+    return torch.where(first.unsqueeze(-1), of_token(), static)
 
 
 class ActivationQuantizer(nn.Module):

@@ -147,12 +147,8 @@ class PackedLinear(nn.Module):
         for float activations."""
         if self.spec.activation_levels is None:
             return None
-        if self.activation_step is None:
-            return self.weight_scale.new_zeros(1)
-        _, first = self.context.masks_for(x)
-        if self.spec.first_token == "shared" or first is None:
-            return self.activation_step
-        return torch.where(first.unsqueeze(-1), 0, self.activation_step)
+        own = self.weight_scale.new_zeros(1)
+        return activation_step(x, self.spec, self.activation_step, self.context, own)
 
     def product(self, x: Tensor, step: Tensor | None) -> Tensor:
         """The compiled kernel's product of ``x`` (..., in), quantised with ``step`` unless None."""
