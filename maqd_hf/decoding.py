@@ -17,13 +17,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .kernels import native
-from .kernels.decoder import BlockStep, KeyValues, LinearStep, NativeDecoder, NormStep
-from .nn import BatchContext, LayerBatchNorm, PackedLinear
+from .kernels import loader, native
+from .kernels.decoder import BlockStep, LinearStep, NativeDecoder, NormStep
+from .native_cache import adopt, cache_problem
+from .nn import BatchContext, LayerBatchNorm, PackedEmbedding, PackedLinear
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +37,7 @@ _IGNORED = ("cache_position", "use_cache", "return_dict", "logits_to_keep")
 def attach_native(model: nn.Module) -> None:
     """Let ``model`` run natively from now on; a model without such a form is left alone."""
     family = getattr(getattr(model, "config", None), "model_type", None)
-    if family in FAMILIES and hasattr(model, "lm_head") and native.chosen_path() is not None:
+    if family in FAMILIES and hasattr(model, "lm_head") and loader.chosen_path() is not None:
         model.forward = NativeForward(model)
 
 
@@ -66,126 +66,6 @@ def unsupported(model: nn.Module) -> str | None:
 
 class _UnsupportedError(Exception):
     """The reason is the message."""
-
-
-# -------------------------------------------------------------------------------------- the cache
-
-
-class NativeLayer(DynamicLayer):
-    """One block's part of a ``KeyValues`` store, as a layer of transformers' ``DynamicCache``.
-
-    Reading ``keys`` and ``values`` makes copies in transformers' layout. What is assigned to them
-    (beam search reorders them so) is kept as it is until somebody appends.
-    """
-
-    def __init__(self, store: _Store, index: int) -> None:
-        self._store, self._index = store, index
-        self._given: dict[str, Tensor] = {}
-        super().__init__()
-        self.dtype, self.device = torch.float32, torch.device("cpu")
-        self.is_initialized = True
-
-    def _read(self, name: str) -> Tensor:
-        if name in self._given:
-            return self._given[name]
-        return self._store.values.read(self._index)[0 if name == "keys" else 1]
-
-    def _assign(self, name: str, value: Tensor | None) -> None:
-        if value is None or not value.numel():
-            self._given.pop(name, None)
-            self._store.values.lengths[self._index] = 0
-        else:
-            self._given[name] = value
-
-    @property
-    def keys(self) -> Tensor:
-        return self._read("keys")
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        self._assign("keys", value)
-
-    @property
-    def values(self) -> Tensor:
-        return self._read("values")
-
-    @values.setter
-    def values(self, value: Tensor | None) -> None:
-        self._assign("values", value)
-
-    def lazy_initialization(self, *states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self._store.settle(len(key_states))
-        store = self._store.values
-        store.write(self._index, store.lengths[self._index], key_states, value_states)
-        keys, values = store.read(self._index)
-        return keys.to(key_states.dtype), values.to(value_states.dtype)
-
-    def get_seq_length(self, *args: Any) -> int:
-        if self._given:
-            return next(iter(self._given.values())).shape[-2]
-        return self._store.values.lengths[self._index]
-
-    def crop(self, length: int) -> None:
-        """Forget the last ``-length`` positions, or (transformers 5.0) all behind ``length``; 0
-        forgets none."""
-        now = self.get_seq_length()
-        new = max(now + length, 0) if length <= 0 else min(length, now)
-        if new == now:
-            return
-        if self._given:
-            self._given = {name: value[..., :new, :] for name, value in self._given.items()}
-        else:
-            self._store.values.lengths[self._index] = new
-
-
-class _Store:
-    """The ``KeyValues`` all layers of a cache share, remade when their batch size changes."""
-
-    def __init__(self, decoder: NativeDecoder, batch: int) -> None:
-        self.decoder_store = decoder.store
-        self.values: KeyValues = decoder.store(batch)
-        self.layers = [NativeLayer(self, i) for i in range(len(decoder.blocks))]
-
-    def settle(self, batch: int) -> None:
-        """Bring assigned keys and values into the store."""
-        if not any(layer._given for layer in self.layers):
-            if self.values.batch != batch and not any(self.values.lengths):
-                self.values = self.decoder_store(batch)
-            return
-        states = [(layer.keys, layer.values) for layer in self.layers]
-        if self.values.batch != len(states[0][0]):
-            self.values = self.decoder_store(len(states[0][0]))
-        for layer, (keys, values) in zip(self.layers, states, strict=True):
-            layer._given.clear()
-            self.values.write(layer._index, 0, keys, values)
-
-
-def _adopt(cache: DynamicCache, decoder: NativeDecoder, batch: int) -> KeyValues:
-    """The store behind ``cache``, whose layers are replaced on first sight."""
-    layers: list[Any] = cache.layers
-    if not layers or not isinstance(layers[0], NativeLayer):
-        store = _Store(decoder, batch)
-        for new, old in zip(store.layers, list(layers), strict=False):
-            if getattr(old, "is_initialized", False) and old.get_seq_length():
-                new._given = {"keys": old.keys, "values": old.values}
-        cache.layers = list(store.layers)
-    owner = cast(NativeLayer, cache.layers[0])._store
-    owner.settle(batch)
-    return owner.values
-
-
-def _cache_problem(cache: Any, blocks: int) -> str | None:
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-        return f"a {type(cache).__name__}"
-    layers = cache.layers
-    if any(type(layer) not in (DynamicLayer, NativeLayer) for layer in layers):
-        return f"cache layers of type {type(layers[0]).__name__}"
-    return None if len(layers) in (0, blocks) else f"a cache of {len(layers)} layers"
 
 
 # ------------------------------------------------------------------------------------ the forward
@@ -294,7 +174,7 @@ class _Call:
         ):
             return "an attention mask that is not (batch, positions)"
         if self.cache is not None and decoder is not None:
-            return _cache_problem(self.cache, len(decoder.blocks))
+            return cache_problem(self.cache, len(decoder.blocks))
         return None
 
     def answer(self, decoder: NativeDecoder) -> CausalLMOutputWithPast:
@@ -304,9 +184,9 @@ class _Call:
         if self.cache is None:
             store = decoder.store(self.batch)
         else:
-            store = _adopt(self.cache, decoder, self.batch)
+            store = adopt(self.cache, decoder, self.batch)
         embeds = self.embeds
-        if embeds is None:
+        if embeds is None and decoder.table is None:
             embeds = self.model.get_input_embeddings()(self.ids)
         mask = self.mask
         if mask is not None and bool(mask.all()):
@@ -319,9 +199,21 @@ class _Call:
         positions = self.positions
         if positions is None:
             positions = torch.arange(self.past, self.past + self.tokens).unsqueeze(0)
-        hidden = decoder(embeds, positions.expand(self.batch, -1), store, first, mask)
-        part = slice(-self.keep, None) if isinstance(self.keep, int) else self.keep
-        logits = self.model.lm_head(hidden[:, part].to(embeds.dtype))
+        last = decoder.head is not None and type(self.keep) is int and self.keep == 1
+        found = decoder(
+            cast(Tensor, self.ids) if embeds is None else embeds,
+            positions.expand(self.batch, -1),
+            store,
+            first,
+            mask,
+            logits=last,
+        )
+        dtype = torch.float32 if embeds is None else embeds.dtype
+        if last:
+            logits = found.to(dtype)
+        else:
+            part = slice(-self.keep, None) if isinstance(self.keep, int) else self.keep
+            logits = self.model.lm_head(found[:, part].to(dtype))
         return CausalLMOutputWithPast(
             logits=logits, past_key_values=self.cache if self.use_cache else None
         )
@@ -333,7 +225,7 @@ class _Call:
 def _check_model(model: Any) -> list[object]:
     """A stamp of the model's tensors; ``_UnsupportedError`` where the library does not run it."""
     config = model.config
-    if native.chosen_path() is None:
+    if loader.chosen_path() is None:
         raise _UnsupportedError("the compiled kernels are missing or switched off")
     if config.model_type not in FAMILIES:
         raise _UnsupportedError(f"model_type {config.model_type!r} is not one of {FAMILIES}")
@@ -346,7 +238,7 @@ def _check_model(model: Any) -> list[object]:
     rotary = model.model.rotary_emb
     if rotary.rope_type not in _ROPE:
         raise _UnsupportedError(f"rotary embedding of type {rotary.rope_type!r}")
-    stamp: list[object] = [native.chosen_path()]
+    stamp: list[object] = [loader.chosen_path()]
     for name, module in model.named_modules():
         patched = "forward" in module.__dict__ and module is not model
         if patched or "_hf_hook" in module.__dict__ or _hooked(module):
@@ -395,6 +287,21 @@ def _build(model: Any) -> NativeDecoder:
         attention_scale=attention.scaling,
         frequencies=rotary.inv_freq,
         rope_scale=rotary.attention_scaling,
+        table=_table(model.get_input_embeddings()),
+        head=_linear(model.lm_head, "lm_head") if _is_packed(model.lm_head) else None,
+    )
+
+
+def _table(embedding: nn.Module) -> native.Table | None:
+    """The embedding for the library, where its rows need no rounding to a narrower dtype."""
+    if isinstance(embedding, PackedEmbedding) and embedding.output_like.dtype == torch.float32:
+        return embedding.native_table()
+    return None
+
+
+def _is_packed(layer: Any) -> bool:
+    return isinstance(layer, PackedLinear) and native.fits(
+        layer.in_features, layer.weight_scale.shape[1], layer.levels
     )
 
 

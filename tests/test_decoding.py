@@ -23,8 +23,9 @@ from transformers import (
 import maqd_hf
 from maqd_hf import MaQDConfig, pack_model, quantize_model, use_native
 from maqd_hf.calibration import calibrate_activations
-from maqd_hf.decoding import NativeForward, NativeLayer, unsupported
-from maqd_hf.kernels import native
+from maqd_hf.decoding import NativeForward, unsupported
+from maqd_hf.kernels import loader
+from maqd_hf.native_cache import NativeLayer
 from maqd_hf.nn import LayerBatchNorm
 
 TOLERANCE = 1e-5  # of the logits' norm, where no activation code tips over
@@ -75,7 +76,7 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(params=list(native.paths()))
+@pytest.fixture(params=list(loader.paths()))
 def path(request, monkeypatch):
     monkeypatch.setenv("MAQD_KERNEL", request.param)
     return request.param
@@ -263,8 +264,8 @@ def test_which_calls_are_left_to_the_model(best, caplog):
 
 
 def test_which_models_are_not_supported(best):
-    model = packed(group_size=4)
-    assert "groups of 4" in problem_after_call(model)
+    model = packed(group_size=2)
+    assert "groups of 2" in problem_after_call(model)
     model = packed()
     model.model.layers[0].mlp.register_forward_hook(lambda *args: None)
     assert "model.layers.0.mlp" in unsupported(model)

@@ -5,15 +5,15 @@ import torch
 
 from maqd_hf.calibration.compensation import Grid, Hessian, compensate, descend, output_error
 from maqd_hf.functional import dequantize, quantize
-from maqd_hf.kernels import columns, native
+from maqd_hf.kernels import columns, loader
 from maqd_hf.search import search_step
 
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch):
     """The other tests run on the reference."""
-    monkeypatch.delenv(native.PATH_VARIABLE, raising=False)
-    assert native.chosen_path() is not None, "no C compiler at install time"
+    monkeypatch.delenv(loader.PATH_VARIABLE, raising=False)
+    assert loader.chosen_path() is not None, "no C compiler at install time"
 
 
 def problem(inputs=64, rows=33, levels=8, groups=1, act_order=True, seed=0):
@@ -31,7 +31,7 @@ def both(monkeypatch, function, *args):
     """(compiled, torch) results of one call."""
     got = function(*args)
     with monkeypatch.context() as patch:
-        patch.setenv(native.PATH_VARIABLE, "reference")
+        patch.setenv(loader.PATH_VARIABLE, "reference")
         return got, function(*args)
 
 
@@ -72,7 +72,7 @@ def test_descent_equals_torch(monkeypatch, levels, sweeps):
 @pytest.mark.parametrize("kernel", ["native", "reference"])
 def test_no_sweep_increases_the_error_of_a_row(monkeypatch, levels, kernel):
     if kernel == "reference":
-        monkeypatch.setenv(native.PATH_VARIABLE, kernel)
+        monkeypatch.setenv(loader.PATH_VARIABLE, kernel)
     weight, grid, hessian = problem(levels=levels, groups=4)
     codes = grid.codes(weight)
     errors = [output_error(weight, grid.values(codes), hessian.matrix)]
@@ -135,6 +135,6 @@ def test_what_the_library_does_not_cover_and_when_it_is_switched_off(monkeypatch
     strided = torch.zeros(32, 14)[:, ::2].copy_(w)
     codes, _ = columns.compensate_columns(strided, hessian.factor, (step, centre, 8))
     assert len(used) == 64 and torch.equal(codes, expected)
-    monkeypatch.setenv(native.PATH_VARIABLE, "reference")
+    monkeypatch.setenv(loader.PATH_VARIABLE, "reference")
     columns.compensate_columns(w, hessian.factor, (step, centre, 8))
     assert len(used) == 96

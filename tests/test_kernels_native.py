@@ -9,10 +9,11 @@ from torch import nn
 
 from maqd_hf import MaQDConfig, kernels, pack_model, quantize_model
 from maqd_hf.functional import quantize, token_step
-from maqd_hf.kernels import native
+from maqd_hf.kernels import loader, native
 from maqd_hf.nn import LinearSpec, MaQDLinear, PackedLinear
+from maqd_hf.packing import pack_codes
 
-PATHS = list(native.paths())
+PATHS = list(loader.paths())
 TOLERANCE = 2e-6  # of the output's norm: float32 sums in another order
 
 
@@ -38,7 +39,7 @@ def both(layer, x, monkeypatch):
 
 
 def test_the_library_was_built():
-    assert native.library() is not None, "no C compiler at install time: the kernel is missing"
+    assert loader.library() is not None, "no C compiler at install time: the kernel is missing"
     assert PATHS[0] == "portable"
     assert str(kernels.info()["available"]).count(",") == len(PATHS)
 
@@ -57,6 +58,39 @@ def test_equals_the_reference(path, weight_levels, activation_levels, tokens, mo
         got, expected = both(layer, torch.randn(tokens, columns), monkeypatch)
         error = (got - expected).norm() / expected.norm().clamp(min=1e-3)
         assert error < TOLERANCE, (columns, rows, settings)
+
+
+@pytest.mark.parametrize("storage", list(native.STORAGES))
+def test_every_storage_multiplies_every_code(path, storage):
+    """Against a plain integer product: all levels, odd shapes, few tokens and whole tiles."""
+    levels = native.STORAGES[storage].levels
+    for columns, rows, tokens in [(20, 16, 1), (77, 33, 3), (131, 50, 4), (64, 17, 29)]:
+        codes = torch.randint(0, levels, (rows, columns))
+        codes[0], codes[-1] = 0, levels - 1
+        weight = native.NativeWeight(
+            pack_codes(codes, levels),
+            levels,
+            columns,
+            torch.ones(rows, 1),
+            None,
+            None,
+            255,
+            storage,
+        )
+        x = torch.randint(-127, 128, (tokens, columns))
+        exact = x.double() @ (codes.double() - (levels - 1) / 2).t()
+        assert torch.equal(weight(x.float(), torch.ones(1)).double(), exact)
+
+
+def test_a_storage_that_does_not_fit_is_refused():
+    words = pack_codes(torch.zeros(4, 8, dtype=torch.int64), 16)
+    arguments = (words, 16, 8, torch.ones(4, 1), None, None, 255)
+    with pytest.raises(ValueError, match="no storage of 2 fits"):
+        native.NativeWeight(*arguments, "2")
+    with pytest.raises(ValueError, match="want \\(4, 2\\)"):
+        native.NativeWeight(words, 16, 16, *arguments[3:])
+    with pytest.raises(ValueError, match="want \\(\\.\\.\\., 8\\)"):
+        native.NativeWeight(*arguments)(torch.ones(2, 7), torch.ones(1))
 
 
 def test_against_float64(path):
@@ -83,12 +117,12 @@ def test_activation_codes_bit_for_bit(path, levels):
     step = torch.tensor([0.1, 0.5, 0.0, 0.02, 0.3])  # 0: the token's own
     layer = packed(96, 24, 4, levels, group_size=32)
     weight = layer.native_weight()
-    used = weight.run(x, step.unsqueeze(1), torch.empty(5, 24))
+    used = weight.take(x, step)
     assert used["step"][2] == token_step(x[2:3], levels)
     expected = quantize(x, levels, used["step"].unsqueeze(1)).int() - levels // 2
     assert torch.equal(used["codes"].int(), expected)
-    sums = expected.unflatten(1, (3, -1)).sum(-1).int()
-    assert torch.equal(used["sums"], torch.cat([sums, sums.sum(1, keepdim=True)], 1).int())
+    sums = expected.unflatten(1, (3, -1)).sum(-1).float()
+    assert torch.equal(used["sums"], torch.cat([sums, sums.sum(1, keepdim=True)], 1))
 
 
 def test_shapes_dtypes_and_views(path, monkeypatch):
@@ -105,8 +139,8 @@ def test_shapes_dtypes_and_views(path, monkeypatch):
 
 
 def test_what_it_does_not_cover_goes_to_the_reference(path):
-    layer = packed(64, 24, group_size=4)  # a group is less than a chunk
-    assert not kernels.native_serves(torch.ones(1, 64), layer.weight, 16, 16)
+    layer = packed(64, 24, group_size=2)  # a group is less than any unit
+    assert not kernels.native_serves(torch.ones(1, 64), layer.weight, 16, 32)
     layer = packed(64, 24)
     serves = lambda x: kernels.native_serves(x, layer.weight, 16, 1)  # noqa: E731
     assert serves(torch.ones(1, 64))

@@ -7,21 +7,20 @@ it to people. ``MAQD_KERNEL=reference`` (or a path of ``info()``) overrides the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from . import native
-from .native import NativeWeight
+from . import loader, native
+from .native import NativeWeight, Table
 from .ops import packed_linear as packed_linear_op
 from .ops import register
 from .reference import packed_embedding, packed_linear, unpack_weight
 
 __all__ = [
     "NativeWeight",
-    "embedding_for",
+    "Table",
     "info",
+    "native_looks_up",
     "native_serves",
     "packed_embedding",
     "packed_linear",
@@ -33,7 +32,7 @@ __all__ = [
 
 @torch.compiler.assume_constant_result
 def _has_library() -> bool:
-    return native.chosen_path() is not None
+    return loader.chosen_path() is not None
 
 
 def _exporting() -> bool:
@@ -52,12 +51,10 @@ def native_serves(x: Tensor, weight: Tensor, levels: int, groups: int) -> bool:
     return type(x) is Tensor and native.fits(x.shape[-1], groups, levels)
 
 
-def embedding_for(ids: Tensor, weight: Tensor) -> Callable[..., Tensor]:
-    """The lookup that serves these ``ids``: the compiled one or ``packed_embedding``."""
+def native_looks_up(ids: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled library can look up rows of this packed table."""
     on_cpu = ids.device.type == weight.device.type == "cpu"
-    if not on_cpu or torch.compiler.is_compiling() or not _has_library():
-        return packed_embedding
-    return native.embedding
+    return on_cpu and not torch.compiler.is_compiling() and _has_library()
 
 
 def info() -> dict[str, object]:
@@ -66,16 +63,16 @@ def info() -> dict[str, object]:
     >>> sorted(info())
     ['available', 'embedding', 'linear', 'why']
     """
-    path = native.chosen_path()
+    path = loader.chosen_path()
     if path is not None:
         why = "best instruction set of this machine that the compiled library has"
-    elif native.library() is None:
+    elif loader.library() is None:
         why = "the package was installed without a C compiler: weights are unpacked at every call"
     else:
-        why = f"{native.PATH_VARIABLE} asks for the reference"
+        why = f"{loader.PATH_VARIABLE} asks for the reference"
     return {
         "linear": f"native, {path}" if path else "torch reference",
         "embedding": "native" if path else "torch reference",
-        "available": ["torch reference", *native.paths()],
+        "available": ["torch reference", *loader.paths()],
         "why": why,
     }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..functional import dequantize, quantize
-from . import native
+from . import loader
 
 ColumnGrid = tuple[Tensor, Tensor, int]
 """``step`` (columns, rows), ``centre`` (rows,), levels."""
@@ -73,13 +73,13 @@ def _call(
     """Run the compiled loop on these contiguous tensors; False where it does not serve."""
     step, centre, levels = grid
     tensors = (*state, matrix.contiguous(), step, centre, *out)
-    if native.chosen_path() is None or any(
+    if loader.chosen_path() is None or any(
         t.device.type != "cpu" or t.dtype != torch.float32 or not t.is_contiguous() for t in tensors
     ):
         return False
     columns, rows = step.shape
     sizes = [ctypes.c_int64(n) for n in (levels, columns, rows, torch.get_num_threads())]
-    function = getattr(native.library(), name)
+    function = getattr(loader.library(), name)
     function.restype = None
     function(*(ctypes.c_void_p(t.data_ptr()) for t in tensors), *sizes)
     return True

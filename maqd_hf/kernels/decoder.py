@@ -7,14 +7,15 @@ shape is said by ``maqd_hf.decoding``.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .native import NativeWeight, WeightStruct, library, path_number, pointer
+from .loader import library, path_number, pointer
+from .native import NativeWeight, Table, TableStruct, WeightStruct
 
 _BLOCK = 16  # positions that keys are stored by
 MAX_TOKENS = 512  # of a call: scratch memory grows with them
@@ -58,6 +59,8 @@ class _Decoder(ctypes.Structure):
         ("frequencies", ctypes.c_void_p),
         ("block", ctypes.POINTER(_Block)),
         ("norm", _Norm),
+        ("table", ctypes.POINTER(TableStruct)),
+        ("head", _Linear),
         ("floats", ctypes.c_int32),
     ]
 
@@ -70,7 +73,7 @@ class _Call(ctypes.Structure):
         ),
         *(
             (name, ctypes.c_void_p)
-            for name in ("hidden", "positions", "first", "mask", "keys", "values")
+            for name in ("hidden", "ids", "logits", "positions", "first", "mask", "keys", "values")
         ),
     ]
 
@@ -190,7 +193,8 @@ class NativeDecoder:
     """The blocks and the final norm of a model, ready to be called.
 
     ``frequencies`` (head_dim / 2,): of the rotary embedding, whose sines and cosines are multiplied
-    by ``rope_scale``.
+    by ``rope_scale``. ``table`` and ``head`` where the library shall look up the embeddings and
+    compute the logits too.
     """
 
     blocks: Sequence[BlockStep]
@@ -201,6 +205,8 @@ class NativeDecoder:
     attention_scale: float
     frequencies: Tensor
     rope_scale: float = 1.0
+    table: Table | None = None
+    head: LinearStep | None = None
     _keep: list[object] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -225,12 +231,16 @@ class NativeDecoder:
             pointer(frequencies),
             ctypes.cast(structs, ctypes.POINTER(_Block)),
             self.norm.struct(self._keep),
-            any(
-                linear.weight.activation_levels is None
-                for block in self.blocks
-                for linear in block.linears.values()
-            ),
+            ctypes.pointer(self.table.struct) if self.table else None,
+            self.head.struct(self._keep) if self.head else _Linear(),
+            any(linear.weight.activation_levels is None for linear in self._linears()),
         )
+
+    def _linears(self) -> Iterator[LinearStep]:
+        for block in self.blocks:
+            yield from block.linears.values()
+        if self.head:
+            yield self.head
 
     def store(self, batch: int) -> KeyValues:
         """An empty key/value store for this model."""
@@ -238,29 +248,72 @@ class NativeDecoder:
 
     def __call__(
         self,
-        hidden: Tensor,
+        inputs: Tensor,
         positions: Tensor,
         store: KeyValues,
         first: Tensor | None = None,
         mask: Tensor | None = None,
+        logits: bool = False,
     ) -> Tensor:
-        """Embeddings (batch, tokens, hidden) -> final states, float32, of the same shape.
+        """Final states (batch, tokens, hidden), float32, or logits (batch, 1, vocabulary) of the
+        last tokens.
 
         Args:
+            inputs: ids (batch, tokens), where there is a ``table``, or embeddings (batch, tokens,
+                hidden).
             positions: (batch, tokens) for the rotary embedding.
             store: earlier keys and values; those of these tokens are appended.
             first: (batch, tokens) bool, tokens that begin a sequence; None: none does.
             mask: (batch, earlier + tokens) bool, False on padding; None: all count.
+            logits: ask for logits, where there is a ``head``.
 
         Raises:
             ValueError: shapes that do not fit together.
+            IndexError: an id outside the table.
             MemoryError: no scratch memory.
         """
-        batch, tokens, width = hidden.shape
+        batch, tokens = inputs.shape[:2]
+        past = self._check(inputs, positions, store, first, mask)
+        if inputs.dim() == 2:
+            assert self.table is not None
+            inputs = self.table.check(inputs)
+        else:
+            inputs = inputs.detach().float().clone(memory_format=torch.contiguous_format)
+        out = torch.empty(batch, tokens, self.hidden) if inputs.dim() == 2 else inputs
+        last = torch.empty(batch, 1, self.head.weight.rows) if logits and self.head else None
+        positions = positions.long().contiguous()
+        first, mask = (None if t is None else t.bool().contiguous() for t in (first, mask))
+        step = max(1, MAX_TOKENS // max(batch, 1))
+        if tokens <= step:
+            self._run(inputs, out, last, positions, store, first, mask)
+            return out if last is None else last
+        for start in range(0, tokens, step):
+            part = slice(start, start + step)
+            piece = out[:, part].contiguous()
+            seen = None if mask is None else mask[:, : past + start + piece.shape[1]].contiguous()
+            some_first = None if first is None else first[:, part].contiguous()
+            some_positions = positions[:, part].contiguous()
+            given = piece if inputs is out else inputs[:, part].contiguous()
+            final = last if start + step >= tokens else None
+            self._run(given, piece, final, some_positions, store, some_first, seen)
+            out[:, part] = piece
+        return out if last is None else last
+
+    def _check(
+        self,
+        inputs: Tensor,
+        positions: Tensor,
+        store: KeyValues,
+        first: Tensor | None,
+        mask: Tensor | None,
+    ) -> int:
+        """The number of earlier positions; ``ValueError`` unless all shapes fit together."""
+        batch, tokens = inputs.shape[:2]
         past = store.lengths[0]
-        if width != self.hidden or store.batch != batch or positions.shape != (batch, tokens):
+        known = self.table is not None if inputs.dim() == 2 else inputs.shape[2:] == (self.hidden,)
+        if not known or store.batch != batch or positions.shape != (batch, tokens):
             raise ValueError(
-                f"hidden {tuple(hidden.shape)}, positions {tuple(positions.shape)} and a store for "
+                f"inputs {tuple(inputs.shape)}, positions {tuple(positions.shape)} and a store for "
                 f"{store.batch}: want (batch, tokens, {self.hidden}), (batch, tokens), batch"
             )
         for name, given, columns in (("first", first, tokens), ("mask", mask, past + tokens)):
@@ -268,47 +321,37 @@ class NativeDecoder:
                 raise ValueError(f"{name} {tuple(given.shape)}: must be ({batch}, {columns})")
         if any(length != past for length in store.lengths):
             raise ValueError(f"blocks hold different numbers of positions: {store.lengths}")
-        out = hidden.detach().float().clone(memory_format=torch.contiguous_format)
-        step = max(1, MAX_TOKENS // max(batch, 1))
-        if tokens <= step:
-            self._run(out, positions, store, first, mask)
-            return out
-        for start in range(0, tokens, step):
-            part = slice(start, start + step)
-            piece = out[:, part].contiguous()
-            seen = None if mask is None else mask[:, : past + start + piece.shape[1]]
-            some_first = None if first is None else first[:, part]
-            self._run(piece, positions[:, part], store, some_first, seen)
-            out[:, part] = piece
-        return out
+        return past
 
     def _run(
         self,
-        hidden: Tensor,
+        inputs: Tensor,
+        out: Tensor,
+        logits: Tensor | None,
         positions: Tensor,
         store: KeyValues,
         first: Tensor | None,
         mask: Tensor | None,
     ) -> None:
-        batch, tokens, _ = hidden.shape
+        batch, tokens = positions.shape
         if not batch or not tokens:
             return
         past = store.lengths[0]
         store.reserve(past + tokens)
-        positions = positions.long().contiguous()
-        first, mask = (None if t is None else t.bool().contiguous() for t in (first, mask))
         call = _Call(
             batch,
             tokens,
             past,
             store.capacity,
             store.values.shape[-1],
-            pointer(hidden),
-            pointer(positions),
+            out.data_ptr(),
+            None if inputs is out else inputs.data_ptr(),
+            pointer(logits),
+            positions.data_ptr(),
             pointer(first),
             pointer(mask),
-            pointer(store.keys),
-            pointer(store.values),
+            store.keys.data_ptr(),
+            store.values.data_ptr(),
         )
         lib = library()
         assert lib is not None

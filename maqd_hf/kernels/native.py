@@ -1,27 +1,23 @@
-"""The compiled CPU library: loading it, repacking a layer's words for it, calling it.
+"""A layer's weight in the compiled library's layout, and what the library makes of inputs.
 
-The library is plain C (``csrc``) built by the package's own build and called through ctypes. Where
-it is missing, or for what it does not cover (group sizes that are no multiple of its chunk,
-float64, gradients), the caller uses the torch reference.
+For what the library does not cover (groups that no storage fits, float64, gradients) the torch
+reference serves.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..functional import grid_center
-from ..packing import codes_per_word, unpack_codes
+from ..packing import codes_per_word, unpack_codes, words_per_row
+from .loader import arena, library, path_number, pointer
 
 _ROWS = 16  # rows of a block, as in maqd.h
 _PARALLEL = 1 << 17  # multiplications below which a second thread costs more than it brings
-PATH_VARIABLE = "MAQD_KERNEL"
-LIBRARY_VARIABLE = "MAQD_LIBRARY"  # another build of the library, as `.ci/sanitize` makes one
 
 
 class WeightStruct(ctypes.Structure):
@@ -29,8 +25,8 @@ class WeightStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset", "constant", "bias")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "groups", "chunks")),
-        ("bits", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "groups", "units")),
+        *((name, ctypes.c_int32) for name in ("bits", "wide")),
         ("zero", ctypes.c_float),
     ]
 
@@ -38,110 +34,60 @@ class WeightStruct(ctypes.Structure):
 class _Input(ctypes.Structure):
     """``maqd_input`` of maqd.h."""
 
-    _fields_ = [(n, ctypes.c_void_p) for n in ("codes", "step", "sums", "values", "value_sums")]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "step", "sums", "values")),
+        ("tile", ctypes.c_int64),
+    ]
 
 
-@lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
-    """The compiled library, or None if the package was installed without a compiler."""
-    given = os.environ.get(LIBRARY_VARIABLE)
-    found = [Path(given)] if given else sorted(Path(__file__).parent.glob("_native*.so"))
-    if not found:
-        return None
-    lib = ctypes.CDLL(str(found[0]))
-    p, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    lib.maqd_path_name.restype = ctypes.c_char_p
-    lib.maqd_repack.argtypes = [p, i64, i64, i32, i32, i32, p, i32]
-    lib.maqd_linear.argtypes = [p, p, i64, i32, p, p, i32, i32]
-    lib.maqd_embedding.argtypes = [p, i64, i32, i32, p, p, p, i64, p]
-    for function in (lib.maqd_repack, lib.maqd_linear, lib.maqd_embedding):
-        function.restype = None
-    lib.maqd_decode.argtypes = [p, p, i32, i32]
-    return lib
+class TableStruct(ctypes.Structure):
+    """``maqd_table`` of maqd.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("words", "scale", "offset")),
+        ("columns", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("levels", "digits")),
+        ("output_scale", ctypes.c_float),
+    ]
 
 
-@lru_cache(maxsize=1)
-def paths() -> dict[str, int]:
-    """Instruction sets the library was built for and this machine runs, slowest first."""
-    lib = library()
-    if lib is None:
-        return {}
-    return {
-        lib.maqd_path_name(i).decode(): i for i in range(lib.maqd_paths()) if lib.maqd_supported(i)
-    }
+@dataclass(frozen=True)
+class Storage:
+    """How the kernel keeps codes: see the layout in maqd.h.
 
-
-def chosen_path() -> str | None:
-    """The path that runs: the best one, or what the environment variable MAQD_KERNEL names.
-
-    ``MAQD_KERNEL=reference`` switches the library off. ``ValueError`` for an unknown path.
+    ``levels``: the largest M that fits. ``inputs``: columns of a unit; a group must consist of
+    whole units. ``planes``: of 64 bytes a unit has.
     """
-    wanted = os.environ.get(PATH_VARIABLE)
-    if wanted == "reference":
-        return None
-    if wanted is not None and wanted not in paths():
-        raise ValueError(
-            f"{PATH_VARIABLE}={wanted!r}: this machine and build run {['reference', *paths()]}"
-        )
-    return wanted or (list(paths())[-1] if paths() else None)
+
+    bits: int
+    levels: int
+    inputs: int
+    planes: int = 1
 
 
-def path_number() -> int:
-    """The chosen path as the library counts; only where there is one."""
-    path = chosen_path()
-    assert path is not None
-    return paths()[path]
+STORAGES = {
+    "1.6": Storage(5, 3, 20),  # five base-3 digits a byte
+    "2": Storage(2, 4, 16),
+    "3": Storage(3, 8, 32, 3),
+    "4": Storage(4, 16, 8),
+    "8": Storage(8, 256, 4),
+}
+_TRIT_COLUMNS = 1 << 15  # beyond them a sum of trits might not fit its accumulator
 
 
-def storage_bits(levels: int) -> int:
-    """Bits a code takes in the kernel's layout: 2, 4 or 8."""
-    return 2 if levels <= 4 else 4 if levels <= 16 else 8
+def storage_for(levels: int, columns: int, groups: int) -> Storage | None:
+    """The narrowest storage that covers M levels and these groups, or None."""
+    for name, storage in STORAGES.items():
+        if levels > storage.levels or (name == "1.6" and (groups > 1 or columns > _TRIT_COLUMNS)):
+            continue
+        if groups == 1 or (columns // groups) % storage.inputs == 0:
+            return storage
+    return None
 
 
 def fits(columns: int, groups: int, levels: int) -> bool:
-    """Whether the layout covers this shape: groups must consist of whole chunks."""
-    return groups == 1 or (columns // groups) % (32 // storage_bits(levels)) == 0
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """Address of a contiguous tensor's data."""
-    return None if tensor is None else int(tensor.data_ptr())
-
-
-class _Arena:
-    """Memory for codes, in large pieces on huge pages: layers that are made one after the other lie
-    so, and reading on from one to the next neither misses the page table nor stops the prefetcher.
-
-    A piece is freed with the last of the layers in it.
-    """
-
-    piece = 1 << 25
-    _huge = 1 << 21
-
-    def __init__(self) -> None:
-        self._rest = torch.empty(0, dtype=torch.uint8)
-
-    def zeros(self, count: int) -> Tensor:
-        """``count`` bytes, aligned to a cache line; zero."""
-        count = -(-count // 64) * 64
-        if count > len(self._rest):
-            size = max(count, self.piece)
-            memory = torch.empty(size + self._huge, dtype=torch.uint8)
-            skip = -memory.data_ptr() % self._huge
-            self._rest = memory[skip : skip + size]
-            _advise_huge(self._rest)
-        taken, self._rest = self._rest[:count], self._rest[count:]
-        return taken.zero_()
-
-
-def _advise_huge(memory: Tensor) -> None:
-    """Ask for huge pages where the system has them (Linux: MADV_HUGEPAGE is 14)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "madvise"):
-        libc.madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(len(memory)), 14)
-
-
-_arena = _Arena()
+    """Whether the layout covers this shape: groups must consist of whole units."""
+    return storage_for(levels, columns, groups) is not None
 
 
 class NativeWeight:
@@ -151,6 +97,10 @@ class NativeWeight:
         words, levels, scale, offset, bias: as in ``reference.packed_linear``, on the CPU.
         columns: input width.
         activation_levels: M of the inputs this weight will meet, or None for float ones.
+        storage: name in ``STORAGES``; default: the narrowest that fits.
+
+    Raises:
+        ValueError: tensors whose shapes do not belong together, or no storage that fits.
     """
 
     def __init__(
@@ -162,17 +112,23 @@ class NativeWeight:
         offset: Tensor | None,
         bias: Tensor | None,
         activation_levels: int | None,
+        storage: str | None = None,
     ) -> None:
         lib = library()
         assert lib is not None
         self._lib, self.activation_levels = lib, activation_levels
         self.rows, self.columns, self.groups = words.shape[0], columns, scale.shape[1]
-        bits = storage_bits(levels)
-        inputs = 32 // bits
-        chunks = -(-columns // inputs)
+        _check(words, levels, columns, scale, offset, bias)
+        chosen = STORAGES[storage] if storage else storage_for(levels, columns, self.groups)
+        if chosen is None or chosen.levels < levels:
+            raise ValueError(
+                f"{levels} levels, {self.groups} groups of {columns // self.groups} inputs: no "
+                f"storage of {storage or 'any kind'} fits; use groups of a multiple of 32"
+            )
+        units = -(-columns // chosen.inputs)
         blocks = -(-self.rows // _ROWS)
-        self.stride = chunks * inputs
-        self.codes = _arena.zeros(blocks * chunks * 64)
+        self.stride = units * chosen.inputs
+        self.codes = arena.zeros(blocks * units * chosen.planes * 64)
         words = words.contiguous()
         lib.maqd_repack(
             pointer(words),
@@ -180,19 +136,21 @@ class NativeWeight:
             columns,
             levels,
             codes_per_word(levels),
-            bits,
+            chosen.bits,
             pointer(self.codes),
-            self._threads(1),
+            torch.get_num_threads() if words.numel() > _PARALLEL else 1,
         )
 
-        def padded(values: Tensor | None) -> Tensor:
+        def padded(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
             out = torch.zeros(blocks * _ROWS)
-            if values is not None:
-                out[: self.rows] = values.detach().float().flatten()
+            out[: self.rows] = values.detach().float().flatten()
             return out
 
-        self.scale = torch.zeros(self.groups, blocks * _ROWS)
-        self.scale[:, : self.rows] = scale.detach().float().t()
+        scales = torch.zeros(blocks * _ROWS, self.groups)
+        scales[: self.rows] = scale.detach().float()
+        self.scale = scales.unflatten(0, (blocks, _ROWS)).transpose(1, 2).contiguous()
         self.offset, self.bias = padded(offset), padded(bias)
         self.constant = padded(self._constant(words, levels, scale, offset))
         tensors = (self.codes, self.scale, self.offset, self.constant, self.bias)
@@ -201,10 +159,12 @@ class NativeWeight:
             self.rows,
             columns,
             self.groups,
-            chunks,
-            bits,
+            units,
+            chosen.bits,
+            levels > 128,
             grid_center(levels),
         )
+        self._address = ctypes.addressof(self.struct)
 
     def _constant(
         self, words: Tensor, levels: int, scale: Tensor, offset: Tensor | None
@@ -222,72 +182,129 @@ class NativeWeight:
             total = total + offset.float().flatten() * self.columns
         return total / 2
 
-    def _threads(self, tokens: int) -> int:
-        parallel = tokens * self.rows * self.columns >= _PARALLEL
-        return torch.get_num_threads() if parallel else 1
-
     def __call__(self, x: Tensor, step: Tensor | None) -> Tensor:
         """``x`` (..., columns) times the weight -> (..., rows), in ``x``'s dtype.
 
         ``step`` is the activation step, (1,) or one per token (..., 1), 0 where a token shall have
-        its own; None for float activations.
-        """
-        out = torch.empty(*x.shape[:-1], self.rows)
-        self.run(x, step, out)
-        return out.to(x.dtype)
+        its own; None for float activations, or where every token shall have its own.
 
-    def run(self, x: Tensor, step: Tensor | None, out: Tensor) -> dict[str, Tensor]:
-        """The product into ``out`` (float32, contiguous); returns what the inputs became: ``codes``
-        (tokens, stride) less half the levels, ``step`` (tokens,), ``sums`` (tokens, groups + 1); or
-        ``values`` and ``value_sums`` of these shapes."""
-        flat = x.detach().reshape(-1, self.columns).float().contiguous()
-        tokens = flat.shape[0]
-        if step is None:
-            inputs = {
-                "values": torch.empty(tokens, self.stride),
-                "value_sums": torch.empty(tokens, self.groups + 1),
-            }
-        else:
-            inputs = {
-                "codes": torch.empty(tokens, self.stride, dtype=torch.int8),
-                "step": step.detach().float().expand(*x.shape[:-1], 1).reshape(tokens).clone(),
-                "sums": torch.empty(tokens, self.groups + 1, dtype=torch.int32),
-            }
-        struct = _Input(**{name: pointer(tensor) for name, tensor in inputs.items()})
-        self._lib.maqd_linear(
-            ctypes.byref(self.struct),
-            pointer(flat),
+        Raises:
+            ValueError: ``x`` is not that wide, or not on the CPU.
+            MemoryError: no scratch memory.
+        """
+        if x.shape[-1] != self.columns or x.device.type != "cpu":
+            raise ValueError(f"x {tuple(x.shape)} on {x.device}: want (..., {self.columns}), cpu")
+        out = torch.empty(*x.shape[:-1], self.rows)
+        tokens = out.numel() // self.rows
+        plain = x.dtype == torch.float32 and x.is_contiguous()
+        flat = x if plain else x.detach().float().contiguous()
+        every = 0
+        if step is not None:
+            every = int(step.numel() > 1)
+            if every:
+                step = step.detach().float().expand(*x.shape[:-1], 1).contiguous()
+        failed = self._lib.maqd_linear(
+            self._address,
+            flat.data_ptr(),
+            tokens,
+            self.activation_levels or 0,
+            None if step is None else step.data_ptr(),
+            every,
+            out.data_ptr(),
+            path_number(),
+            torch.get_num_threads() if tokens * self.rows * self.columns >= _PARALLEL else 1,
+        )
+        if failed:
+            raise MemoryError(f"no scratch memory for {tokens} tokens of {self.columns} inputs")
+        return out if plain else out.to(x.dtype)
+
+    def take(self, x: Tensor, step: Tensor) -> dict[str, Tensor]:
+        """What the kernel makes of ``x`` (tokens, columns) with ``step`` (tokens,): ``codes``
+        (tokens, stride) less half the levels, ``step``, ``sums`` (tokens, groups + 1)."""
+        tokens = len(x)
+        taken = {
+            "codes": torch.empty(tokens, self.stride, dtype=torch.int8),
+            "step": step.detach().float().clone(),
+            "sums": torch.empty(tokens, self.groups + 1),
+        }
+        struct = _Input(*(pointer(tensor) for tensor in taken.values()), None, 1)
+        x = x.detach().float().contiguous()
+        self._lib.maqd_take_inputs(
+            self._address,
+            pointer(x),
             tokens,
             self.activation_levels or 0,
             ctypes.byref(struct),
-            pointer(out),
             path_number(),
-            self._threads(tokens),
         )
-        return inputs
+        return taken
 
 
-def embedding(
-    ids: Tensor, words: Tensor, levels: int, columns: int, scale: Tensor, offset: Tensor | None
-) -> Tensor:
-    """As ``reference.packed_embedding``; ``IndexError`` for an id outside the table."""
-    lib = library()
-    assert lib is not None
-    flat = ids.reshape(-1).long().contiguous()
-    if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(words):
-        raise IndexError(
-            f"ids {int(flat.min())}..{int(flat.max())}: the table has {len(words)} rows"
+def _check(
+    words: Tensor,
+    levels: int,
+    columns: int,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """``ValueError`` unless the shapes belong together: the library trusts them."""
+    rows, groups = len(words), scale.shape[-1]
+    wanted = {
+        "words": (words, (rows, words_per_row(columns, levels))),
+        "scale": (scale, (rows, groups)),
+        "offset": (offset, (rows, 1)),
+        "bias": (bias, (rows,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and (tensor.shape != shape or tensor.device.type != "cpu"):
+            raise ValueError(f"{name} {tuple(tensor.shape)} on {tensor.device}: want {shape}, cpu")
+    if words.dtype != torch.int32 or not groups or columns % groups:
+        raise ValueError(f"words of {words.dtype} (int32), {columns} columns in {groups} groups")
+
+
+class Table:
+    """A packed embedding as the library reads it; see ``reference.packed_embedding``."""
+
+    def __init__(
+        self,
+        words: Tensor,
+        levels: int,
+        columns: int,
+        scale: Tensor,
+        offset: Tensor | None,
+        output_scale: float = 1.0,
+    ) -> None:
+        _check(words, levels, columns, scale, offset, None)
+        self.rows, self.columns = len(words), columns
+        offset = None if offset is None else offset.detach().float().contiguous()
+        self._kept = (words.detach().contiguous(), scale.detach().float().contiguous(), offset)
+        self.struct = TableStruct(
+            *(pointer(tensor) for tensor in self._kept),
+            columns,
+            levels,
+            codes_per_word(levels),
+            output_scale,
         )
-    out = torch.empty(*ids.shape, columns)
-    lib.maqd_embedding(
-        pointer(words.contiguous()),
-        columns,
-        levels,
-        codes_per_word(levels),
-        pointer(scale.contiguous()),
-        pointer(None if offset is None else offset.contiguous()),
-        pointer(flat),
-        len(flat),
-        pointer(out),
-    )
-    return out
+
+    def check(self, ids: Tensor) -> Tensor:
+        """``ids`` as the library reads them; ``IndexError`` for an id outside the table."""
+        ids = ids.long().contiguous()
+        if ids.numel() == 1:
+            least = most = int(ids)
+        elif ids.numel():
+            least, most = (int(bound) for bound in ids.aminmax())
+        else:
+            return ids
+        if least < 0 or most >= self.rows:
+            raise IndexError(f"ids {least}..{most}: the table has {self.rows} rows")
+        return ids
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Rows ``ids`` (...) -> (..., columns), float32."""
+        lib = library()
+        assert lib is not None
+        flat = self.check(ids)
+        out = torch.empty(*ids.shape, self.columns)
+        lib.maqd_embedding(ctypes.byref(self.struct), pointer(flat), flat.numel(), pointer(out))
+        return out

@@ -23,6 +23,16 @@ def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: object = None) -
     return nn.Parameter(empty, requires_grad=False)
 
 
+def _stamp(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Changes whenever one of the tensors does."""
+    return tuple(
+        number
+        for tensor in tensors
+        if tensor is not None
+        for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+    )
+
+
 def check_calibrated(layer: MaQDLinear, name: str) -> None:
     """``ValueError`` if ``layer``, called ``name`` in the message, has no activation step yet."""
     if isinstance(layer.activation, ActivationQuantizer) and not layer.activation.calibrated:
@@ -115,13 +125,7 @@ class PackedLinear(nn.Module):
 
     def native_weight(self) -> kernels.NativeWeight:
         """The weight in the compiled kernel's layout, made again whenever a tensor changed."""
-        tensors = (self.weight, self.weight_scale, self.weight_offset, self.bias)
-        state = tuple(
-            number
-            for tensor in tensors
-            if tensor is not None
-            for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        )
+        state = _stamp(self.weight, self.weight_scale, self.weight_offset, self.bias)
         if self._native is None or self._native[0] != state:
             weight = kernels.NativeWeight(
                 self.weight,
@@ -199,6 +203,7 @@ class PackedEmbedding(nn.Module):
         self.weight_scale = _frozen((num_embeddings, 1), torch.float32, device)
         self.weight_offset = _frozen((num_embeddings, 1), torch.float32, device)
         mark_output_dtype(self, output_dtype or torch.float32)
+        self._native: tuple[tuple[int, ...], kernels.Table] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -233,9 +238,25 @@ class PackedEmbedding(nn.Module):
             self.weight, self.levels, self.embedding_dim, self.weight_scale, self.weight_offset
         )
 
+    def native_table(self) -> kernels.Table:
+        """The table as the compiled library reads it, made again whenever a tensor changed."""
+        tensors = (self.weight, self.weight_scale, self.weight_offset)
+        state = _stamp(*tensors)
+        if self._native is None or self._native[0] != state:
+            words, scale, offset = tensors
+            table = kernels.Table(
+                words, self.levels, self.embedding_dim, scale, offset, self.output_scale
+            )
+            self._native = (state, table)
+        return self._native[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_native": None}
+
     def forward(self, ids: Tensor) -> Tensor:
-        look_up = kernels.embedding_for(ids, self.weight)
-        rows = look_up(
+        if kernels.native_looks_up(ids, self.weight):
+            return self.native_table()(ids).to(self.output_like.dtype)
+        rows = kernels.packed_embedding(
             ids, self.weight, self.levels, self.embedding_dim, self.weight_scale, self.weight_offset
         )
         return (rows * self.output_scale).to(self.output_like.dtype)

@@ -26,12 +26,16 @@ typedef struct {
     const float *frequencies; /* (head_dim / 2) */
     const block *block;
     maqd_norm norm;
+    const maqd_table *table; /* NULL: the caller looks up the embeddings */
+    linear head;             /* weight NULL: the caller multiplies with the head */
     int32_t floats; /* some layer has float activations */
 } maqd_decoder;
 
 typedef struct {
     int64_t batch, tokens, past, capacity, value_stride; /* capacity: a multiple of 16 */
     float *hidden;            /* (batch, tokens, hidden): embeddings in, normalised states out */
+    const int64_t *ids;       /* (batch, tokens) or NULL: looked up instead of `hidden` */
+    float *logits;            /* (batch, vocabulary) or NULL: of every sequence's last token */
     const int64_t *positions; /* (batch, tokens) */
     const uint8_t *first;     /* (batch, tokens) or NULL: 1 on a sequence's first token */
     const uint8_t *mask;      /* (batch, past + tokens) or NULL: 0 hides a position */
@@ -54,54 +58,45 @@ typedef struct {
     maqd_team *team;
     int64_t widest; /* input of any layer */
     feeding *feeding;   /* one for all, or one per thread */
-    float *mixed, *out; /* (count, widest): q, k, v or gate; attention or up */
+    float *mixed, *out; /* (count, widest): q, k, v or gate; attention, up or down */
+    float *added;       /* (count, hidden): what attention adds */
     float *scores;      /* (threads, 4 * capacity) */
     float *cosine, *sine; /* (count, head_dim / 2) */
+    uint8_t *panels;      /* one per thread */
+    maqd_input last;      /* of the head */
 } state;
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Scratch in one piece: laid out once without a base, to count, and once to hand out. */
-typedef struct {
-    char *base; /* NULL while counting */
-    size_t used;
-} arena;
-
-static void *cut(arena *memory, int64_t bytes) {
-    void *piece = memory->base ? memory->base + memory->used : NULL;
-    memory->used += ((size_t)bytes + 63) / 64 * 64;
-    return piece;
-}
-
-static float *cut_floats(arena *memory, int64_t count) {
-    return cut(memory, count * (int64_t)sizeof(float));
-}
-
-static void lay_out(state *s, arena *memory) {
+static void lay_out(state *s, maqd_arena *memory) {
     const maqd_decoder *m = s->model;
     const int64_t n = s->count, heads = m->heads * m->head_dim;
     const int64_t widest = most(m->hidden, most(m->intermediate, heads));
+    const int64_t tile = maqd_tile(s->path, n), stride = widest + 32; /* a unit's padding */
     const int feeders = s->private ? s->threads : 1;
     s->widest = widest;
-    s->feeding = cut(memory, feeders * (int64_t)sizeof *s->feeding);
-    s->mixed = cut_floats(memory, n * most(heads + 2 * m->kv_heads * m->head_dim, widest));
-    s->out = cut_floats(memory, n * widest);
-    s->scores = cut_floats(memory, s->threads * 4 * s->call->capacity);
-    s->cosine = cut_floats(memory, n * m->head_dim / 2);
-    s->sine = cut_floats(memory, n * m->head_dim / 2);
+    s->feeding = maqd_cut(memory, feeders * (int64_t)sizeof *s->feeding);
+    s->mixed = maqd_cut_floats(memory, n * most(heads + 2 * m->kv_heads * m->head_dim, widest));
+    s->out = maqd_cut_floats(memory, n * widest);
+    s->added = maqd_cut_floats(memory, n * m->hidden);
+    s->scores = maqd_cut_floats(memory, s->threads * 4 * s->call->capacity);
+    s->cosine = maqd_cut_floats(memory, n * m->head_dim / 2);
+    s->sine = maqd_cut_floats(memory, n * m->head_dim / 2);
+    s->panels = maqd_cut(memory, s->threads * maqd_panel(stride));
     for (int i = 0; i < feeders; ++i) {
         feeding f;
-        f.hidden = s->private ? cut_floats(memory, n * m->hidden) : s->call->hidden;
-        f.row = cut_floats(memory, (s->private ? 1 : s->threads) * widest);
-        for (int j = 0; j < 3; ++j) {
-            f.input[j].codes = cut(memory, n * (widest + 16));
-            f.input[j].step = cut_floats(memory, n);
-            f.input[j].sums = cut(memory, n * (widest / 4 + 2) * (int64_t)sizeof(int32_t));
-            f.input[j].values = s->model->floats ? cut_floats(memory, n * (widest + 16)) : NULL;
-            f.input[j].value_sums = (float *)f.input[j].sums;
-        }
+        f.hidden = s->private ? maqd_cut_floats(memory, n * m->hidden) : s->call->hidden;
+        f.row = maqd_cut_floats(memory, (s->private ? 1 : s->threads) * widest);
+        for (int j = 0; j < 3; ++j)
+            f.input[j] = maqd_cut_input(memory, n, tile, stride, widest / 4, m->floats);
         if (memory->base) s->feeding[i] = f;
     }
+    s->last = maqd_cut_input(memory, s->call->batch, maqd_tile(s->path, s->call->batch), stride,
+                             widest / 4, m->floats);
+}
+
+static uint8_t *panel_of(const state *s, int thread) {
+    return s->panels + thread * maqd_panel(s->widest + 32);
 }
 
 static int same_input(const linear *a, const linear *b) {
@@ -145,13 +140,14 @@ static void feed(const state *s, int thread, const float *add, const float *rows
 static void multiply(const state *s, int thread, const linear *const *layers, int n,
                      const maqd_input *input, float *y, int64_t stride) {
     int64_t total = 0, from, to;
-    for (int i = 0; i < n; ++i) total += (layers[i]->weight->rows + ROWS - 1) / ROWS;
+    for (int i = 0; i < n; ++i) total += maqd_blocks(layers[i]->weight);
     maqd_share(total, thread, s->threads, &from, &to);
     for (int i = 0; i < n; ++i) {
         const maqd_weight *w = layers[i]->weight;
-        const int64_t blocks = (w->rows + ROWS - 1) / ROWS;
+        const int64_t blocks = maqd_blocks(w);
         const int64_t first = from > 0 ? from : 0, last = to < blocks ? to : blocks;
-        if (first < last) s->path->matmul(w, input + i, first, last, s->count, y, stride);
+        if (first < last)
+            s->path->matmul(w, input + i, first, last, s->count, y, stride, panel_of(s, thread));
         from -= blocks;
         to -= blocks;
         y += w->rows;
@@ -226,8 +222,9 @@ static void gate(const state *s, int thread, const block *b, const maqd_input *i
     const int64_t width = s->model->intermediate;
     int64_t from, to;
     maqd_share((width + ROWS - 1) / ROWS, thread, s->threads, &from, &to);
-    s->path->matmul(b->gate.weight, input, from, to, s->count, s->mixed, width);
-    s->path->matmul(b->up.weight, input + 1, from, to, s->count, s->out, width);
+    uint8_t *panel = panel_of(s, thread);
+    s->path->matmul(b->gate.weight, input, from, to, s->count, s->mixed, width, panel);
+    s->path->matmul(b->up.weight, input + 1, from, to, s->count, s->out, width, panel);
     const int64_t first = from * ROWS, last = to * ROWS < width ? to * ROWS : width;
     for (int64_t t = 0; first < last && t < s->count; ++t)
         s->path->swiglu(s->mixed + t * width + first, s->out + t * width + first, last - first);
@@ -246,6 +243,26 @@ static void angles(const state *s, int thread) {
         }
 }
 
+/* Logits of every sequence's last token, whose state is ready. */
+static void head(const state *s, int thread) {
+    const maqd_decoder *m = s->model;
+    const maqd_call *c = s->call;
+    maqd_input input = s->last;
+    int64_t from, to;
+    if (m->head.levels) input.values = NULL;
+    maqd_share(c->batch, thread, s->threads, &from, &to);
+    for (int64_t b = from; b < to; ++b) {
+        const int64_t t = (b + 1) * c->tokens - 1;
+        input.step[b] = m->head.own_first && c->first && c->first[t] ? 0 : m->head.step;
+        maqd_take(s->path, m->head.weight, c->hidden + t * m->hidden, m->head.levels, &input, b);
+    }
+    maqd_barrier(s->team);
+    maqd_share(maqd_blocks(m->head.weight), thread, s->threads, &from, &to);
+    if (from < to)
+        s->path->matmul(m->head.weight, &input, from, to, c->batch, c->logits,
+                        m->head.weight->rows, panel_of(s, thread));
+}
+
 static void decode(void *argument, maqd_team *team, int thread, int threads) {
     state local = *(const state *)argument;
     const state *s = &local;
@@ -256,7 +273,14 @@ static void decode(void *argument, maqd_team *team, int thread, int threads) {
     maqd_input input[3];
     local.threads = threads; /* may be fewer than asked for */
     local.team = team;
-    if (s->private) memcpy(own, s->call->hidden, (size_t)(s->count * hidden) * sizeof *own);
+    if (s->call->ids) {
+        int64_t from = 0, to = s->count;
+        if (!s->private) maqd_share(s->count, thread, threads, &from, &to);
+        for (int64_t t = from; t < to; ++t)
+            maqd_look_up(m->table, s->call->ids[t], own + t * hidden);
+    } else if (s->private) {
+        memcpy(own, s->call->hidden, (size_t)(s->count * hidden) * sizeof *own);
+    }
     angles(s, thread);
     for (int64_t i = 0; i < m->blocks; ++i) {
         const block *b = m->block + i;
@@ -270,10 +294,9 @@ static void decode(void *argument, maqd_team *team, int thread, int threads) {
         attend(s, i, thread);
         maqd_barrier(team);
         feed(s, thread, NULL, s->out, heads, NULL, &o, 1, input);
-        multiply(s, thread, &o, 1, input, s->mixed, hidden);
+        multiply(s, thread, &o, 1, input, s->added, hidden);
         maqd_barrier(team);
-        feed(s, thread, s->mixed, NULL, hidden, &b->post_norm, gated, 2, input);
-        maqd_barrier(team); /* `mixed` is read until here */
+        feed(s, thread, s->added, NULL, hidden, &b->post_norm, gated, 2, input);
         gate(s, thread, b, input);
         maqd_barrier(team);
         feed(s, thread, NULL, s->mixed, m->intermediate, NULL, &down, 1, input);
@@ -289,6 +312,9 @@ static void decode(void *argument, maqd_team *team, int thread, int threads) {
         s->path->norm(&m->norm, s->call->first && s->call->first[t], row,
                       s->call->hidden + t * hidden);
     }
+    if (!s->call->logits) return;
+    maqd_barrier(team);
+    head(s, thread);
 }
 
 /* Runs all blocks and the final norm on call->hidden. Returns 0, or 1 if memory is short. */
@@ -297,11 +323,11 @@ int32_t maqd_decode(const maqd_decoder *model, const maqd_call *call, int32_t pa
     state s = {.model = model, .call = call, .path = maqd_get_path(path), .threads = threads};
     s.count = call->batch * call->tokens;
     s.private = s.count <= 2;
-    arena memory = {NULL, 0};
+    maqd_arena memory = {NULL, 0};
     lay_out(&s, &memory);
     char *const allocated = malloc(memory.used + 64);
     if (!allocated) return 1;
-    memory = (arena){allocated + (64 - (uintptr_t)allocated % 64) % 64, 0};
+    memory = (maqd_arena){allocated + (64 - (uintptr_t)allocated % 64) % 64, 0};
     lay_out(&s, &memory);
     maqd_run(decode, &s, threads);
     free(allocated);

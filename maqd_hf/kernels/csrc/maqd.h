@@ -1,10 +1,20 @@
 /* What the files of this library share: the packed weight, a path's functions, the threads.
  *
- * Layout "16 x 4": rows in blocks of 16. A 64-byte chunk holds, for each of its 16 rows, 4
- * consecutive inputs; with b-bit storage P = 8/b such groups share a byte by bit position. Byte
- * 4*r + j of chunk c, bits b*p.., is the code of row r at input c*4P + 4p + j. One chunk is thus
- * the operand of one dot-product instruction per bit position, after a mask and without a shift:
- * every position has an accumulator of its own, and the accumulators are shifted at the end.
+ * Layout "16 x 4": rows in blocks of 16, and of a block one unit after the other, so that a thread
+ * reads one stream. A plane of 64 bytes holds for each of 16 rows 4 bytes: byte 4*r + j belongs to
+ * row r and to inputs 4*p + j, where p counts the positions a byte has room for. One plane is thus
+ * the operand of one dot-product instruction per position. What a unit is, by `bits`:
+ *
+ *   8, 4, 2   one plane; position p is bits p*b.. of a byte, 8/b positions
+ *   3         three planes, 8 positions: two planes with the low 2 bits (as above, 4 positions
+ *             each) and one with the high bit
+ *   TRITS     one plane, 5 positions: byte = ceil(v * 256 / 243), v the number of 5 base-3 digits,
+ *             position 0 first. With q_0 = byte and q_{p+1} = 3 q_p mod 256 digit p is
+ *             (3 q_p - q_{p+1}) / 256, exactly: dot products need no decoding
+ *
+ * Masks select a position in place, without a shift; every position has an accumulator of its own,
+ * and the accumulators are shifted at the end. Many tokens: two row blocks are spread to bytes (a
+ * "panel", planes of 8 bits) and multiplied with TILE tokens at a time.
  *
  * With codes c, activation codes q, z = (M-1)/2 and h = 0 or 1/2 (odd or even activation levels):
  *
@@ -23,27 +33,49 @@
 #include <stdint.h>
 
 #define ROWS 16
+#define TRITS 5
+#define BLOCKS 2 /* row blocks of a panel */
 #define HIDDEN __attribute__((visibility("hidden")))
 
 typedef struct {
-    const uint8_t *codes;  /* (row blocks, chunks, 64) */
-    const float *scale;    /* (groups, padded rows) */
-    const float *offset;   /* (padded rows) */
-    const float *constant; /* (padded rows) */
-    const float *bias;     /* (padded rows) */
-    int64_t rows, columns, groups, chunks;
-    int32_t bits;
+    const uint8_t *codes;  /* (row blocks, units, planes of a unit, 64) */
+    const float *scale;    /* (row blocks, groups, 16) */
+    const float *offset;   /* (padded rows) or NULL, as the next two */
+    const float *constant;
+    const float *bias;
+    int64_t rows, columns, groups, units;
+    int32_t bits, wide; /* wide: codes above 127 occur */
     float zero;
 } maqd_weight;
 
+static inline int64_t maqd_planes(int32_t bits) { return bits == 3 ? 3 : 1; }
+static inline int64_t maqd_inputs(int32_t bits) {
+    return bits == 3 ? 32 : bits == TRITS ? 20 : 32 / bits;
+}
+/* Inputs of a row, padded to whole units. */
+static inline int64_t maqd_stride(const maqd_weight *w) { return w->units * maqd_inputs(w->bits); }
+static inline int64_t maqd_blocks(const maqd_weight *w) { return (w->rows + ROWS - 1) / ROWS; }
+/* Bytes of a panel for `stride` inputs. */
+static inline int64_t maqd_panel(int64_t stride) { return BLOCKS * ROWS * stride; }
+
+/* Activations. `tile` tokens lie together: code k of token t is at (t / tile * tile) * stride +
+ * (k / 4 * tile + t % tile) * 4 + k % 4; zero beyond the columns. A tile of 1 is plain rows. */
 typedef struct {
-    int8_t *codes; /* (tokens, chunks * inputs per chunk), zero beyond the columns */
+    int8_t *codes; /* (tokens rounded up to the tile, stride) */
     float *step;   /* (tokens) */
-    int32_t *sums; /* (tokens, groups + 1): sum of the codes of every group, and of all */
-    /* float activations have these instead; NULL where codes are used */
-    float *values;     /* shaped as codes */
-    float *value_sums; /* shaped as sums */
+    float *sums;   /* (tokens, groups + 1): sum of the codes (or values) of every group, and all */
+    float *values; /* (tokens, stride): float activations have these instead of codes, else NULL */
+    int64_t tile;
 } maqd_input;
+
+/* An embedding of packed words (rows, words per row), one scale and offset a row. */
+typedef struct {
+    const int32_t *words;
+    const float *scale, *offset; /* offset may be NULL */
+    int64_t columns;
+    int32_t levels, digits;
+    float output_scale;
+} maqd_table;
 
 /* y = x * factor (weight) (+ bias). `token`: factor = 1 / sqrt(mean square + eps), for every token;
  * else it is `constant`, but for first tokens if `own_first`: first_factor / sqrt(...). */
@@ -71,13 +103,16 @@ typedef struct {
 typedef struct {
     const char *name;
     int (*supported)(void);
-    /* Row blocks first..last-1 of all tokens; y has y_stride floats a token. */
+    int64_t tile; /* tokens that share one pass over a panel */
+    /* Row blocks first..last-1 of all tokens; y has y_stride floats a token. `panel` is scratch,
+     * aligned to 64 bytes. */
     void (*matmul)(const maqd_weight *w, const maqd_input *x, int64_t first, int64_t last,
-                   int64_t tokens, float *y, int64_t y_stride);
-    /* One token: codes = clamp(rint(x / step + (M-1)/2), 0, M-1) - M/2 (floor). A step of 0 asks
-     * for the token's own, absmax / ((M-1)/2). NaN counts as the largest code, infinity clips. */
+                   int64_t tokens, float *y, int64_t y_stride, uint8_t *panel);
+    /* One token: codes = clamp(rint(x / step + (M-1)/2), 0, M-1) - M/2 (floor), four every
+     * `every` bytes. A step of 0 asks for the token's own, absmax / ((M-1)/2). NaN counts as the
+     * largest code, infinity clips. */
     void (*quantize)(const float *x, int64_t columns, int64_t groups, int32_t levels, float *step,
-                     int8_t *codes, int64_t stride, int32_t *sums);
+                     int8_t *codes, int64_t every, int64_t stride, float *sums);
     /* One token of float activations: copied, padded, summed. */
     void (*spread)(const float *x, int64_t columns, int64_t groups, float *values, int64_t stride,
                    float *sums);
@@ -90,6 +125,8 @@ typedef struct {
 extern HIDDEN const maqd_path maqd_path_portable, maqd_path_avx2, maqd_path_vnni;
 HIDDEN const maqd_path *maqd_get_path(int32_t path);
 
+HIDDEN void maqd_look_up(const maqd_table *table, int64_t id, float *y);
+
 /* Runs work(argument, team, thread, threads) on up to `threads` threads at once. */
 typedef struct maqd_team maqd_team;
 typedef void (*maqd_work)(void *argument, maqd_team *team, int thread, int threads);
@@ -97,16 +134,50 @@ HIDDEN void maqd_run(maqd_work work, void *argument, int threads);
 /* Every thread of the team waits here for the others. */
 HIDDEN void maqd_barrier(maqd_team *team);
 
+/* Tokens from which on a path works with panels and tiles. */
+#define MANY 4
+static inline int64_t maqd_tile(const maqd_path *path, int64_t tokens) {
+    return tokens < MANY ? 1 : path->tile;
+}
+
 /* Quantises, or for `levels` 0 copies, one token: `x` becomes row `token` of `input`. */
 static inline void maqd_take(const maqd_path *path, const maqd_weight *w, const float *x,
                              int32_t levels, maqd_input *input, int64_t token) {
-    const int64_t stride = w->chunks * (32 / w->bits), sums = w->groups + 1;
+    const int64_t stride = maqd_stride(w), sums = w->groups + 1, tile = input->tile;
+    int8_t *codes = input->codes + token / tile * tile * stride + token % tile * 4;
     if (levels)
-        path->quantize(x, w->columns, w->groups, levels, input->step + token,
-                       input->codes + token * stride, stride, input->sums + token * sums);
+        path->quantize(x, w->columns, w->groups, levels, input->step + token, codes, 4 * tile,
+                       stride, input->sums + token * sums);
     else
         path->spread(x, w->columns, w->groups, input->values + token * stride, stride,
-                     input->value_sums + token * sums);
+                     input->sums + token * sums);
+}
+
+/* Scratch in one piece: laid out once without a base, to count, and once to hand out. */
+typedef struct {
+    char *base; /* NULL while counting */
+    size_t used;
+} maqd_arena;
+
+static inline void *maqd_cut(maqd_arena *memory, int64_t bytes) {
+    void *piece = memory->base ? memory->base + memory->used : NULL;
+    memory->used += ((size_t)bytes + 63) / 64 * 64;
+    return piece;
+}
+
+static inline float *maqd_cut_floats(maqd_arena *memory, int64_t count) {
+    return maqd_cut(memory, count * (int64_t)sizeof(float));
+}
+
+/* Room for what `tokens` tokens of at most `stride` padded inputs become. */
+static inline maqd_input maqd_cut_input(maqd_arena *memory, int64_t tokens, int64_t tile,
+                                        int64_t stride, int64_t groups, int floats) {
+    maqd_input input = {.tile = tile};
+    input.codes = maqd_cut(memory, (tokens + tile - 1) / tile * tile * stride);
+    input.step = maqd_cut_floats(memory, tokens);
+    input.sums = maqd_cut_floats(memory, tokens * (groups + 1));
+    input.values = floats ? maqd_cut_floats(memory, tokens * stride) : NULL;
+    return input;
 }
 
 /* The part of 0..count that belongs to a thread. */

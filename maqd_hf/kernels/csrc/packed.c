@@ -1,7 +1,7 @@
 /* Repacking a layer's words, its product with inputs, rows of a packed table. */
 #include "maqd.h"
 
-#include <string.h>
+#include <stdlib.h>
 
 static const maqd_path *const PATHS[] = {
     &maqd_path_portable,
@@ -25,30 +25,48 @@ typedef struct {
     uint8_t *codes;
 } repacking;
 
+/* Puts code `c` of input `within` of a unit into row `r`; trits are scaled when all are in. */
+static void put(uint8_t *unit, int32_t bits, int64_t r, int64_t within, uint32_t c) {
+    static const uint8_t power[] = {81, 27, 9, 3, 1};
+    const int64_t p = within / 4;
+    uint8_t *byte = unit + 4 * r + within % 4;
+    if (bits == TRITS) {
+        *byte += (uint8_t)(c * power[p]);
+    } else if (bits == 3) {
+        byte[p / 4 * 64] |= (uint8_t)((c & 3) << (2 * (p % 4)));
+        byte[128] |= (uint8_t)((c >> 2) << p);
+    } else {
+        *byte |= (uint8_t)(c << (bits * p));
+    }
+}
+
 static void repack_share(void *argument, maqd_team *team, int thread, int threads) {
     (void)team;
     const repacking *r = argument;
     const int64_t per_row = (r->columns + r->digits - 1) / r->digits;
-    const int64_t inputs = 32 / r->bits, chunks = (r->columns + inputs - 1) / inputs;
+    const int64_t inputs = maqd_inputs(r->bits), size = maqd_planes(r->bits) * 64;
+    const int64_t block_size = (r->columns + inputs - 1) / inputs * size;
     const uint32_t levels = (uint32_t)r->levels;
     int64_t block, last;
     maqd_share((r->rows + ROWS - 1) / ROWS, thread, threads, &block, &last);
-    for (int64_t n = block * ROWS; n < r->rows && n < last * ROWS; ++n) {
-        uint8_t *base = r->codes + n / ROWS * chunks * 64 + 4 * (n % ROWS);
-        const int32_t *words = r->words + n * per_row;
-        int64_t k = 0;
-        for (int64_t i = 0; i < per_row; ++i) {
-            uint32_t rest = (uint32_t)words[i];
-            for (int d = 0; d < r->digits && k < r->columns; ++d, ++k, rest /= levels) {
-                const int64_t within = k % inputs;
-                base[k / inputs * 64 + within % 4] |=
-                    (uint8_t)(rest % levels << (r->bits * (within / 4)));
+    for (; block < last; ++block) {
+        uint8_t *codes = r->codes + block * block_size;
+        for (int64_t n = block * ROWS; n < r->rows && n < (block + 1) * ROWS; ++n) {
+            const int32_t *words = r->words + n * per_row;
+            int64_t k = 0;
+            for (int64_t i = 0; i < per_row; ++i) {
+                uint32_t rest = (uint32_t)words[i];
+                for (int d = 0; d < r->digits && k < r->columns; ++d, ++k, rest /= levels)
+                    put(codes + k / inputs * size, r->bits, n % ROWS, k % inputs, rest % levels);
             }
         }
+        for (int64_t i = 0; r->bits == TRITS && i < block_size; ++i)
+            codes[i] = (uint8_t)((codes[i] * 256 + 242) / 243);
     }
 }
 
-/* Dense words (rows, words per row; mixed radix, see packing.py) to layout 16 x 4, zeroed. */
+/* Dense words (rows, words per row; mixed radix, see packing.py) to layout 16 x 4; `codes` is zero
+ * before. */
 void maqd_repack(const int32_t *words, int64_t rows, int64_t columns, int32_t levels,
                  int32_t digits, int32_t bits, uint8_t *codes, int32_t threads) {
     repacking r = {words, rows, columns, levels, digits, bits, codes};
@@ -58,46 +76,74 @@ void maqd_repack(const int32_t *words, int64_t rows, int64_t columns, int32_t le
 typedef struct {
     const maqd_path *path;
     const maqd_weight *weight;
-    maqd_input *input;
-    const float *x;
-    int64_t tokens;
+    maqd_input input;
+    const float *x, *step;
+    int64_t tokens, step_every;
     int32_t levels;
     float *y;
+    uint8_t *panels;
 } product;
 
 static void product_share(void *argument, maqd_team *team, int thread, int threads) {
-    const product *p = argument;
+    product *p = argument;
     const maqd_weight *w = p->weight;
+    uint8_t *panel = p->panels + thread * maqd_panel(maqd_stride(w));
     int64_t from, to;
     maqd_share(p->tokens, thread, threads, &from, &to);
-    for (int64_t t = from; t < to; ++t)
-        maqd_take(p->path, w, p->x + t * w->columns, p->levels, p->input, t);
-    maqd_barrier(team);
-    maqd_share((w->rows + ROWS - 1) / ROWS, thread, threads, &from, &to);
-    p->path->matmul(w, p->input, from, to, p->tokens, p->y, w->rows);
-}
-
-/* x (tokens, columns) -> y (tokens, rows). `input` is scratch, but for its steps: 0 asks for the
- * token's own and gets it. `levels` 0: float activations. */
-void maqd_linear(const maqd_weight *w, const float *x, int64_t tokens, int32_t levels,
-                 maqd_input *input, float *y, int32_t path, int32_t threads) {
-    product p = {PATHS[path], w, input, x, tokens, levels, y};
-    maqd_run(product_share, &p, threads);
-}
-
-/* Rows `ids` of a table of packed words with one scale and offset a row: y (count, columns). */
-void maqd_embedding(const int32_t *words, int64_t columns, int32_t levels, int32_t digits,
-                    const float *scale, const float *offset, const int64_t *ids, int64_t count,
-                    float *y) {
-    const int64_t per_row = (columns + digits - 1) / digits;
-    const float center = (float)(levels - 1) / 2;
-    for (int64_t i = 0; i < count; ++i, y += columns) {
-        const int32_t *row = words + ids[i] * per_row;
-        const float s = scale[ids[i]], o = offset ? offset[ids[i]] : 0;
-        for (int64_t k = 0; k < columns; k += digits) {
-            uint32_t rest = (uint32_t)row[k / digits];
-            for (int64_t j = k; j < columns && j < k + digits; ++j, rest /= (uint32_t)levels)
-                y[j] = (float)((float)(rest % (uint32_t)levels) - center) * s + o;
-        }
+    for (int64_t t = from; t < to; ++t) {
+        p->input.step[t] = p->step ? p->step[t * p->step_every] : 0;
+        maqd_take(p->path, w, p->x + t * w->columns, p->levels, &p->input, t);
     }
+    if (!p->y) return;
+    maqd_barrier(team);
+    maqd_share(maqd_blocks(w), thread, threads, &from, &to);
+    if (from < to) p->path->matmul(w, &p->input, from, to, p->tokens, p->y, w->rows, panel);
+}
+
+/* x (tokens, columns) -> y (tokens, rows). `levels` 0: float activations; else `step` is theirs,
+ * one every `step_every` floats (0: the same for all), where 0 asks for the token's own. Returns
+ * 0, or 1 if memory is short. */
+int32_t maqd_linear(const maqd_weight *w, const float *x, int64_t tokens, int32_t levels,
+                    const float *step, int64_t step_every, float *y, int32_t path,
+                    int32_t threads) {
+    product p = {.path = PATHS[path], .weight = w, .x = x, .step = step, .tokens = tokens,
+                 .step_every = step_every, .levels = levels, .y = y};
+    char *base = NULL;
+    for (int pass = 0; pass < 2; ++pass) {
+        maqd_arena memory = {base, 0};
+        if (base) memory.base += 64 - (uintptr_t)base % 64;
+        p.input = maqd_cut_input(&memory, tokens, levels ? maqd_tile(p.path, tokens) : 1,
+                                 maqd_stride(w), w->groups, !levels);
+        p.panels = maqd_cut(&memory, threads * maqd_panel(maqd_stride(w)));
+        if (!base && !(base = malloc(memory.used + 64))) return 1;
+    }
+    maqd_run(product_share, &p, threads);
+    free(base);
+    return 0;
+}
+
+/* What maqd_linear makes of its inputs, row by row: `input` holds the results and the steps. */
+void maqd_take_inputs(const maqd_weight *w, const float *x, int64_t tokens, int32_t levels,
+                      maqd_input *input, int32_t path) {
+    for (int64_t t = 0; t < tokens; ++t)
+        maqd_take(PATHS[path], w, x + t * w->columns, levels, input, t);
+}
+
+/* Row `id` of a table of packed words with one scale and offset a row: y (columns). */
+void maqd_look_up(const maqd_table *table, int64_t id, float *y) {
+    const int64_t digits = table->digits, columns = table->columns;
+    const int32_t *row = table->words + id * ((columns + digits - 1) / digits);
+    const uint32_t levels = (uint32_t)table->levels;
+    const float s = table->scale[id], o = table->offset ? table->offset[id] : 0;
+    const float center = (float)(table->levels - 1) / 2;
+    for (int64_t k = 0; k < columns; k += digits) {
+        uint32_t rest = (uint32_t)row[k / digits];
+        for (int64_t j = k; j < columns && j < k + digits; ++j, rest /= levels)
+            y[j] = (((float)(rest % levels) - center) * s + o) * table->output_scale;
+    }
+}
+
+/* Rows `ids` of a table: y (count, columns). */
+void maqd_embedding(const maqd_table *table, const int64_t *ids, int64_t count, float *y) {
+    for (int64_t i = 0; i < count; ++i) maqd_look_up(table, ids[i], y + i * table->columns);
 }

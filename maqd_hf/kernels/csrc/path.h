@@ -1,20 +1,22 @@
 /* One instruction set's functions; included by path_*.c, which define before:
  *
- *   dot(chunk, block_stride, chunks, bits, blocks, x, x_stride, tokens, out)
- *       sums of code * activation code over one group, for `blocks` row blocks and `tokens` tokens
- *       into out[token * blocks + block][row]; bits, blocks and tokens are compile-time constants
- *   PATH, NAME, SUPPORTED
+ *   dot(codes, units, bits, x, out)
+ *       one token, one row block: out[row] = sum of code * activation code. DIRECT(bits) says for
+ *       which storage; the others go through a panel
+ *   dot_panel(panel, block_stride, planes, blocks, tokens, wide, x, every, out)
+ *       out[(t * blocks + b) * 16 + row], tokens at x + 4 * t, their codes four every `every` bytes
+ *   TILE: tokens that dot_panel has registers for; PATH, NAME, SUPPORTED
  *
- * The rest is vector code of 16 floats that the compiler lowers to the set's own registers. */
+ * bits, blocks, tokens and wide are compile-time constants there. The rest is vector code of 16
+ * floats that the compiler lowers to the set's own registers. */
 #include <math.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define TOKENS 4 /* tokens that share one pass over the weights */
-#define BLOCKS 2 /* row blocks that share one pass over the activations */
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
+typedef int8_t bytes16 __attribute__((vector_size(16)));
+typedef uint8_t b64 __attribute__((vector_size(64)));
 
 INLINE v16 load(const float *p) {
     v16 v;
@@ -52,176 +54,7 @@ INLINE v16 exponential(v16 x) {
     return p * (v16)((__builtin_convertvector(n, i16) + 127) << 23);
 }
 
-/* --------------------------------------------------------------------------- packed product */
-
-INLINE void tile(const maqd_weight *w, const maqd_input *x, int64_t block, const int blocks,
-                 int64_t token, const int tokens, const int bits, float *y, int64_t y_stride) {
-    const int64_t inputs = 32 / bits, stride = w->chunks * inputs, sums = w->groups + 1;
-    const int64_t padded = (w->rows + ROWS - 1) / ROWS * ROWS, first = block * ROWS;
-    const int64_t chunks = w->groups == 1 ? w->chunks : w->columns / w->groups / inputs;
-    const uint8_t *codes = w->codes + block * w->chunks * 64;
-    const int8_t *q = x->codes + token * stride;
-    v16 total[TOKENS * BLOCKS];
-    for (int i = 0; i < tokens * blocks; ++i) total[i] = (v16){0};
-    for (int64_t g = 0; g < w->groups; ++g, codes += chunks * 64, q += chunks * inputs) {
-        i16 out[TOKENS * BLOCKS];
-        dot(codes, w->chunks * 64, chunks, bits, blocks, q, stride, tokens, out);
-        for (int t = 0; t < tokens; ++t) {
-            const float shift = w->zero * (float)x->sums[(token + t) * sums + g];
-            for (int b = 0; b < blocks; ++b) {
-                const v16 scale = load(w->scale + g * padded + first + b * ROWS);
-                const int i = t * blocks + b;
-                total[i] += scale * (__builtin_convertvector(out[i], v16) - shift);
-            }
-        }
-    }
-    for (int t = 0; t < tokens; ++t) {
-        const float step = x->step[token + t];
-        const float sum = (float)x->sums[(token + t) * sums + w->groups];
-        for (int b = 0; b < blocks; ++b) {
-            const int64_t n = first + b * ROWS, live = w->rows - n < ROWS ? w->rows - n : ROWS;
-            const v16 inner = total[t * blocks + b] + load(w->offset + n) * sum + load(w->constant + n);
-            const v16 value = inner * step + load(w->bias + n);
-            memcpy(y + (token + t) * y_stride + n, &value, (size_t)live * sizeof *y);
-        }
-    }
-}
-
-/* The same with float activations: codes become floats, four sums a token keep them independent. */
-INLINE void tile_float(const maqd_weight *w, const maqd_input *x, int64_t block, int64_t token,
-                       const int tokens, const int bits, float *y, int64_t y_stride) {
-    const int64_t inputs = 32 / bits, stride = w->chunks * inputs, sums = w->groups + 1;
-    const int64_t padded = (w->rows + ROWS - 1) / ROWS * ROWS, first = block * ROWS;
-    const int64_t chunks = w->groups == 1 ? w->chunks : w->columns / w->groups / inputs;
-    const int64_t live = w->rows - first < ROWS ? w->rows - first : ROWS;
-    const uint8_t *codes = w->codes + block * w->chunks * 64;
-    const float *values = x->values + token * stride;
-    v16 total[TOKENS];
-    for (int t = 0; t < tokens; ++t) total[t] = (v16){0};
-    for (int64_t g = 0; g < w->groups; ++g) {
-        v16 sum[TOKENS][4];
-        for (int t = 0; t < tokens; ++t)
-            for (int j = 0; j < 4; ++j) sum[t][j] = (v16){0};
-        for (int64_t c = 0; c < chunks; ++c, codes += 64, values += inputs) {
-            i16 word;
-            memcpy(&word, codes, sizeof word);
-            for (int p = 0; p < 8 / bits; ++p)
-                for (int j = 0; j < 4; ++j) {
-                    const i16 code = word >> (8 * j + bits * p) & ((1 << bits) - 1);
-                    const v16 value = __builtin_convertvector(code, v16);
-                    for (int t = 0; t < tokens; ++t)
-                        sum[t][j] += value * values[t * stride + 4 * p + j];
-                }
-        }
-        const v16 scale = load(w->scale + g * padded + first);
-        for (int t = 0; t < tokens; ++t) {
-            const v16 all_four = (sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3]);
-            total[t] += scale * (all_four - w->zero * x->value_sums[(token + t) * sums + g]);
-        }
-    }
-    for (int t = 0; t < tokens; ++t) {
-        const float sum = x->value_sums[(token + t) * sums + w->groups];
-        const v16 value = total[t] + load(w->offset + first) * sum + load(w->bias + first);
-        memcpy(y + (token + t) * y_stride + first, &value, (size_t)live * sizeof *y);
-    }
-}
-
-INLINE void matmul_float(const maqd_weight *w, const maqd_input *x, int64_t block, int64_t last,
-                         int64_t tokens, float *y, int64_t y_stride, const int bits) {
-    for (; block < last; ++block) {
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) tile_float(w, x, block, t, 4, bits, y, y_stride);
-        for (; t < tokens; ++t) tile_float(w, x, block, t, 1, bits, y, y_stride);
-    }
-}
-
-INLINE void matmul_bits(const maqd_weight *w, const maqd_input *x, int64_t block, int64_t last,
-                        int64_t tokens, float *y, int64_t y_stride, const int bits) {
-    if (x->values) {
-        matmul_float(w, x, block, last, tokens, y, y_stride, bits);
-        return;
-    }
-    /* 2-bit codes of 4 tokens fill the registers with one row block */
-    const int pair = bits > 2 || tokens < TOKENS ? BLOCKS : 1;
-    for (; block + pair <= last; block += pair) {
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4)
-            if (bits > 2)
-                tile(w, x, block, BLOCKS, t, 4, bits, y, y_stride);
-            else
-                tile(w, x, block, 1, t, 4, bits, y, y_stride);
-        for (; t < tokens; ++t)
-            if (pair == BLOCKS)
-                tile(w, x, block, BLOCKS, t, 1, bits, y, y_stride);
-            else
-                tile(w, x, block, 1, t, 1, bits, y, y_stride);
-    }
-    for (; block < last; ++block) {
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) tile(w, x, block, 1, t, 4, bits, y, y_stride);
-        for (; t < tokens; ++t) tile(w, x, block, 1, t, 1, bits, y, y_stride);
-    }
-}
-
-static void matmul(const maqd_weight *w, const maqd_input *x, int64_t first, int64_t last,
-                   int64_t tokens, float *y, int64_t y_stride) {
-    if (w->bits == 2)
-        matmul_bits(w, x, first, last, tokens, y, y_stride, 2);
-    else if (w->bits == 4)
-        matmul_bits(w, x, first, last, tokens, y, y_stride, 4);
-    else
-        matmul_bits(w, x, first, last, tokens, y, y_stride, 8);
-}
-
-static void quantize(const float *x, int64_t columns, int64_t groups, int32_t levels, float *step,
-                     int8_t *codes, int64_t stride, int32_t *sums) {
-    const float center = (float)(levels - 1) / 2, top = (float)(levels - 1);
-    const int32_t middle = levels / 2;
-    const int64_t width = columns / groups;
-    if (*step == 0) {
-        float most = 0;
-        for (int64_t k = 0; k < columns; ++k) {
-            const float size = fabsf(x[k]);
-            most = size > most ? size : most;
-        }
-        *step = most / center;
-        if (!(*step >= 1.17549435e-38f)) *step = 1.17549435e-38f;
-    }
-    const float s = *step;
-    int32_t everything = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-        int32_t sum = 0;
-        for (int64_t k = g * width; k < (g + 1) * width; ++k) {
-            float code = rintf(x[k] / s + center);
-            code = code < top ? code : top;
-            code = code > 0 ? code : 0;
-            const int32_t q = (int32_t)code - middle;
-            codes[k] = (int8_t)q;
-            sum += q;
-        }
-        sums[g] = sum;
-        everything += sum;
-    }
-    sums[groups] = everything;
-    memset(codes + columns, 0, (size_t)(stride - columns));
-}
-
-static void spread(const float *x, int64_t columns, int64_t groups, float *values, int64_t stride,
-                   float *sums) {
-    const int64_t width = columns / groups;
-    float everything = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-        const float *part = x + g * width;
-        v16 sum = {0};
-        for (int64_t k = 0; k < width; k += 16)
-            sum += load_some(part + k, width - k < 16 ? width - k : 16, 0);
-        sums[g] = sum16(sum);
-        everything += sums[g];
-    }
-    sums[groups] = everything;
-    memcpy(values, x, (size_t)columns * sizeof *x);
-    for (int64_t k = columns; k < stride; ++k) values[k] = 0;
-}
+#include "product.h"
 
 /* ----------------------------------------------------------------------- the rest of a decoder */
 
@@ -360,4 +193,4 @@ static void swiglu(float *gate, const float *up, int64_t count) {
     }
 }
 
-const maqd_path PATH = {NAME, SUPPORTED, matmul, quantize, spread, norm, rope, attend, swiglu};
+const maqd_path PATH = {NAME, SUPPORTED, TILE, matmul, quantize, spread, norm, rope, attend, swiglu};

@@ -20,9 +20,12 @@
 
 #define SPINS 3000 /* pauses before a thread sleeps: some 50 microseconds */
 
+/* A cache line each: a waiting thread reads `passed` while the others count themselves in. */
 struct maqd_team {
     int threads;
-    _Atomic uint32_t arrived, passed, sleepers;
+    _Alignas(64) _Atomic uint32_t arrived;
+    _Alignas(64) _Atomic uint32_t passed;
+    _Atomic uint32_t sleepers;
 };
 
 static inline void relax(void) {

@@ -1,0 +1,112 @@
+"""The compiled CPU library: finding it, choosing its path, memory for it.
+
+The library is plain C (``csrc``) built by the package's own build and called through ctypes on data
+pointers. Where it is missing the torch reference serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PATH_VARIABLE = "MAQD_KERNEL"
+LIBRARY_VARIABLE = "MAQD_LIBRARY"  # another build of the library, as `.ci/sanitize` makes one
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None if the package was installed without a compiler."""
+    given = os.environ.get(LIBRARY_VARIABLE)
+    found = [Path(given)] if given else sorted(Path(__file__).parent.glob("_native*.so"))
+    if not found:
+        return None
+    lib = ctypes.CDLL(str(found[0]))
+    p, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    lib.maqd_path_name.restype = ctypes.c_char_p
+    lib.maqd_repack.argtypes = [p, i64, i64, i32, i32, i32, p, i32]
+    lib.maqd_linear.argtypes = [p, p, i64, i32, p, i64, p, i32, i32]
+    lib.maqd_take_inputs.argtypes = [p, p, i64, i32, p, i32]
+    lib.maqd_embedding.argtypes = [p, p, i64, p]
+    for function in (lib.maqd_repack, lib.maqd_take_inputs, lib.maqd_embedding):
+        function.restype = None
+    lib.maqd_decode.argtypes = [p, p, i32, i32]
+    return lib
+
+
+@lru_cache(maxsize=1)
+def paths() -> dict[str, int]:
+    """Instruction sets the library was built for and this machine runs, slowest first."""
+    lib = library()
+    if lib is None:
+        return {}
+    return {
+        lib.maqd_path_name(i).decode(): i for i in range(lib.maqd_paths()) if lib.maqd_supported(i)
+    }
+
+
+def chosen_path() -> str | None:
+    """The path that runs: the best one, or what the environment variable MAQD_KERNEL names.
+
+    ``MAQD_KERNEL=reference`` switches the library off. ``ValueError`` for an unknown path.
+    """
+    wanted = os.environ.get(PATH_VARIABLE)
+    if wanted == "reference":
+        return None
+    if wanted is not None and wanted not in paths():
+        raise ValueError(
+            f"{PATH_VARIABLE}={wanted!r}: this machine and build run {['reference', *paths()]}"
+        )
+    return wanted or (list(paths())[-1] if paths() else None)
+
+
+def path_number() -> int:
+    """The chosen path as the library counts; only where there is one."""
+    path = chosen_path()
+    assert path is not None
+    return paths()[path]
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a contiguous tensor's data."""
+    return None if tensor is None else int(tensor.data_ptr())
+
+
+class _Arena:
+    """Memory for codes, in large pieces on huge pages: layers that are made one after the other lie
+    so, and reading on from one to the next neither misses the page table nor stops the prefetcher.
+
+    A piece is freed with the last of the layers in it.
+    """
+
+    piece = 1 << 25
+    _huge = 1 << 21
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def zeros(self, count: int) -> Tensor:
+        """``count`` bytes, aligned to a cache line; zero."""
+        count = -(-count // 64) * 64
+        if count > len(self._rest):
+            size = max(count, self.piece)
+            memory = torch.empty(size + self._huge, dtype=torch.uint8)
+            skip = -memory.data_ptr() % self._huge
+            self._rest = memory[skip : skip + size]
+            _advise_huge(self._rest)
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken.zero_()
+
+
+def _advise_huge(memory: Tensor) -> None:
+    """Ask for huge pages where the system has them (Linux: MADV_HUGEPAGE is 14)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "madvise"):
+        libc.madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(len(memory)), 14)
+
+
+arena = _Arena()
