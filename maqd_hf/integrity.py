@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .building import modules_of
 from .config import MaQDConfig
+from .kernels import release
 from .matching import Names
 from .nn import LayerBatchNorm, MaQDEmbedding, MaQDLinear, PackedEmbedding, PackedLinear
 
@@ -79,12 +80,15 @@ def check_loaded(model: nn.Module, config: MaQDConfig) -> None:
         for tensor_name, tensor in tensors.items():
             _check_tensor(f"{name}.{tensor_name}", tensor)
         expected = (config.modules or {}).get(names.relative(name), {}).get("crc32")
-        if expected is not None and checksum(module) != expected:
+        found = checksum(module)
+        if expected is not None and found != expected:
             raise ValueError(
-                f"{name} is not what was saved (CRC-32 {checksum(module):08x}, config.json says "
+                f"{name} is not what was saved (CRC-32 {found:08x}, config.json says "
                 f"{expected:08x}): the file was damaged, or config.json was edited; download or "
                 "save the checkpoint again"
             )
+        if isinstance(module, (PackedLinear, PackedEmbedding)):
+            release(module.weight)  # the file's pages are needed one layer at a time
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:

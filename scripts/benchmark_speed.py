@@ -3,21 +3,25 @@
     python scripts/benchmark_speed.py --output results/speed.json
     python scripts/benchmark_speed.py --threads 1 2 --busy 2 --large
 
-Three tables. `matrices`: one packed layer against torch in bfloat16, torch's int4 product and
-onnxruntime's MatMulNBits, for 1, 8 and 512 tokens. `models`: SmolLM2-135M (random codes of the same
-shapes cost the same, so no calibration is done) through `generate()` and in one prefill of 512
-tokens, against transformers in bfloat16 and llama.cpp. `large`: a random Llama of 1 B parameters.
-`agreement`: what the native decode step and the model's own forward write after 50 prompts. All
-competitors of a table take turns in one run, and medians and ratios are printed: the machine may be
-shared. `--busy N` repeats `models`, with the last thread count and half the rounds, beside N
-processes that compute without end. Tables that are not asked for stay in the output as they are.
-Rivals come with `pip install maqd_hf[bench]`; a missing one is named.
+Tables. `matrices`: one packed layer against torch in bfloat16, torch's int4 product, onnxruntime's
+MatMulNBits and llama.cpp's product, for 1, 8 and 512 tokens, with the bandwidth and the
+multiplications the machine reaches in the same run (`--plot` draws the roofline). `models`:
+SmolLM2-135M (random codes of the same shapes cost the same, so no calibration is done) through
+`generate()`, one stream and eight, and in one prefill of 512 tokens, against transformers in
+bfloat16 and llama.cpp. `compiled`: decoding under torch.compile with a static cache. `large`: a
+random Llama of 1 B parameters. `agreement`: what the native decode step and the model's own forward
+write after 50 prompts. All competitors of a table take turns in one run, and medians and ratios are
+printed: the machine may be shared. `--busy N` repeats `models`, with the last thread count and half
+the rounds, beside N processes that compute without end. Tables that are not asked for stay in the
+output as they are. Rivals come with `pip install maqd_hf[bench]`; a missing one is named.
 """
 
 import copy
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from speed_kernels import matrices, plot_roofline
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -38,18 +42,17 @@ from transformers import (
     AutoTokenizer,
     HfArgumentParser,
     LlamaConfig,
+    StaticCache,
 )
 from transformers.utils import logging
 
 from maqd_hf import MaQDConfig, kernels, pack_model, quantize_model, use_native
 from maqd_hf.embedded import SMOLLM2, embedded_gguf, embedded_text, resolve_model
-from maqd_hf.nn import LinearSpec, MaQDLinear, PackedLinear
 from maqd_hf.versions import package_versions
 
-SHAPES = [(1536, 576), (2048, 2048), (4096, 4096), (11008, 4096)]
 RIVALS = {"llama_cpp": "llama-cpp-python", "onnxruntime": "onnxruntime", "onnx": "onnx"}
 LLAMA_CPP = {"Q8_0": 7, "Q4_0": 2, "TQ2_0": 37}  # llama.cpp's numbers of its file types
-PROMPT, NEW, PREFILL = 16, 64, 512
+PROMPT, NEW, PREFILL, BATCH = 16, 64, 512, 8
 MIB = 2**20
 
 
@@ -58,126 +61,13 @@ class Arguments:
     threads: list[int] = field(default_factory=lambda: [1, 2])
     tokens: list[int] = field(default_factory=lambda: [1, 8, 512])
     rounds: int = field(default=7, metadata={"help": "Turns that every competitor takes."})
-    tables: list[str] = field(default_factory=lambda: ["matrices", "models", "agreement"])
+    tables: list[str] = field(
+        default_factory=lambda: ["matrices", "models", "compiled", "agreement"]
+    )
     busy: int = field(default=0, metadata={"help": "Processes that compute beside `models`."})
     large: bool = field(default=False, metadata={"help": "Also a random Llama of 1 B parameters."})
     output: str | None = None
-
-
-# ---------------------------------------------------------------------------------- one matrix
-
-
-def read_bandwidth(rounds: int) -> float:
-    """Bytes per second of reading memory beyond all caches, with torch's threads."""
-    data = torch.ones(64 * MIB, dtype=torch.int64)  # 512 MiB
-    seconds = take_turns({"read": lambda: data.sum()}, rounds)["read"]
-    return data.nbytes / statistics.median(seconds)
-
-
-def take_turns(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of one call of each, ``rounds`` times in turn; short calls are repeated to 20 ms."""
-    repeats = {}
-    for name, call in work.items():
-        call()
-        began = time.perf_counter()
-        call()
-        repeats[name] = max(1, int(0.02 / (time.perf_counter() - began + 1e-9)))
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds):
-        for name, call in work.items():
-            began = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            seconds[name].append((time.perf_counter() - began) / repeats[name])
-    return seconds
-
-
-def packed_layer(rows: int, columns: int, levels: int, group_size: int | None) -> PackedLinear:
-    spec = LinearSpec(levels, 255, "token", group_size=group_size)
-    linear = nn.Linear(columns, rows, bias=False)
-    return PackedLinear.from_qat(MaQDLinear.from_linear(linear, spec, start="range"))
-
-
-def matrix_competitors(rows: int, columns: int, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """One layer in every way at hand, each a call without arguments."""
-    calls: dict[str, Callable[[], Any]] = {}
-    for levels, group_size in ((4, None), (4, 64), (16, None), (16, 64), (256, None)):
-        bits = {4: 2, 16: 4, 256: 8}[levels]
-        name = f"maqd {bits} bit" + (f", groups of {group_size}" if group_size else "")
-        calls[name] = partial(packed_layer(rows, columns, levels, group_size), x)
-    calls["torch bf16"] = partial(nn.Linear(columns, rows, bias=False).bfloat16(), x.bfloat16())
-    codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    scales = torch.ones(columns // 64, rows, 2, dtype=torch.bfloat16)
-    calls["torch int4, groups of 64"] = lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x.bfloat16(), packed, 64, scales
-    )
-    if find_spec("onnxruntime") and find_spec("onnx"):
-        for bits in (2, 4):
-            calls[f"onnxruntime {bits} bit, groups of 64"] = onnx_product(rows, columns, bits, x)
-    return calls
-
-
-def onnx_product(rows: int, columns: int, bits: int, x: Tensor) -> Callable[[], Any]:
-    """onnxruntime's MatMulNBits with 8-bit activations (accuracy level 4)."""
-    import numpy as np
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    groups = columns // 64
-    weight = np.random.randint(0, 255, (rows, groups, 8 * bits), dtype=np.uint8)
-    scales = np.ones(rows * groups, dtype=np.float32)
-    node = helper.make_node(
-        "MatMulNBits",
-        ["x", "w", "s"],
-        ["y"],
-        domain="com.microsoft",
-        K=columns,
-        N=rows,
-        bits=bits,
-        block_size=64,
-        accuracy_level=4,
-    )
-    tensors = [
-        helper.make_tensor("w", TensorProto.UINT8, weight.shape, weight.tobytes(), raw=True),
-        helper.make_tensor("s", TensorProto.FLOAT, scales.shape, scales.tobytes(), raw=True),
-    ]
-    value = partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT)
-    graph = helper.make_graph(
-        [node], "g", [value("x", shape=["t", columns])], [value("y", shape=["t", rows])], tensors
-    )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # its threads would spin on beside the next competitor
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    inputs = {"x": x.numpy()}
-    return lambda: session.run(None, inputs)
-
-
-@torch.no_grad()
-def matrices(args: Arguments) -> list[dict[str, Any]]:
-    rows_found = []
-    bandwidth = read_bandwidth(args.rounds)
-    for rows, columns in SHAPES:
-        for tokens in args.tokens:
-            x = torch.randn(tokens, columns)
-            seconds = take_turns(matrix_competitors(rows, columns, x), args.rounds)
-            medians = {name: statistics.median(times) for name, times in seconds.items()}
-            for name, median in medians.items():
-                row: dict[str, Any] = {"rows": rows, "columns": columns, "tokens": tokens}
-                row |= {"name": name, "threads": torch.get_num_threads()}
-                row |= {"seconds": median, "to_bf16": medians["torch bf16"] / median}
-                if name.startswith("maqd"):
-                    read = rows * columns * int(name.split()[1]) / 8
-                    row["of_read_bandwidth"] = read / median / bandwidth
-                rows_found.append(row)
-                print(f"{rows:>6}x{columns:<6}{tokens:>4}  {name:34}{median * 1e6:>12.1f} us "
-                      f"{row['to_bf16']:>8.2f}x bf16")  # fmt: skip
-    rows_found.append({"name": "read bandwidth", "bytes_per_second": bandwidth})
-    return rows_found
+    plot: str | None = field(default=None, metadata={"help": "Draw the roofline here (PNG, SVG)."})
 
 
 # ------------------------------------------------------------------------------- whole models
@@ -201,8 +91,8 @@ class TransformersModel:
         self.model(self.ids, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
-    def decode(self, new: int) -> None:
-        prompt = self.ids[:, :PROMPT]
+    def decode(self, new: int, batch: int = 1) -> None:
+        prompt = self.ids[:, : PROMPT * batch].view(batch, PROMPT)
         options = {"max_new_tokens": new, "do_sample": False}
         self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
@@ -256,14 +146,26 @@ def serve(kind: str, source: str, options: dict[str, Any], pipe: Connection) -> 
     else:
         runner = TransformersModel(source, **options)
     runner.decode(2)
-    pipe.send({"load_seconds": runner.load_seconds, "peak_bytes": rss("VmHWM") - before})
+    peak = rss("VmHWM") - before
+    files = [Path(source)] if kind == "llama.cpp" else list(Path(source).glob("*.safetensors"))
+    began = time.perf_counter()
+    size = sum(len(file.read_bytes()) for file in files)
+    read = time.perf_counter() - began
+    pipe.send({"load_seconds": runner.load_seconds, "peak_bytes": peak,
+               "file_bytes": size, "read_seconds": read})  # fmt: skip
+    orders: dict[str, Callable[[], None]] = {
+        "prefill": runner.prefill,
+        "first": partial(runner.decode, 1),
+        "decode": partial(runner.decode, NEW),
+    }
+    if kind != "llama.cpp":
+        orders["first of 8"] = partial(runner.decode, 1, BATCH)
+        orders["decode 8"] = partial(runner.decode, NEW, BATCH)
     while (order := pipe.recv()) is not None:
         began = time.perf_counter()
-        if order == "prefill":
-            runner.prefill()
-        else:
-            runner.decode(NEW if order == "decode" else 1)
-        pipe.send(time.perf_counter() - began)
+        if order in orders:
+            orders[order]()
+        pipe.send(time.perf_counter() - began if order in orders else None)
 
 
 def burn() -> None:
@@ -342,11 +244,11 @@ def compete(
         process.start()
     times: dict[str, dict[str, list[float]]] = {name: {} for name in pipes}
     for turn in range(rounds + 1):
-        for order in ("prefill", "first", "decode"):
+        for order in ("prefill", "first", "decode", "first of 8", "decode 8"):
             for name, pipe in pipes.items():
                 pipe.send(order)
                 seconds = pipe.recv()
-                if turn:  # the first one warms up
+                if turn and seconds is not None:  # the first one warms up
                     times[name].setdefault(order, []).append(seconds)
     for process in others:
         process.kill()
@@ -358,6 +260,9 @@ def compete(
             "first_token_seconds": medians["first"],
             "tokens_per_second": (NEW - 1) / (medians["decode"] - medians["first"]),
         }
+        if "decode 8" in medians:
+            seconds = medians["decode 8"] - medians["first of 8"]
+            results[name]["batch_tokens_per_second"] = BATCH * (NEW - 1) / seconds
     return results
 
 
@@ -378,6 +283,55 @@ def models(args: Arguments, sources: dict[str, Any], label: str, busy: int) -> l
                 f"{row['load_seconds']:.2f} s, {row['peak_bytes'] / MIB:.0f} MiB"
             )
     return rows
+
+
+def compiled_decoding(source: str, dtype: str, threads: int, pipe: Connection) -> None:
+    """Milliseconds a token under torch.compile with a static cache, in a process of its own."""
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    seconds = []
+    with torch.no_grad():
+        ids = torch.randint(5, 1000, (1, PROMPT))
+        options: dict[str, Any] = {
+            "past_key_values": StaticCache(config=model.config, max_cache_len=128)
+        }
+        options |= {"use_cache": True, "logits_to_keep": 1}
+        token = model(ids, **options).logits[:, -1:].argmax(-1)
+        step = torch.compile(model.forward, fullgraph=True, dynamic=False)
+        for position in range(PROMPT, PROMPT + NEW):
+            began = time.perf_counter()
+            out = step(input_ids=token, position_ids=torch.tensor([[position]]), **options)
+            token = out.logits[:, -1:].argmax(-1)
+            seconds.append(time.perf_counter() - began)
+    pipe.send({"compile_seconds": seconds[0], "token_seconds": statistics.median(seconds[5:])})
+
+
+def compiled(args: Arguments, sources: dict[str, Any]) -> list[dict[str, Any]]:
+    spawn, rows = get_context("spawn"), []
+    threads = max(args.threads)
+    for name in ("transformers bf16", "maqd 2 bit, 8-bit head"):
+        _, source, options = sources[name]
+        ours, theirs = spawn.Pipe()
+        spawn.Process(
+            target=compiled_decoding, args=(source, options["dtype"], threads, theirs), daemon=True
+        ).start()
+        theirs.close()
+        rows.append({"name": name, "threads": threads, **ours.recv()})
+        rows[-1]["to_bf16"] = rows[0]["token_seconds"] / rows[-1]["token_seconds"]
+        print(f"compiled, static cache: {name:30}{1000 * rows[-1]['token_seconds']:>8.1f} ms a "
+              f"token ({rows[-1]['to_bf16']:.2f}x bf16), "
+              f"{rows[-1]['compile_seconds']:.0f} s to compile")  # fmt: skip
+    return rows
+
+
+def import_seconds() -> float:
+    """What importing torch and transformers takes in a process of its own."""
+    began = time.perf_counter()
+    code = "import torch; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -451,13 +405,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         keep("agreement", [agreement(levels) for levels in (None, 255)])
     if "matrices" in args.tables:
         torch.set_num_threads(max(args.threads))
-        keep("matrices", matrices(args))
+        keep("matrices", matrices(args.tokens, args.rounds))
+        if args.plot:
+            plot_roofline(report["matrices"], Path(args.plot))
     with tempfile.TemporaryDirectory() as folder:
-        if "models" in args.tables:
+        if {"models", "compiled"} & set(args.tables):
             float_model = str(resolve_model(SMOLLM2))
             config = AutoConfig.from_pretrained(float_model)
             sources = model_sources(Path(folder), config, float_model)
+        if "compiled" in args.tables:
+            keep("compiled", compiled(args, sources))
+        if "models" in args.tables:
             sources |= llama_cpp_sources(Path(folder))
+            report["import_seconds"] = import_seconds()
             rows = models(args, sources, SMOLLM2, 0)
             keep("models", rows)
             if args.busy:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import loader, native
+from .loader import release
 from .native import NativeWeight, Table
 from .ops import packed_linear as packed_linear_op
 from .ops import register
@@ -26,6 +27,7 @@ __all__ = [
     "packed_linear",
     "packed_linear_op",
     "register",
+    "release",
     "unpack_weight",
 ]
 

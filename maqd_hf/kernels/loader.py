@@ -7,6 +7,7 @@ pointers. Where it is missing the torch reference serves.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -54,7 +55,11 @@ def chosen_path() -> str | None:
 
     ``MAQD_KERNEL=reference`` switches the library off. ``ValueError`` for an unknown path.
     """
-    wanted = os.environ.get(PATH_VARIABLE)
+    return _path(os.environ.get(PATH_VARIABLE))
+
+
+@lru_cache
+def _path(wanted: str | None) -> str | None:
     if wanted == "reference":
         return None
     if wanted is not None and wanted not in paths():
@@ -97,16 +102,24 @@ class _Arena:
             memory = torch.empty(size + self._huge, dtype=torch.uint8)
             skip = -memory.data_ptr() % self._huge
             self._rest = memory[skip : skip + size]
-            _advise_huge(self._rest)
+            _advise(self._rest, 14)  # Linux: MADV_HUGEPAGE
         taken, self._rest = self._rest[:count], self._rest[count:]
         return taken.zero_()
 
 
-def _advise_huge(memory: Tensor) -> None:
-    """Ask for huge pages where the system has them (Linux: MADV_HUGEPAGE is 14)."""
+def _advise(memory: Tensor, advice: int, align: int = mmap.PAGESIZE) -> None:
+    """madvise(2) on the whole pages of ``memory``, where the system has it."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "madvise"):
-        libc.madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(len(memory)), 14)
+    start = -(-memory.data_ptr() // align) * align
+    size = memory.data_ptr() + memory.nbytes - start
+    if hasattr(libc, "madvise") and size > 0:
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size // align * align), advice)
+
+
+def release(tensor: Tensor) -> None:
+    """Say that ``tensor`` is not needed soon. Nothing is lost: what came from a file is read from
+    there again when it is touched (Linux: MADV_PAGEOUT is 21; elsewhere nothing happens)."""
+    _advise(tensor, 21)
 
 
 arena = _Arena()

@@ -137,6 +137,7 @@ class PackedLinear(nn.Module):
                 self.spec.activation_levels,
             )
             self._native = (state, weight)
+            kernels.release(self.weight)  # from now on only saving and copying read it
         return self._native[1]
 
     def __getstate__(self) -> dict[str, object]:
@@ -147,9 +148,9 @@ class PackedLinear(nn.Module):
         self._number = kernels.register(self)
 
     def _native_step(self, x: Tensor) -> Tensor | None:
-        """The activation step the compiled kernel is given; 0 asks for each token's own, None
-        for float activations."""
-        if self.spec.activation_levels is None:
+        """The activation step the compiled kernel is given: 0 asks for a token's own, None for
+        every token's own, or for float activations."""
+        if self.activation_step is None:
             return None
         own = self.weight_scale.new_zeros(1)
         return activation_step(x, self.spec, self.activation_step, self.context, own)
