@@ -8,7 +8,9 @@ import copy
 import io
 import os
 import pickle
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from maqd_hf import MaQDConfig, pack_model, quantize_model
 from maqd_hf.kernels import NativeWeight, Table, loader
 from maqd_hf.kernels.columns import compensate_columns, descend_columns
+from maqd_hf.kernels.decoder import KeyValues, NormStep
 from maqd_hf.nn import LinearSpec, MaQDEmbedding, MaQDLinear, PackedEmbedding, PackedLinear
 from maqd_hf.packing import pack_codes
 
@@ -432,3 +435,96 @@ def test_column_loops_refuse_other_shapes(best):
             descend_columns(w_bad, w.clone(), factor_bad, grid)
     with pytest.raises(ValueError):
         descend_columns(w.clone(), w[:4].clone(), factor, (step, centre, 4))
+
+
+# ---------------------------------------------------------------- found wanting when first written
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_step_of_another_dtype_is_converted(dtype, path):
+    weight = NativeWeight(**arguments())
+    x, step = torch.randn(3, COLUMNS), torch.full((1,), 0.125)
+    assert torch.equal(weight(x, step.to(dtype)), weight(x, step))
+    layer = layer_of(static=True)
+    expected = layer(x)
+    torch.testing.assert_close(layer.double()(x), expected)
+
+
+def test_what_is_taken_of_inputs_is_checked_too(best):
+    weight = NativeWeight(**arguments())
+    with pytest.raises(ValueError):
+        weight.take(torch.randn(3, 10), torch.ones(3))
+    with pytest.raises(ValueError):
+        weight.take(torch.randn(3, COLUMNS), torch.ones(1))
+    with pytest.raises(ValueError):
+        NativeWeight(**arguments(activation_levels=None)).take(
+            torch.randn(3, COLUMNS), torch.ones(3)
+        )
+
+
+@pytest.mark.parametrize(
+    "store", [(1, 1, 2, 16), (3, 1, 2, 16), (2, 1, 1, 16), (2, 1, 2, 8)], ids=str
+)
+def test_a_store_of_another_model_is_refused(store, best):
+    """(blocks, batch, kv_heads, head_dim) where the model has (2, 1, 2, 16)."""
+    model = model_of()
+    with torch.no_grad():
+        model(torch.randint(3, 200, (1, 4)))
+    decoder = model.forward._decoder
+    with pytest.raises(ValueError):
+        decoder(torch.randn(1, 40, 64), torch.arange(40)[None], KeyValues(*store))
+
+
+def test_norms_of_any_stride_and_no_other_length():
+    weight = torch.randn(64, 2)[:, 0]
+    kept = []
+    NormStep(64, 1e-5, weight=weight, bias=weight).struct(kept)
+    assert all(tensor.is_contiguous() and torch.equal(tensor, weight) for tensor in kept)
+    with pytest.raises(ValueError):
+        NormStep(64, 1e-5, weight=weight[:32]).struct([])
+
+
+@torch.no_grad()
+def test_tensors_exchanged_at_the_same_address_are_noticed(best):
+    """The allocator may give a new tensor the place of the one the layer was repacked from."""
+    layer, x = layer_of(), torch.randn(2, COLUMNS)
+    for _ in range(1000):
+        layer.bias.data = torch.zeros(ROWS)
+        before = layer(x)
+        layer.bias.data = torch.zeros(ROWS)
+        layer.bias.data = torch.full((ROWS,), 100.0)
+        assert float(layer(x).sub_(before).min()) > 99
+
+
+def test_inference_tensors_changed_in_place_are_noticed(best):
+    """They have no version; where one is found, nothing can be kept."""
+    with torch.inference_mode():
+        layer, x = layer_of(), torch.randn(2, COLUMNS)
+        before = layer(x)
+        for tensor in (layer.weight_scale, layer.weight_offset, layer.bias):
+            tensor.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * before)
+
+
+def test_column_loops_run_in_a_forked_child(best):
+    """OpenMP's threads do not survive a fork."""
+    w, grid = torch.randn(5, 700), (torch.ones(5, 700), torch.zeros(700), 4)
+    torch.set_num_threads(2)
+    try:
+        compensate_columns(w.clone(), torch.eye(5), grid)
+        child = os.fork()
+        if child == 0:
+            compensate_columns(w.clone(), torch.eye(5), grid)
+            os._exit(0)
+        for _ in range(100):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            status = -1
+        assert status == 0
+    finally:
+        torch.set_num_threads(1)
