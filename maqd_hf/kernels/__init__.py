@@ -1,16 +1,21 @@
 """Packed matrix products: the one place that decides which implementation runs.
 
 ``reference`` is plain torch, always there, and the oracle for every other path. ``native`` is a
-compiled library for the CPU. ``native_weight`` says which of the two serves a layer, ``info`` says
-it to people. ``MAQD_KERNEL=reference`` (or a path of ``info()``) overrides the choice.
+compiled library for the CPU, ``gpu`` the same arithmetic in Triton for NVIDIA GPUs.
+``native_serves`` says whether one of them serves a layer, ``weight_type`` which, ``info`` says it
+to people. ``MAQD_KERNEL=reference`` (or a path of ``info()``) overrides the choice.
 """
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import loader, native
+from . import gpu, loader, native
+from .gpu import GpuWeight
 from .loader import release
 from .native import NativeWeight, Table
 from .ops import packed_linear as packed_linear_op
@@ -18,6 +23,7 @@ from .ops import register
 from .reference import packed_embedding, packed_linear, unpack_weight
 
 __all__ = [
+    "GpuWeight",
     "NativeWeight",
     "Table",
     "info",
@@ -29,6 +35,7 @@ __all__ = [
     "register",
     "release",
     "unpack_weight",
+    "weight_type",
 ]
 
 
@@ -37,20 +44,30 @@ def _has_library() -> bool:
     return loader.chosen_path() is not None
 
 
+@torch.compiler.assume_constant_result
+def _gpu_serves(device: torch.device) -> bool:
+    return os.environ.get(loader.PATH_VARIABLE) != "reference" and gpu.missing(device) is None
+
+
 def _exporting() -> bool:
     """An exported program must run where this package is not: it gets plain torch."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def native_serves(x: Tensor, weight: Tensor, levels: int, groups: int) -> bool:
-    """Whether the compiled kernel can multiply ``x`` (..., columns) with this packed weight."""
-    if _exporting() or not _has_library():
+    """Whether a compiled kernel can multiply ``x`` (..., columns) with this packed weight."""
+    if _exporting() or x.device != weight.device or x.dtype == torch.float64:
         return False
-    if x.device.type != "cpu" or weight.device.type != "cpu" or x.dtype == torch.float64:
+    if not x.numel() or (torch.is_grad_enabled() and x.requires_grad) or type(x) is not Tensor:
         return False
-    if not x.numel() or (torch.is_grad_enabled() and x.requires_grad):
-        return False
-    return type(x) is Tensor and native.fits(x.shape[-1], groups, levels)
+    if x.device.type == "cpu":
+        return _has_library() and native.fits(x.shape[-1], groups, levels)
+    return _gpu_serves(x.device) and gpu.fits(x.shape[-1], groups)
+
+
+def weight_type(device: torch.device) -> type[Any]:
+    """The repacked weight for layers on ``device``: ``NativeWeight``, or its twin ``GpuWeight``."""
+    return NativeWeight if device.type == "cpu" else GpuWeight
 
 
 def native_looks_up(ids: Tensor, weight: Tensor) -> bool:
@@ -63,7 +80,7 @@ def info() -> dict[str, object]:
     """Which implementation serves packed layers on this machine, and why.
 
     >>> sorted(info())
-    ['available', 'embedding', 'linear', 'why']
+    ['available', 'embedding', 'gpu', 'linear', 'why']
     """
     path = loader.chosen_path()
     if path is not None:
@@ -72,9 +89,13 @@ def info() -> dict[str, object]:
         why = "the package was installed without a C compiler: weights are unpacked at every call"
     else:
         why = f"{loader.PATH_VARIABLE} asks for the reference"
+    no_gpu = gpu.missing(torch.device("cuda"))
+    if no_gpu is None and not _gpu_serves(torch.device("cuda")):
+        no_gpu = f"{loader.PATH_VARIABLE} asks for the reference"
     return {
         "linear": f"native, {path}" if path else "torch reference",
         "embedding": "native" if path else "torch reference",
         "available": ["torch reference", *loader.paths()],
         "why": why,
+        "gpu": "Triton" if no_gpu is None else f"torch reference: {no_gpu}",
     }

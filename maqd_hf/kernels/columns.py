@@ -70,8 +70,18 @@ def _call(
     grid: ColumnGrid,
     out: tuple[Tensor, ...],
 ) -> bool:
-    """Run the compiled loop on these contiguous tensors; False where it does not serve."""
+    """Run the compiled loop on these contiguous tensors; False where it does not serve.
+
+    ``ValueError`` for shapes that do not belong together: the library trusts them.
+    """
     step, centre, levels = grid
+    shape = state[0].shape
+    fits = len(shape) == 2 and matrix.shape == (shape[0], shape[0]) and centre.shape == shape[1:]
+    if not fits or any(tensor.shape != shape for tensor in (*state, step)):
+        raise ValueError(
+            f"columns {[tuple(tensor.shape) for tensor in (*state, step)]} must all be (columns, "
+            f"rows), with {tuple(matrix.shape)} (columns, columns), {tuple(centre.shape)} (rows,)"
+        )
     tensors = (*state, matrix.contiguous(), step, centre, *out)
     if loader.chosen_path() is None or any(
         t.device.type != "cpu" or t.dtype != torch.float32 or not t.is_contiguous() for t in tensors

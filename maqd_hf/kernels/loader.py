@@ -119,7 +119,8 @@ def _advise(memory: Tensor, advice: int, align: int = mmap.PAGESIZE) -> None:
 def release(tensor: Tensor) -> None:
     """Say that ``tensor`` is not needed soon. Nothing is lost: what came from a file is read from
     there again when it is touched (Linux: MADV_PAGEOUT is 21; elsewhere nothing happens)."""
-    _advise(tensor, 21)
+    if tensor.device.type == "cpu":
+        _advise(tensor, 21)
 
 
 arena = _Arena()

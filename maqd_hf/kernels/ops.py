@@ -36,6 +36,7 @@ _library.define("packed_linear(Tensor x, Tensor? step, int layer, int out_featur
 
 
 @torch.library.impl(_library, "packed_linear", "CPU")
+@torch.library.impl(_library, "packed_linear", "CUDA")
 def _packed_linear(x: Tensor, step: Tensor | None, layer: int, out_features: int) -> Tensor:
     found = _registered.get(layer)
     if found is None:

@@ -124,10 +124,11 @@ class PackedLinear(nn.Module):
         )
 
     def native_weight(self) -> kernels.NativeWeight:
-        """The weight in the compiled kernel's layout, made again whenever a tensor changed."""
+        """The weight in the kernel's layout (``GpuWeight`` on a GPU), made again whenever a tensor
+        changed."""
         state = _stamp(self.weight, self.weight_scale, self.weight_offset, self.bias)
         if self._native is None or self._native[0] != state:
-            weight = kernels.NativeWeight(
+            weight = kernels.weight_type(self.weight.device)(
                 self.weight,
                 self.levels,
                 self.in_features,
