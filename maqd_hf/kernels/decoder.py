@@ -98,7 +98,13 @@ class NormStep:
 
     def struct(self, keep: list[object]) -> _Norm:
         """The C structure; tensors it points to are added to ``keep``."""
-        weight, bias = (None if t is None else t.detach().float() for t in (self.weight, self.bias))
+        for tensor in (self.weight, self.bias):
+            if tensor is not None and tensor.shape != (self.features,):
+                raise ValueError(f"{tuple(tensor.shape)} for a norm of {self.features} features")
+        weight, bias = (
+            None if tensor is None else tensor.detach().float().contiguous()
+            for tensor in (self.weight, self.bias)
+        )
         keep += [weight, bias]
         return _Norm(
             pointer(weight),
@@ -319,6 +325,12 @@ class NativeDecoder:
         for name, given, columns in (("first", first, tokens), ("mask", mask, past + tokens)):
             if given is not None and given.shape != (batch, columns):
                 raise ValueError(f"{name} {tuple(given.shape)}: must be ({batch}, {columns})")
+        wanted = (len(self.blocks), batch, self.kv_heads)
+        if store.keys.shape[:3] != wanted or store.head_dim != self.head_dim:
+            raise ValueError(
+                f"a store for (blocks, batch, kv_heads) {tuple(store.keys.shape[:3])} and heads of "
+                f"{store.head_dim}: this model wants {wanted} and {self.head_dim}"
+            )
         if any(length != past for length in store.lengths):
             raise ValueError(f"blocks hold different numbers of positions: {store.lengths}")
         return past

@@ -55,18 +55,16 @@ def chosen_path() -> str | None:
 
     ``MAQD_KERNEL=reference`` switches the library off. ``ValueError`` for an unknown path.
     """
-    return _path(os.environ.get(PATH_VARIABLE))
-
-
-@lru_cache
-def _path(wanted: str | None) -> str | None:
+    wanted = os.environ.get(PATH_VARIABLE)
+    if wanted is None:
+        return next(reversed(paths()), None)
     if wanted == "reference":
         return None
-    if wanted is not None and wanted not in paths():
+    if wanted not in paths():
         raise ValueError(
             f"{PATH_VARIABLE}={wanted!r}: this machine and build run {['reference', *paths()]}"
         )
-    return wanted or (list(paths())[-1] if paths() else None)
+    return wanted
 
 
 def path_number() -> int:

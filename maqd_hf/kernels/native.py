@@ -201,8 +201,9 @@ class NativeWeight:
         every = 0
         if step is not None:
             every = int(step.numel() > 1)
+            step = step.detach().float()
             if every:
-                step = step.detach().float().expand(*x.shape[:-1], 1).contiguous()
+                step = step.expand(*x.shape[:-1], 1).contiguous()
         failed = self._lib.maqd_linear(
             self._address,
             flat.data_ptr(),
@@ -222,6 +223,13 @@ class NativeWeight:
         """What the kernel makes of ``x`` (tokens, columns) with ``step`` (tokens,): ``codes``
         (tokens, stride) less half the levels, ``step``, ``sums`` (tokens, groups + 1)."""
         tokens = len(x)
+        if x.shape != (tokens, self.columns) or step.shape != (tokens,):
+            raise ValueError(
+                f"x {tuple(x.shape)} and step {tuple(step.shape)}: want (tokens, {self.columns}) "
+                "and (tokens,)"
+            )
+        if self.activation_levels is None:
+            raise ValueError("this weight meets float activations: nothing is quantised")
         taken = {
             "codes": torch.empty(tokens, self.stride, dtype=torch.int8),
             "step": step.detach().float().clone(),

@@ -23,14 +23,28 @@ def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: object = None) -
     return nn.Parameter(empty, requires_grad=False)
 
 
-def _stamp(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Changes whenever one of the tensors does."""
-    return tuple(
-        number
-        for tensor in tensors
-        if tensor is not None
-        for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-    )
+class _Stamp:
+    """Says whether tensors are still what they were.
+
+    Holds their memory, or a new tensor could take the place of an old one unnoticed. Tensors made
+    under ``torch.inference_mode`` count no changes: those in place are not seen.
+    """
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self._kept = [tensor.detach() for tensor in tensors if tensor is not None]
+        self._state = self._of(tensors)
+
+    @staticmethod
+    def _of(tensors: tuple[Tensor | None, ...]) -> list[int]:
+        return [
+            number
+            for tensor in tensors
+            if tensor is not None
+            for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        ]
+
+    def fits(self, *tensors: Tensor | None) -> bool:
+        return self._of(tensors) == self._state
 
 
 def check_calibrated(layer: MaQDLinear, name: str) -> None:
@@ -78,7 +92,7 @@ class PackedLinear(nn.Module):
         )
         self.activation_step = _frozen((1,), floats, device) if spec.static_activations else None
         self.bias = _frozen((out_features,), floats, device) if bias else None
-        self._native: tuple[tuple[int, ...], kernels.NativeWeight] | None = None
+        self._native: tuple[_Stamp, kernels.NativeWeight] | None = None
         self._number = kernels.register(self)  # by which compiled graphs find the layer
 
     @classmethod
@@ -126,8 +140,8 @@ class PackedLinear(nn.Module):
     def native_weight(self) -> kernels.NativeWeight:
         """The weight in the kernel's layout (``GpuWeight`` on a GPU), made again whenever a tensor
         changed."""
-        state = _stamp(self.weight, self.weight_scale, self.weight_offset, self.bias)
-        if self._native is None or self._native[0] != state:
+        tensors = (self.weight, self.weight_scale, self.weight_offset, self.bias)
+        if self._native is None or not self._native[0].fits(*tensors):
             weight = kernels.weight_type(self.weight.device)(
                 self.weight,
                 self.levels,
@@ -137,7 +151,7 @@ class PackedLinear(nn.Module):
                 self.bias,
                 self.spec.activation_levels,
             )
-            self._native = (state, weight)
+            self._native = (_Stamp(*tensors), weight)
             kernels.release(self.weight)  # from now on only saving and copying read it
         return self._native[1]
 
@@ -205,7 +219,7 @@ class PackedEmbedding(nn.Module):
         self.weight_scale = _frozen((num_embeddings, 1), torch.float32, device)
         self.weight_offset = _frozen((num_embeddings, 1), torch.float32, device)
         mark_output_dtype(self, output_dtype or torch.float32)
-        self._native: tuple[tuple[int, ...], kernels.Table] | None = None
+        self._native: tuple[_Stamp, kernels.Table] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -243,13 +257,12 @@ class PackedEmbedding(nn.Module):
     def native_table(self) -> kernels.Table:
         """The table as the compiled library reads it, made again whenever a tensor changed."""
         tensors = (self.weight, self.weight_scale, self.weight_offset)
-        state = _stamp(*tensors)
-        if self._native is None or self._native[0] != state:
+        if self._native is None or not self._native[0].fits(*tensors):
             words, scale, offset = tensors
             table = kernels.Table(
                 words, self.levels, self.embedding_dim, scale, offset, self.output_scale
             )
-            self._native = (state, table)
+            self._native = (_Stamp(*tensors), table)
         return self._native[1]
 
     def __getstate__(self) -> dict[str, object]:

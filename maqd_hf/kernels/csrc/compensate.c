@@ -8,8 +8,9 @@
  * same loops stand in torch).
  */
 
+#include "maqd.h"
+
 #include <math.h>
-#include <stdint.h>
 
 #define STRIPE 64
 
@@ -57,16 +58,30 @@ CLONES static void compensate_stripe(float *restrict w, const float *restrict fa
     }
 }
 
+typedef struct {
+    float *w, *codes, *errors;
+    const float *factor, *steps, *centre;
+    int64_t levels, columns, rows;
+} compensation;
+
+static void compensate_share(void *argument, maqd_team *team, int thread, int threads) {
+    (void)team;
+    const compensation *c = argument;
+    int64_t from, to;
+    maqd_share((c->rows + STRIPE - 1) / STRIPE, thread, threads, &from, &to);
+    for (int64_t n = from * STRIPE; n < c->rows && n < to * STRIPE; n += STRIPE)
+        compensate_stripe(c->w + n, c->factor, c->steps + n, c->centre + n, c->codes + n,
+                          c->errors + n, stripe_at(n, c->levels, c->columns, c->rows));
+}
+
 /* w (columns, rows) in place: each column keeps the value that was rounded, the later ones take
  * over its error by the row of `factor` (columns, columns). The grid: `steps` (columns, rows),
  * `centre` (rows). Also out: codes and scaled errors, (columns, rows). */
 void maqd_compensate(float *w, const float *factor, const float *steps, const float *centre,
                      float *codes, float *errors, int64_t levels, int64_t columns, int64_t rows,
                      int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
-    for (int64_t first = 0; first < rows; first += STRIPE)
-        compensate_stripe(w + first, factor, steps + first, centre + first, codes + first,
-                          errors + first, stripe_at(first, levels, columns, rows));
+    compensation c = {w, codes, errors, factor, steps, centre, levels, columns, rows};
+    maqd_run(compensate_share, &c, (int)threads);
 }
 
 CLONES static void descend_stripe(float *restrict value, float *restrict gradient,
@@ -94,15 +109,29 @@ CLONES static void descend_stripe(float *restrict value, float *restrict gradien
     }
 }
 
+typedef struct {
+    float *value, *gradient, *codes, *wanted, *moved;
+    const float *h, *steps, *centre;
+    int64_t levels, columns, rows;
+} descent;
+
+static void descend_share(void *argument, maqd_team *team, int thread, int threads) {
+    (void)team;
+    const descent *d = argument;
+    int64_t from, to;
+    maqd_share((d->rows + STRIPE - 1) / STRIPE, thread, threads, &from, &to);
+    for (int64_t n = from * STRIPE; n < d->rows && n < to * STRIPE; n += STRIPE)
+        descend_stripe(d->value + n, d->gradient + n, d->h, d->steps + n, d->centre + n,
+                       d->codes + n, d->wanted + n, d->moved + n,
+                       stripe_at(n, d->levels, d->columns, d->rows));
+}
+
 /* value, gradient (columns, rows) in place: each column goes to its best value given the others,
  * `gradient` being h (columns, columns) times what is still missing. Grid as above. Also out:
  * codes, the values that were rounded, and how far each value moved, all (columns, rows). */
 void maqd_descend(float *value, float *gradient, const float *h, const float *steps,
                   const float *centre, float *codes, float *wanted, float *moved, int64_t levels,
                   int64_t columns, int64_t rows, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
-    for (int64_t first = 0; first < rows; first += STRIPE)
-        descend_stripe(value + first, gradient + first, h, steps + first, centre + first,
-                       codes + first, wanted + first, moved + first,
-                       stripe_at(first, levels, columns, rows));
+    descent d = {value, gradient, codes, wanted, moved, h, steps, centre, levels, columns, rows};
+    maqd_run(descend_share, &d, (int)threads);
 }
