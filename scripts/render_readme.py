@@ -170,6 +170,55 @@ def block_wise(result: list[dict[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
+def compiled_decoding(result: dict[str, Any]) -> list[str]:
+    """Decoding under torch.compile."""
+    rows = [
+        (row["name"], f"{1e3 * row['token_seconds']:.1f}", f"{row['to_bf16']:.2f}x")
+        for row in result.get("compiled", [])
+    ]
+    if not rows:
+        return []
+    threads = result["compiled"][0]["threads"]
+    text = f"`torch.compile(fullgraph=True)`, static cache, {threads} threads."
+    return [f"{text}\n\n{table(['', 'ms a token', 'to bf16'], rows)}"]
+
+
+def loading(result: dict[str, Any]) -> list[str]:
+    """What loading costs beside reading the same bytes and importing the framework."""
+    if "import_seconds" not in result:
+        return []
+    row = next(row for row in result["models"] if row["name"] == "maqd 2 bit, 8-bit head")
+    least = row["read_seconds"] + result["import_seconds"]
+    return [
+        f"Importing torch and transformers takes {result['import_seconds']:.1f} s, reading the "
+        f"{row['file_bytes'] / 2**20:.0f} MiB of the 2-bit model {row['read_seconds']:.2f} s, "
+        f"loading it {row['load_seconds']:.2f} s: "
+        f"{(result['import_seconds'] + row['load_seconds']) / least:.2f} times both."
+    ]
+
+
+def ceilings(result: dict[str, Any]) -> list[str]:
+    """The machine's bandwidth and arithmetic, and how near one token and many come to them."""
+    rows = result.get("matrices", [])
+    found = next((row for row in rows if row["name"] == "ceilings"), None)
+    if not found:
+        return []
+    large = [row for row in rows if row.get("rows") == 11008 and row["tokens"] == 1]
+    shares = []
+    for row in large:
+        if row["name"].startswith("maqd") and "groups" not in row["name"]:
+            share = row["bytes_per_second"] / found["bytes_per_second"]
+            shares.append(f"{row['name'].removeprefix('maqd ')} {share:.0%}")
+    plot = "results/plots/roofline.png"
+    picture = f"\n\n![Roofline]({plot})" if (ROOT / plot).exists() else ""
+    return [
+        f"In the same run {found['threads']} threads read memory at "
+        f"{found['bytes_per_second'] / 1e9:.0f} GB/s and multiply 8-bit numbers at "
+        f"{found['operations_per_second'] / 2e9:.0f} billion a second. One token at 11008 x 4096 "
+        f"uses of that bandwidth: {', '.join(shares)}.{picture}"
+    ]
+
+
 def speed(result: dict[str, Any]) -> str:
     """Packed models and matrices beside what else could run them."""
     tables = []
@@ -185,6 +234,7 @@ def speed(result: dict[str, Any]) -> str:
                 row["name"],
                 f"{row['tokens_per_second']:.0f}",
                 f"{row['to_bf16']:.2f}x",
+                f"{row['batch_tokens_per_second']:.0f}" if "batch_tokens_per_second" in row else "",
                 f"{row['prefill_tokens_per_second']:.0f}",
                 f"{1000 * row['first_token_seconds']:.0f} ms",
                 f"{row['load_seconds']:.1f} s",
@@ -194,12 +244,13 @@ def speed(result: dict[str, Any]) -> str:
             if key.items() <= row.items()
         ]
         header = (
-            "", "tokens a second", "to bf16", "prefill, tokens a second",
+            "", "tokens a second", "to bf16", "eight streams", "prefill, tokens a second",
             "first token after 16", "load", "memory above the framework's",
         )  # fmt: skip
         beside = f", beside {busy} processes that compute" if busy else ""
         text = f"`{label}`, one stream, {threads} thread(s){beside}."
         tables.append(f"{text}\n\n{table(header, rows)}")
+    tables += [*compiled_decoding(result), *loading(result)]
     for row in result.get("agreement", []):
         levels = row["activation_levels"]
         kind = f"{levels} activation levels" if levels else "float activations"
@@ -212,6 +263,7 @@ def speed(result: dict[str, Any]) -> str:
             f"{row['new_tokens']} tokens"
             f"{parted if gaps else ''}."
         )
+    tables += ceilings(result)
     matrices = [row for row in result.get("matrices", []) if "seconds" in row]
     for tokens in dict.fromkeys(row["tokens"] for row in matrices):
         chosen = [row for row in matrices if row["tokens"] == tokens]

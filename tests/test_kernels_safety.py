@@ -238,6 +238,9 @@ def test_a_machine_that_lacks_instructions_takes_the_next_path(monkeypatch):
     layer, x = layer_of(), torch.randn(3, COLUMNS)
     monkeypatch.delenv("MAQD_KERNEL")
 
+    def forget():
+        loader.paths.cache_clear()
+
     class Masked:
         def __init__(self, supported):
             self.supported = supported
@@ -251,7 +254,7 @@ def test_a_machine_that_lacks_instructions_takes_the_next_path(monkeypatch):
     try:
         for supported in range(1, len(names) + 1):
             monkeypatch.setattr(loader, "library", lambda n=supported: Masked(n))
-            loader.paths.cache_clear()
+            forget()
             assert loader.chosen_path() == names[supported - 1]
             torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
             for missing in names[supported:]:
@@ -260,7 +263,7 @@ def test_a_machine_that_lacks_instructions_takes_the_next_path(monkeypatch):
                     with pytest.raises(ValueError, match=missing):
                         layer(x)
     finally:
-        loader.paths.cache_clear()
+        forget()
 
 
 # ------------------------------------------------------------------------- copies, threads, forks

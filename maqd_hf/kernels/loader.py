@@ -11,6 +11,7 @@ import mmap
 import os
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -91,17 +92,19 @@ class _Arena:
 
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.uint8)
+        self._lock = Lock()
 
     def zeros(self, count: int) -> Tensor:
         """``count`` bytes, aligned to a cache line; zero."""
         count = -(-count // 64) * 64
-        if count > len(self._rest):
-            size = max(count, self.piece)
-            memory = torch.empty(size + self._huge, dtype=torch.uint8)
-            skip = -memory.data_ptr() % self._huge
-            self._rest = memory[skip : skip + size]
-            _advise(self._rest, 14)  # Linux: MADV_HUGEPAGE
-        taken, self._rest = self._rest[:count], self._rest[count:]
+        with self._lock:
+            if count > len(self._rest):
+                size = max(count, self.piece)
+                memory = torch.empty(size + self._huge, dtype=torch.uint8)
+                skip = -memory.data_ptr() % self._huge
+                self._rest = memory[skip : skip + size]
+                _advise(self._rest, 14)  # Linux: MADV_HUGEPAGE
+            taken, self._rest = self._rest[:count], self._rest[count:]
         return taken.zero_()
 
 

@@ -117,10 +117,11 @@ class NativeWeight:
         lib = library()
         assert lib is not None
         self._lib, self.activation_levels = lib, activation_levels
-        self.rows, self.columns, self.groups = words.shape[0], columns, scale.shape[1]
         _check(words, levels, columns, scale, offset, bias)
+        self.rows, self.columns, self.groups = words.shape[0], columns, scale.shape[1]
         chosen = STORAGES[storage] if storage else storage_for(levels, columns, self.groups)
-        if chosen is None or chosen.levels < levels:
+        whole = chosen and (self.groups == 1 or columns // self.groups % chosen.inputs == 0)
+        if chosen is None or chosen.levels < levels or not whole:
             raise ValueError(
                 f"{levels} levels, {self.groups} groups of {columns // self.groups} inputs: no "
                 f"storage of {storage or 'any kind'} fits; use groups of a multiple of 32"
@@ -195,7 +196,7 @@ class NativeWeight:
         if x.shape[-1] != self.columns or x.device.type != "cpu":
             raise ValueError(f"x {tuple(x.shape)} on {x.device}: want (..., {self.columns}), cpu")
         out = torch.empty(*x.shape[:-1], self.rows)
-        tokens = out.numel() // self.rows
+        tokens = x.numel() // self.columns
         plain = x.dtype == torch.float32 and x.is_contiguous()
         flat = x if plain else x.detach().float().contiguous()
         every = 0
@@ -267,8 +268,11 @@ def _check(
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and (tensor.shape != shape or tensor.device.type != "cpu"):
             raise ValueError(f"{name} {tuple(tensor.shape)} on {tensor.device}: want {shape}, cpu")
-    if words.dtype != torch.int32 or not groups or columns % groups:
-        raise ValueError(f"words of {words.dtype} (int32), {columns} columns in {groups} groups")
+    if words.dtype != torch.int32 or not rows or not groups or columns % groups:
+        raise ValueError(
+            f"{rows} rows, {columns} columns in {groups} groups, words of {words.dtype}: want rows, "
+            "groups that divide the columns, int32"
+        )
 
 
 class Table:
