@@ -270,8 +270,8 @@ def _check(
             raise ValueError(f"{name} {tuple(tensor.shape)} on {tensor.device}: want {shape}, cpu")
     if words.dtype != torch.int32 or not rows or not groups or columns % groups:
         raise ValueError(
-            f"{rows} rows, {columns} columns in {groups} groups, words of {words.dtype}: want rows, "
-            "groups that divide the columns, int32"
+            f"{rows} rows, {columns} columns in {groups} groups, words of {words.dtype}: want at "
+            "least a row, groups that divide the columns, int32"
         )
 
 
