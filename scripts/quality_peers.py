@@ -44,14 +44,18 @@ def hqq(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: str)
     config = BaseQuantizeConfig(nbits=bits, group_size=group, axis=1)
     for layer in base_linears(model).values():
         found = HQQLinear(
-            layer, config, compute_dtype=torch.float32, device=str(layer.weight.device), del_orig=False
+            layer,
+            config,
+            compute_dtype=torch.float32,
+            device=str(layer.weight.device),
+            del_orig=False,
         )
         layer.weight = nn.Parameter(found.dequantize().view_as(layer.weight))
     return bits + 32 / group
 
 
 def quanto(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: str) -> float:
-    """Its groups are the largest of 128, 64 and 32 that divide the width: 64 at 576, 128 at 1536."""
+    """It chooses its groups: the largest of 128, 64 and 32 that divides the width."""
     from optimum.quanto import freeze, qint2, qint4, quantize
 
     quantize(model.base_model, weights={4: qint4, 2: qint2}[bits])
@@ -62,7 +66,7 @@ def quanto(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: s
         found: Any = layer.weight
         stored += 32 * found.numel() / (getattr(found, "_group_size", None) or group)
     count = sum(layer.weight.numel() for layer in layers.values())
-    _densify(model, lambda layer: layer.weight.dequantize())  # type: ignore[operator]
+    _densify(model, lambda layer: layer.weight.dequantize())
     return bits + stored / count
 
 
@@ -71,11 +75,13 @@ def torchao(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: 
 
     dtype = getattr(torch, f"int{bits}")
     quantize_(model.base_model, IntxWeightOnlyConfig(dtype, PerGroup(group)))
-    _densify(model, lambda layer: layer.weight.dequantize())  # type: ignore[operator]
+    _densify(model, lambda layer: layer.weight.dequantize())
     return bits + 16 / group
 
 
-def torchao_inputs(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: str) -> float:
+def torchao_inputs(
+    model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: str
+) -> float:
     """Inputs rounded to 8 bits, one asymmetric step a token; run as torchao's own tensors."""
     from torchao.quantization import quantize_
 
@@ -89,7 +95,7 @@ def torchao_qat(model: PreTrainedModel, bits: int, group: int, ids: Tensor, fold
     from torchao.quantization.qat import QATConfig
 
     quantize_(model.base_model, QATConfig(_torchao_config(bits, group), step="prepare"))
-    model.maqd_bench_config = _torchao_config(bits, group)  # type: ignore[assignment]
+    model.maqd_bench_config = _torchao_config(bits, group)
     return bits + 16 / group
 
 
@@ -98,7 +104,7 @@ def finish_qat(model: PreTrainedModel) -> PreTrainedModel:
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
-    quantize_(model.base_model, QATConfig(model.maqd_bench_config, step="convert"))  # type: ignore[arg-type]
+    quantize_(model.base_model, QATConfig(model.maqd_bench_config, step="convert"))
     return model
 
 
@@ -128,9 +134,9 @@ def gptqmodel(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder
     found.quantize(rows, batch_size=4, backend=BACKEND.TORCH)
     with tempfile.TemporaryDirectory() as place:
         found.save(place)
-        packed: Any = GPTQModel.load(place, device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
+        packed: Any = GPTQModel.load(place, device="cpu", backend=BACKEND.TORCH)
         weights = {
-            name.split("model.", 1)[1]: layer.dequantize_weight().T
+            name.split("model.", 1)[1]: layer.dequantize_weight().T.float()
             for name, layer in packed.model.named_modules()
             if hasattr(layer, "dequantize_weight")
         }
@@ -142,6 +148,7 @@ def auto_round(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folde
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 
+    rows: Any = [{"input_ids": row} for row in ids]
     rounder = AutoRound(
         model,
         AutoTokenizer.from_pretrained(folder),
@@ -152,7 +159,7 @@ def auto_round(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folde
         nsamples=len(ids),
         seqlen=ids.shape[1],
         batch_size=4,
-        dataset=torch.utils.data.DataLoader([{"input_ids": row} for row in ids], batch_size=4),
+        dataset=torch.utils.data.DataLoader(rows, batch_size=4),
         device_map="cpu",
         enable_torch_compile=False,
     )

@@ -28,7 +28,7 @@ ACTIVATION_LEVELS = 255
 
 def _round(x: Tensor) -> Tensor:
     """Nearest whole number; the gradient passes straight through."""
-    return x + (x.round() - x).detach()
+    return x.round().detach() + (x - x.detach())
 
 
 def _scale_gradient(x: Tensor, factor: float) -> Tensor:
@@ -71,7 +71,7 @@ def absmean(weight: Tensor, step: Tensor, levels: int) -> Tensor:
     mean = weight.detach().abs().mean().clamp(min=1e-5)
     center = grid_center(levels)
     rounded = (weight / mean).round().clamp(-center, center) * mean
-    return weight + (rounded - weight).detach()
+    return rounded.detach() + (weight - weight.detach())
 
 
 def absmean_start(weight: Tensor, levels: int) -> Tensor:
