@@ -45,6 +45,7 @@ from transformers import HfArgumentParser, PreTrainedModel, default_data_collato
 
 from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
+from maqd_hf.model_card import write_card
 from maqd_hf.nn.precision import fast_bf16
 from maqd_hf.saving import save_model
 from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments
@@ -127,8 +128,10 @@ def distil(model: PreTrainedModel, task: Task, rate: float, seed: int) -> dict[s
     return {"loss": losses, "bf16": training.bf16}
 
 
-def run_row(row: Row, task: Task, seed: int, rate: float | None) -> dict[str, Any]:
-    """Quantise, train if wanted, measure."""
+def run_row(
+    row: Row, task: Task, seed: int, rate: float | None, base: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Quantise, train if wanted, measure; ``base``: the float model's run, for the card."""
     set_seed(seed)
     began = time.perf_counter()
     model, found = start(row, task)
@@ -139,9 +142,39 @@ def run_row(row: Row, task: Task, seed: int, rate: float | None) -> dict[str, An
     found["seconds"] = round(time.perf_counter() - began)
     found["texts"] = task.measure(model)
     if rate is not None and task.args.models and row.method == "MaQD" and not task.small:
-        pack_model(model)
-        save_model(model, task.args.models / row.name.replace(" ", "_"), task.tokenizer)
+        publish(row, task, model, found, base)
     return found
+
+
+def publish(
+    row: Row, task: Task, model: Any, found: dict[str, Any], base: dict[str, Any] | None
+) -> None:
+    """Pack and keep a trained model in ``--models``, measured once more, with its card."""
+    assert task.args.models is not None
+    name = re.sub(r"[^a-z0-9]+", "-", f"{task.name} {row.name}".lower())
+    folder = task.args.models / name
+    report = pack_model(model)
+    save_model(model, folder / "model", task.tokenizer)
+    evaluations = []
+    for text, values in task.measure(model).items():
+        full = base["texts"][text]["perplexity"] if base else None
+        measured = {"float": full, "packed": values["perplexity"]}
+        evaluations.append({"text": text, "values": measured, "protocol": values["protocol"]})
+    training = {"tokens": task.tokens, "steps": len(found["loss"]), "bf16": found["bf16"]}
+    record = {
+        "model_id": name,
+        "base_model": task.name,
+        "command": f'python scripts/benchmark_quality.py --rows "{row.name}" --models ...',
+        "versions": package_versions(),
+        "evaluations": evaluations,
+        "bits_per_weight": report.bits_per_weight,
+        "packed_bytes": sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors")),
+        "float_bytes": 2 * sum(p.numel() for p in task.teacher.parameters()),
+        "training": {**training, "learning_rate": row.learning_rates[0]},
+        "report": str(report),
+    }
+    (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    write_card(folder)
 
 
 # ------------------------------------------------------------------------------------ all rows
@@ -179,11 +212,13 @@ def nats(run: dict[str, Any]) -> float:
 def run_all_of(row: Row, task: Task, results: Results) -> None:
     """Every learning rate on the first seed, the best of them on the others."""
 
+    base = results.find(task.key(TABLES[task.table][0], 0, None))  # the float model
+
     def once(seed: int, rate: float | None) -> dict[str, Any]:
         key = task.key(row, seed, rate)
         run = results.find(key)
         if run is None:
-            run = {**key, **run_row(row, task, seed, rate)}
+            run = {**key, **run_row(row, task, seed, rate, base)}
             results.runs.append(run)
             results.missing.pop(row.name, None)
             results.write()

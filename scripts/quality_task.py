@@ -118,7 +118,7 @@ class Arguments:
     window: int = field(default=512, metadata={"help": "Tokens of an evaluation window."})
     windows: int = field(default=24, metadata={"help": "Windows of each text."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Table rules."})
-    models: Path | None = field(default=None, metadata={"help": "Keep trained models here."})
+    models: Path | None = field(default=None, metadata={"help": "Keep packed models here."})
 
 
 # ---------------------------------------------------------------------------------------- task

@@ -85,6 +85,19 @@ def test_more_tokens_are_another_run_of_trained_rows_only(job):
     ]
 
 
+def test_a_trained_model_is_kept_with_a_card_of_its_own_numbers(job, tmp_path):
+    script, arguments = job
+    found = script.main(arguments(rows=["float", "MaQD M=4 g64"], models=tmp_path / "models"))
+    (folder,) = (tmp_path / "models").iterdir()
+    record = json.loads((folder / "metrics.json").read_text("utf-8"))
+    for evaluation in record["evaluations"]:
+        float_run, trained = (run["texts"][evaluation["text"]] for run in found.runs)
+        assert evaluation["values"]["float"] == float_run["perplexity"]
+        assert evaluation["values"]["packed"] == pytest.approx(trained["perplexity"], rel=1e-3)
+    card = (folder / "README.md").read_text("utf-8")
+    assert f"{record['evaluations'][1]['values']['packed']:.5g}" in card
+
+
 def test_a_missing_peer_is_named_and_the_others_run(job, monkeypatch, capsys):
     script, arguments = job
     monkeypatch.setitem(sys.modules, "hqq", None)
@@ -242,12 +255,18 @@ def test_a_last_word_counts_when_every_token_is_the_likeliest(load):
     assert found["questions"] == 3 and "acc_norm" not in found
 
 
-# ---------------------------------------------------------------------------------------- plots
+# ------------------------------------------------------------------------------ plots and tables
 
 
-def test_plots_are_drawn_from_what_is_there(load, job, tmp_path, capsys):
+def test_plots_and_table_are_made_from_what_is_there(load, job, tmp_path, capsys, monkeypatch):
     script, arguments = job
-    script.main(arguments(rows=["float", "MaQD M=4 g64", "round*M=4*"]))
+    monkeypatch.setitem(sys.modules, "hqq", None)
+    found = script.main(arguments(rows=["float", "MaQD M=4 g64", "round*M=4*", "HQQ 2 bit"]))
+    table = load("render_readme").quality(json.loads(arguments().results.read_text("utf-8")))
+    for run in found.runs:
+        assert f"| {run['name']} |" in table
+        assert f"{run['texts']['imdb']['perplexity']:,.1f}" in table
+    assert "Did not run: HQQ 2 bit" in table
     written = load("plot_results").main(["--results", str(tmp_path)])
     assert {path.name for path in written} == {"quality.png", "loss.png"}
     assert all(path.stat().st_size > 1000 for path in written)
