@@ -19,6 +19,10 @@ from maqd_hf.data import EMBEDDED, load_text, spread_samples, tokenize_blocks
 from maqd_hf.embedded import SMOLLM2, resolve_model
 from maqd_hf.perplexity import text_perplexity
 
+# Of MaQD's scales (logarithms), in units of the latents' learning rate. On stories260K, M=4, 64
+# steps at 1e-3, the loss after training is 2.356 at 0.1, 2.344 at 1, 2.332 at 3, 2.308 at 10.
+SCALE_RATE = 10.0
+
 # ---------------------------------------------------------------------------------------- rows
 
 
@@ -222,6 +226,7 @@ class Task:
         if learning_rate is not None:
             key |= {"tokens": self.tokens, "batch_size": args.batch_size}
             key |= {"learning_rate": learning_rate, "seed": seed}
+            key["scale_learning_rate"] = SCALE_RATE * learning_rate
         return key
 
 
