@@ -82,7 +82,7 @@ def _llm_rows() -> list[Row]:
 
 
 def _rule_rows() -> list[Row]:
-    rates = (3e-4, 1e-3, 3e-3)
+    rates = (1e-3, 3e-3, 1e-2)
     wanted = {16: ["LSQ"], 4: ["LSQ", "SEQ"], 3: ["LSQ", "SEQ", "BitNet"]}
     rows = [Row("float", "float")]
     for levels, others in wanted.items():
