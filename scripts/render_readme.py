@@ -288,6 +288,29 @@ def _rules(runs: list[dict[str, Any]]) -> str:
     return f"{head}\n\n{table(('', 'learning rate', 'nats', 'seeds'), rows)}"
 
 
+def zero_shot(result: dict[str, Any]) -> str:
+    """Accuracy without examples: rows of scripts/zero_shot.py."""
+    runs = result["runs"]
+    columns = [
+        (run["task"], measure)
+        for run in {run["task"]: run for run in runs}.values()
+        for measure in ("acc", "acc_norm")
+        if measure in run
+    ]
+    rows = []
+    for model in dict.fromkeys(run["model"] for run in runs):
+        found = {run["task"]: run for run in runs if run["model"] == model}
+        cells = [
+            f"{100 * run[measure]:.1f} (± {100 * run[f'{measure}_stderr']:.1f})" if run else ""
+            for task, measure in columns
+            for run in [found.get(task)]
+        ]
+        rows.append((model, *cells))
+    counts = ", ".join(f"{n} of {t}" for t, n in {r["task"]: r["questions"] for r in runs}.items())
+    text = f"Accuracy in per cent and its standard error; questions asked: {counts}."
+    return f"{text}\n\n" + table(("", *(f"{task}, {what}" for task, what in columns)), rows)
+
+
 SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
     ("The main job", "main_job.json", "python scripts/qat_llm.py", main_job),
     (
@@ -296,6 +319,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
         "python scripts/benchmark_quality.py --data-dir ...",
         quality,
     ),
+    ("Zero-shot", "zero_shot.json", "python scripts/zero_shot.py --data-dir ...", zero_shot),
     ("Speed", "speed.json", "python scripts/benchmark_speed.py", speed),
     ("Without training", "ptq-*.json", "python scripts/quantize_ptq.py", post_training),
     ("Static norms", "lbn_experiments.json", "python scripts/lbn_experiments.py", norms),

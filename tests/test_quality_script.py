@@ -255,6 +255,28 @@ def test_a_last_word_counts_when_every_token_is_the_likeliest(load):
     assert found["questions"] == 3 and "acc_norm" not in found
 
 
+def test_answers_are_asked_once_and_make_a_table(load, job, tmp_path):
+    zero_shot, folder = load("zero_shot"), tmp_path / "data" / "zeroshot"
+    folder.mkdir()
+    choices = {"query": ["a", "b"], "choices": [["x", "yy"], ["z", "w"]], "label": [1, 0]}
+    Dataset.from_dict(choices).to_parquet(folder / "piqa_validation.parquet")
+    Dataset.from_dict({"text": ["one two"]}).to_parquet(folder / "lambada_openai_test.parquet")
+    arguments = zero_shot.Arguments(
+        data_dir=tmp_path / "data",
+        model=[str(tmp_path / "float")],
+        task=["piqa", "lambada"],
+        results=tmp_path / "zero_shot.json",
+    )
+    content = zero_shot.main(arguments)
+    assert [(run["task"], run["questions"]) for run in content["runs"]] == [
+        ("piqa", 2),
+        ("lambada", 1),
+    ]
+    assert len(zero_shot.main(arguments)["runs"]) == 2
+    table = load("render_readme").zero_shot(content)
+    assert "| float |" in table and "2 of piqa" in table and "piqa, acc_norm" in table
+
+
 # ------------------------------------------------------------------------------ plots and tables
 
 
