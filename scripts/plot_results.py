@@ -69,7 +69,10 @@ def quality(content: dict[str, Any]) -> Figure | None:
                 label=name,
             )
         panel.set(
-            yscale="log", title=text, xlabel="bits a weight, scales included", ylabel="perplexity"
+            yscale="log",
+            title=text,
+            xlabel="bits a weight, scales included",
+            ylabel=f"perplexity ({MOST_PERPLEXITY:.0f}: or more)",
         )
         panel.grid(alpha=0.3, which="both")
     panels[0][-1].legend(fontsize=8)
