@@ -199,7 +199,8 @@ def train(row: Row, data: Samples, samples: int) -> dict[str, float]:
         optimizer.zero_grad()
         decay.step()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    trained = evaluate(model, data.evaluation, row.batch_size)["loss"]
+    pooled = row.batch_size if row.norm == "batch" else 32  # the others know one sample only
+    trained = evaluate(model, data.evaluation, pooled)["loss"]
     for name, buffer in model.named_buffers():  # evaluating in training mode moved averages
         buffer.copy_(buffers[name])
     model.eval()
