@@ -34,6 +34,8 @@ from .precision import Apply, without_narrowing
 
 Statistics = Literal["token", "gated", "static"]
 
+MOMENTUM_BATCH = 8
+
 
 @dataclass(frozen=True)
 class NormSpec:
@@ -46,7 +48,10 @@ class NormSpec:
         first_token: "own": the first token of a sequence keeps its own statistic; "shared": it
             takes part like any other.
         pooling: "mean" of squares over the sample's tokens, or "geometric" (mean of logs).
-        momentum: weight of a new sample statistic in the running average.
+        momentum: weight of a batch of ``MOMENTUM_BATCH`` samples in the running average. n samples
+            weigh 1 - (1 - momentum) ** (n / MOMENTUM_BATCH): the average spans the same samples at
+            every batch size. (Weighing batches alike, a batch size of 2 averages 40 samples, and a
+            small ViT lost 0.09 nats by static statistics instead of 0.03.)
         absorbed: static only: the scalar lives in the consumers, this module passes x through.
     """
 
@@ -171,7 +176,8 @@ class LayerBatchNorm(nn.Module):
             counts &= counted.flatten(1).any(dim=1)
         samples = counts.sum()
         self.batches_seen += samples > 0
-        momentum = torch.clamp(1 / self.batches_seen.clamp(min=1), min=self.spec.momentum)
+        steady = 1 - (1 - self.spec.momentum) ** (samples / MOMENTUM_BATCH)
+        momentum = torch.maximum(1 / self.batches_seen.clamp(min=1), steady)
         average = torch.where(counts, new, 0).sum() / samples.clamp(min=1)
         self.running_log_ms.lerp_(average.expand(1), momentum * (samples > 0))
 
