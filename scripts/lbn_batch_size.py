@@ -10,6 +10,7 @@ order, 1, 2, 8 or 32 to a step, and evaluates it as it would be used:
 - ``lbn``: every norm, the final one too, is a Layer-Batch Normalization from the first step on, and
   evaluated with its running average: one constant per norm, nothing is reduced;
 - ``lbn, final float``: the same, but the final norm stays per token (the package's default);
+- ``lbn, fixed end``: as ``lbn``, and the last 40 % of the steps train with the constants already;
 - ``batch``: every norm is a Batch Normalization over the tokens of the whole mini-batch.
 
 Equal samples, not equal steps: a step of 32 samples costs as much as 32 steps of one, so that this
@@ -55,7 +56,6 @@ from maqd_hf.data import load_text
 from maqd_hf.probing import looks_like_norm
 
 FAMILIES = ("gpt2", "llama", "bert", "vit")
-NORMS = ("float", "lbn", "lbn, final float", "batch")
 MASK, BLOCK = 256, 128  # the id of a masked byte; bytes to a sample
 
 # ------------------------------------------------------------------------------ models and data
@@ -155,7 +155,7 @@ def set_norms(model: PreTrainedModel, family: str, norm: str) -> None:
             activation_levels=None,
             first_token="own" if family in ("gpt2", "llama") else "shared",
             lbn_pooling="mean",
-            lbn_final_norm=norm == "lbn",
+            lbn_final_norm=norm != "lbn, final float",
         )
         quantize_model(model, config)
         for module in gated_norms(model).values():
@@ -192,7 +192,11 @@ def train(row: Row, data: Samples, samples: int) -> dict[str, float]:
     decay = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     model.train()
     title = f"{row.family}, {row.norm}, {row.batch_size} a step"
-    for chosen in tqdm(order.split(row.batch_size)[:steps], desc=title, leave=False):
+    batches = order.split(row.batch_size)[:steps]
+    for step, chosen in enumerate(tqdm(batches, desc=title, leave=False, disable=None)):
+        if row.norm == "lbn, fixed end" and step == int(0.6 * steps):
+            for norm in gated_norms(model).values():
+                norm.eval()
         model(**{name: rows[chosen] for name, rows in data.train.items()}).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -114,6 +114,7 @@ def batch_sizes(result: list[dict[str, Any]]) -> str:
         "float": "float",
         "lbn": "LBN, every norm static",
         "lbn, final float": "LBN, final norm per token",
+        "lbn, fixed end": "LBN, constants for the last 40 % of the steps",
         "batch": "Batch Normalization",
     }
     sizes = sorted({row["batch_size"] for row in result})

@@ -50,7 +50,7 @@ def test_batch_sizes(load: Any, data: Path, tmp_path: Path, capsys: Any) -> None
     arguments = script.Arguments(
         data_dir=data,
         results=tmp_path / "rows.json",
-        norms=["float", "lbn", "lbn, final float", "batch"],
+        norms=["float", "lbn", "lbn, final float", "lbn, fixed end", "batch"],
         batch_sizes=[4, 1],
         text_samples=4,
         pictures=4,
@@ -58,13 +58,13 @@ def test_batch_sizes(load: Any, data: Path, tmp_path: Path, capsys: Any) -> None
     )
     rows = script.main(arguments)
     assert json.loads(arguments.results.read_text("utf-8")) == rows
-    assert len(rows) == 4 * 4 * 2
+    assert len(rows) == 4 * 5 * 2
     assert {row["family"]: row["steps"] for row in rows if row["batch_size"] == 1} == dict.fromkeys(
         script.FAMILIES, 4
     )
     for row in rows:
         assert 0 < row["loss"] < 400 and ("accuracy" in row) == (row["family"] == "vit")
-        if row["norm"] == "float":
+        if row["norm"] in ("float", "lbn, fixed end"):  # one statistic in training and after
             assert row["trained"] == pytest.approx(row["loss"], rel=1e-4)
     assert "batch" in capsys.readouterr().out
     seconds = [row["seconds"] for row in rows]
