@@ -196,7 +196,7 @@ def train(row: Row, data: Samples, samples: int) -> dict[str, float]:
     for step, chosen in enumerate(tqdm(batches, desc=title, leave=False, disable=None)):
         if row.norm == "lbn, fixed end" and step == int(0.6 * steps):
             for norm in gated_norms(model).values():
-                norm.eval()
+                norm.fixed = True
         model(**{name: rows[chosen] for name, rows in data.train.items()}).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

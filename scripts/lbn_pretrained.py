@@ -8,6 +8,7 @@ float self for the same steps on the same text; only the norms differ:
 
 - ``per token``: no Layer-Batch Normalization, the training to compare with;
 - ``static``: every norm but the final one is static (its gate opens over the first steps);
+- ``static, fixed end``: the same, and the last 60 % of the steps train with the constants already;
 - ``selected``: static are the norms that ``select_static_norms`` admits within ``--tolerance``
   nats before the training, the others stay per token by themselves.
 
@@ -91,7 +92,7 @@ def selected_norms(model: nn.Module, norms: str, data: Any, tolerance: float) ->
     """Names of the norms to open, and, where they were measured, every norm's choice."""
     gated = list(gated_norms(model))
     if norms != "selected":
-        return {"gated": len(gated), "static": gated if norms == "static" else []}
+        return {"gated": len(gated), "static": [] if norms == "per token" else gated}
     chosen: NormSelection = select_static_norms(model, data, tolerance, progress=False)
     print(chosen, flush=True)
     measured = {"cost": chosen.cost, "choices": chosen.to_dict()["choices"]}
@@ -124,6 +125,7 @@ def stories(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
             lr_scheduler_type="cosine",
             warmup_steps=arguments.steps // 20,
             lbn_norms=chosen["static"],
+            lbn_fixed=0.4 if norms == "static, fixed end" else 1.0,
             quantizer_logging_steps=0,
             save_strategy="no",
             report_to="none",
@@ -162,7 +164,7 @@ def smollm2(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
     calibrate(model, sample, progress=False)
     losses["start"] = token_loss(model, held_out)
     chosen = selected_norms(model, norms, sample[:2], arguments.tolerance)
-    if norms == "static":
+    if norms.startswith("static"):
         calibrate_norm_statistics(model, sample[:2])
     for name in chosen["static"]:
         gated_norms(model)[name].gate.fill_(1.0)

@@ -206,6 +206,19 @@ def test_the_running_average_spans_the_same_samples_at_every_batch_size() -> Non
     assert averages == pytest.approx([averages[0]] * 4, rel=1e-5)
 
 
+def test_a_fixed_norm_trains_as_it_evaluates() -> None:
+    norm = norm_of(NormSpec(weight=False))
+    norm(torch.randn(2, 3, 8))
+    before = norm.running_log_ms.clone()
+    norm.fixed = True
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    y = norm(x)
+    assert torch.equal(norm.running_log_ms, before)
+    assert torch.equal(y, norm.eval()(x))
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, torch.exp(-0.5 * before).expand_as(grad))  # a constant
+
+
 def test_eval_observes_nothing_and_reset_forgets() -> None:
     norm = norm_of(RMS)
     norm(torch.randn(2, 3, 8))
