@@ -49,7 +49,7 @@ from maqd_hf import MaQDConfig, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
 from maqd_hf.callbacks import gated_norms
 from maqd_hf.data import load_text, tokenize_blocks
-from maqd_hf.embedded import SMOLLM2, resolve_model
+from maqd_hf.embedded import MINILM, SMOLLM2, resolve_model
 from maqd_hf.sensitivity import NormSelection, calibrate_norm_statistics, select_static_norms
 from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments
 
@@ -65,12 +65,13 @@ class Arguments:
         default=Path("results/lbn_pretrained.json"),
         metadata={"help": "JSON; rows it already holds are not repeated."},
     )
-    tables: list[str] = field(default_factory=lambda: ["stories260K", "minilm-l6", SMOLLM2])
+    tables: list[str] = field(default_factory=lambda: ["stories260K", MINILM, SMOLLM2])
     norms: list[str] = field(default_factory=lambda: ["per token", "static", "selected"])
     seeds: list[int] = field(default_factory=lambda: [0])
     tolerance: float = field(default=0.05, metadata={"help": "Of ``selected``, nats."})
     steps: int = field(default=300, metadata={"help": "Of stories260K: 16 x 256 tokens each."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Of stories260K."})
+    encoder: str = field(default=MINILM, metadata={"help": "Of the table of that name."})
     encoder_steps: int = field(default=120, metadata={"help": "Of MiniLM: 32 texts each."})
     encoder_folder: Path = field(
         default=Path("runs/lbn-minilm"), metadata={"help": "Keeps the float classifier."}
@@ -177,7 +178,14 @@ def smollm2(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
 def minilm(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
     """MiniLM-L6 as a classifier of SST-2, by the stages of ``scripts/qat_encoder.py``."""
     words = ["--dataset", str(arguments.data_dir / "sst2"), "--seed", str(seed)]
-    words += ["--output_dir", str(arguments.encoder_folder), "--calibration_rows", "64"]
+    words += [
+        "--model",
+        arguments.encoder,
+        "--output_dir",
+        str(arguments.encoder_folder),
+        "--calibration_rows",
+        "64",
+    ]
     job, training = encoder_arguments([*words, "--max_steps", str(arguments.encoder_steps)])
     work = Job(job, training)
     set_seed(seed)
@@ -221,7 +229,7 @@ def text_loss(work: Job, model: PreTrainedModel) -> float:
 
 # ------------------------------------------------------------------------------------ the whole
 
-TABLES = {"stories260K": stories, "minilm-l6": minilm, SMOLLM2: smollm2}
+TABLES = {"stories260K": stories, MINILM: minilm, SMOLLM2: smollm2}
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -243,7 +251,7 @@ def main(arguments: Arguments) -> list[dict[str, Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     trained: dict[str, dict[str, Any]] = {
         "stories260K": {"steps": arguments.steps, "learning_rate": arguments.learning_rate},
-        "minilm-l6": {"steps": arguments.encoder_steps},
+        MINILM: {"steps": arguments.encoder_steps},
         SMOLLM2: {"steps": 0},
     }
     wanted = [

@@ -111,6 +111,32 @@ def test_pretrained_norms(
     assert "4 of 4" in load("render_readme").pretrained_norms(list(found.values()))
 
 
+def test_pretrained_encoder(load: Any, tiny_bert: Any, byte_tokenizer: Any, tmp_path: Path) -> None:
+    tiny_bert.bert.save_pretrained(tmp_path / "encoder")
+    byte_tokenizer.save_pretrained(tmp_path / "encoder")
+    (tmp_path / "sst2").mkdir()
+    for split, count in (("train", 64), ("validation", 16)):
+        labels = torch.randint(2, (count,)).tolist()
+        texts = [f"{'ab'[label] * 3} {split} {i}" for i, label in enumerate(labels)]
+        rows = Dataset.from_dict({"text": texts, "label": labels})
+        rows.to_parquet(tmp_path / "sst2" / f"{split}.parquet")
+    script = load("lbn_pretrained")
+    arguments = script.Arguments(
+        data_dir=tmp_path,
+        results=tmp_path / "rows.json",
+        tables=["minilm-l6"],
+        norms=["static", "selected"],
+        tolerance=10.0,
+        encoder=str(tmp_path / "encoder"),
+        encoder_steps=2,
+        encoder_folder=tmp_path / "run",
+    )
+    for row in script.main(arguments):
+        assert len(row["static"]) == row["gated"] == 4
+        assert row["loss"] == pytest.approx(row["trained"], abs=0.02)
+        assert 0 <= row["accuracy"] <= 1
+
+
 def test_static_inference(
     load: Any, tiny_llama: Any, byte_tokenizer: Any, sample_text: str, tmp_path: Path
 ) -> None:
