@@ -119,7 +119,10 @@ def batch_sizes(result: list[dict[str, Any]]) -> str:
     }
     sizes = sorted({row["batch_size"] for row in result})
     rows = []
-    for family, norm in dict.fromkeys((row["family"], row["norm"]) for row in result):
+    families = list(dict.fromkeys(row["family"] for row in result))
+    kinds = {(row["family"], row["norm"]) for row in result}
+    order = [(f, n) for f in families for n in names if (f, n) in kinds]
+    for family, norm in order:
         cells = []
         for size in sizes:
             key = {"family": family, "norm": norm, "batch_size": size}
@@ -151,7 +154,19 @@ def pretrained_norms(result: list[dict[str, Any]]) -> str:
     ]
     header = ("model", "norms", "seed", "static norms", "float", "start", "packed")
     text = "16 weight levels, 8-bit static activations, held-out loss in nats."
-    return f"{text}\n\n" + table(header, rows)
+    parts = [text, table(header, rows)]
+    for row in result:
+        costs = {choice["name"]: choice["alone"] for choice in row.get("choices", [])}
+        if costs:
+            known = {name: cost for name, cost in costs.items() if cost is not None}
+            worst = sorted(known, key=lambda name: -known[name])[:6]
+            listed = ", ".join(f"`{name}` {known[name]:.3f}" for name in worst)
+            cheap = sum(cost <= 0.02 for cost in known.values())
+            parts.append(
+                f"`{row['model']}`, each norm static alone, before training: {cheap} of "
+                f"{len(costs)} cost at most 0.02 nats; the most expensive are {listed}."
+            )
+    return "\n\n".join(parts)
 
 
 def static_inference(result: list[dict[str, Any]]) -> str:
