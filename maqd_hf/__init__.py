@@ -4,6 +4,7 @@ Importing this package registers ``quant_method: "maqd"`` with transformers, so 
 ``from_pretrained`` can load its checkpoints.
 """
 
+from .accounting import inference_cost
 from .config import MaQDConfig
 from .conversion import quantize_model
 from .decoding import use_native
@@ -19,6 +20,7 @@ __all__ = [
     "ConversionReport",
     "MaQDConfig",
     "dequantize_model",
+    "inference_cost",
     "model_size",
     "pack_model",
     "quantize_model",

@@ -39,14 +39,25 @@ class GateSchedule(TrainerCallback):
     earlier training) stays so, and norms that match none of ``norms`` (glob patterns of module
     names; None = all) keep theirs. Not in the paper, which trains from scratch: a pretrained model
     needs the way from one statistic to the other.
+
+    From the fraction ``fixed`` of all steps on (1 = never) the norms train with their running
+    averages, which no longer move (``nn.norm``).
     """
 
     def __init__(
-        self, start: float = 0.0, end: float = 0.4, norms: Sequence[str] | None = None
+        self,
+        start: float = 0.0,
+        end: float = 0.4,
+        norms: Sequence[str] | None = None,
+        fixed: float = 1.0,
     ) -> None:
         if not 0 <= start <= end <= 1:
             raise ValueError(f"the gate opens from {start} to {end}: needs 0 <= start <= end <= 1")
-        self.start, self.end, self.norms = start, end, norms
+        if not end <= fixed <= 1:
+            raise ValueError(
+                f"the statistics are fixed from {fixed} on: needs {end} (the gate is open) to 1"
+            )
+        self.start, self.end, self.norms, self.fixed = start, end, norms, fixed
 
     def gate(self, step: int, steps: int) -> float:
         """Gate after ``step`` of ``steps`` training steps.
@@ -85,8 +96,16 @@ class GateSchedule(TrainerCallback):
 
     def _set(self, state: TrainerState) -> None:
         gate = self.gate(state.global_step, state.max_steps)
+        fixed = self.fixed < 1 and state.global_step >= self.fixed * state.max_steps
         for norm in self._norms:
             norm.gate.clamp_(min=gate)
+            norm.fixed = fixed and bool(norm.batches_seen)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for norm in self._norms:
+            norm.fixed = False
 
 
 class RankAgreement(TrainerCallback):

@@ -43,7 +43,7 @@ class MaQDConfig(QuantizationConfigMixin):
         lbn_final_norm, lbn_qk_norm: include the final norm and the q/k norms; by default they
             stay per token, the final one anchors the scale of the logits.
         lbn_pooling: "mean" of squares, or "geometric" (mean of their logs).
-        lbn_momentum: weight of a new sample statistic in the running average.
+        lbn_momentum: weight of eight new samples in the running average (``NormSpec.momentum``).
         targets: glob patterns of layers to convert (names relative to the base model; outside it
             they start with "/"); None = every Linear of the base model. The embedding and the
             output head follow ``embedding_levels`` instead.

@@ -109,7 +109,7 @@ class MaQDTrainer(Trainer):
             raise ValueError("hidden_distillation needs a teacher: give one, or leave it at 0")
         self.ranks = RankAgreement()
         self.monitor = QuantizerMonitor(args.quantizer_logging_steps)
-        schedule = GateSchedule(args.lbn_start, args.lbn_end, args.lbn_norms)
+        schedule = GateSchedule(args.lbn_start, args.lbn_end, args.lbn_norms, args.lbn_fixed)
         with _passing_for_float(model):
             super().__init__(
                 model=model,

@@ -43,6 +43,13 @@ class MaQDTrainingArguments(TrainingArguments):
     lbn_end: float = field(
         default=0.2, metadata={"help": "Fraction of all steps from which the gate is open (1)."}
     )
+    lbn_fixed: float = field(
+        default=1.0,
+        metadata={
+            "help": "Fraction of all steps from which norms train with their running averages as "
+            "constants; 1: never, 0.6 is a good start for trainings of many steps."
+        },
+    )
     lbn_norms: list[str] | None = field(
         default=None, metadata={"help": "Glob patterns of the norms to open; default: all."}
     )

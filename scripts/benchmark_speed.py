@@ -243,8 +243,9 @@ def compete(
     for process in others:
         process.start()
     times: dict[str, dict[str, list[float]]] = {name: {} for name in pipes}
+    orders = ["prefill", "first", "decode", *([] if busy else ["first of 8", "decode 8"])]
     for turn in range(rounds + 1):
-        for order in ("prefill", "first", "decode", "first of 8", "decode 8"):
+        for order in orders:
             for name, pipe in pipes.items():
                 pipe.send(order)
                 seconds = pipe.recv()

@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +107,104 @@ def training_cost(result: dict[str, Any]) -> str:
     asked = result["arguments"]
     text = f"{asked['model']}, {asked['batch_size']} x {asked['length']} tokens, float32."
     return f"{text}\n\n" + table(("", "median step", "to plain", "peak memory", "to plain"), rows)
+
+
+def batch_sizes(result: list[dict[str, Any]]) -> str:
+    """Static norms at several batch sizes: rows of scripts/lbn_batch_size.py."""
+    names = {
+        "float": "float",
+        "lbn": "LBN, every norm static",
+        "lbn, final float": "LBN, final norm per token",
+        "lbn, fixed end": "LBN, constants for the last 40 % of the steps",
+        "batch": "Batch Normalization",
+    }
+    sizes = sorted({row["batch_size"] for row in result})
+    rows = []
+    families = list(dict.fromkeys(row["family"] for row in result))
+    kinds = {(row["family"], row["norm"]) for row in result}
+    order = [(f, n) for f in families for n in names if (f, n) in kinds]
+    for family, norm in order:
+        cells = []
+        for size in sizes:
+            key = {"family": family, "norm": norm, "batch_size": size}
+            found = [row for row in result if key.items() <= row.items()]
+            losses = [f"{row['loss']:.3f}" for row in found]
+            shares = [f" ({100 * row['accuracy']:.1f} %)" for row in found if "accuracy" in row]
+            pairs = (a + b for a, b in zip(losses, shares or [""] * len(losses), strict=True))
+            cells.append(", ".join(pairs))
+        rows.append((family, names[norm], *cells))
+    samples = {row["family"]: f"{row['family']} {row['samples']:,}" for row in result}
+    text = (
+        f"Small models from scratch, held-out loss in nats, {', '.join(samples.values())} samples; "
+        "each batch size sees the same samples in the same order. LBN is evaluated with constants."
+    )
+    return f"{text}\n\n" + table(("model", "norms", *(f"{size} a step" for size in sizes)), rows)
+
+
+def pretrained_norms(result: list[dict[str, Any]]) -> str:
+    """Static norms in pretrained models: rows of scripts/lbn_pretrained.py."""
+    rows = [
+        (
+            f"`{row['model']}`, {row['steps']} steps",
+            row["norms"] + (f", {row['tolerance']:g} nats" if "tolerance" in row else ""),
+            str(row["seed"]),
+            f"{len(row['static'])} of {row['gated']}",
+            *(f"{row[stage]:.3f}" for stage in ("float", "start", "loss")),
+        )
+        for row in result
+    ]
+    header = ("model", "norms", "seed", "static norms", "float", "start", "packed")
+    text = "16 weight levels, 8-bit static activations, held-out loss in nats."
+    parts = [text, table(header, rows)]
+    for row in result:
+        costs = {choice["name"]: choice["alone"] for choice in row.get("choices", [])}
+        if costs:
+            known = {name: cost for name, cost in costs.items() if cost is not None}
+            worst = sorted(known, key=lambda name: -known[name])[:6]
+            listed = ", ".join(f"`{name}` {known[name]:.3f}" for name in worst)
+            cheap = sum(cost <= 0.02 for cost in known.values())
+            parts.append(
+                f"`{row['model']}`, each norm static alone, before training: {cheap} of "
+                f"{len(costs)} cost at most 0.02 nats; the most expensive are {listed}."
+            )
+    return "\n\n".join(parts)
+
+
+def static_inference(result: list[dict[str, Any]]) -> str:
+    """What is left per token, and blocks in integers: scripts/static_inference.py."""
+    rows: list[tuple[str, ...]] = []
+    lines: list[tuple[str, ...]] = []
+    for model in result:
+        for form, cost in model["costs"].items():
+            left = (f"{cost['left'][name]:,}" for name in model["operations"])
+            rows.append((f"`{model['model']}`", form, *left))
+        blocks = model.get("blocks", [])
+        for stage in [key for key in (blocks or [{}])[0] if isinstance(blocks[0][key], dict)]:
+            codes, differ = (sum(b[stage][key] for b in blocks) for key in ("codes", "differ"))
+            most = max(block[stage]["most"] for block in blocks)
+            lines.append(
+                (
+                    f"`{model['model']}`, {len(blocks)} blocks",
+                    stage,
+                    f"{codes:,}",
+                    f"{100 * differ / codes:.4f} %",
+                    str(most),
+                )
+            )
+    header = (
+        "model",
+        "norms and steps",
+        *(name.replace("_", " ") for name in result[0]["operations"]),
+    )
+    parts = ["Per token, around the matrix products (`maqd_hf.inference_cost`):"]
+    parts.append(table(header, rows))
+    if lines:
+        parts.append(
+            "The feed-forward half of a block in integers alone (`maqd_hf.integer`), its int8 "
+            "codes beside the packed model's:"
+        )
+        parts.append(table(("", "codes", "number", "differ", "by at most"), lines))
+    return "\n\n".join(parts)
 
 
 def encoders(result: list[dict[str, Any]]) -> str:
@@ -278,11 +377,116 @@ def speed(result: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+def quality(result: dict[str, Any]) -> str:
+    """Perplexity at equal bits, peers and other rules: runs of scripts/benchmark_quality.py."""
+    runs = [run for run in result["runs"] if run["table"] == "llm"]
+    base = next(run for run in runs if run["method"] == "float")
+    texts = list(base["texts"])
+    rows = []
+    for run in sorted(runs, key=lambda run: (-run["bits_per_weight"], _perplexities(run))):
+        inputs = run["activations"]
+        cells = [run["name"], f"{run['bits_per_weight']:.2f}"]
+        cells.append(f"{math.log2(inputs + 1):.0f} bit" if inputs else "float")
+        cells.append(f"{run['tokens']:,}" if "loss" in run else "")
+        for text in texts:
+            full, found = (r["texts"][text]["perplexity"] for r in (base, run))
+            cells += [f"{found:,.1f}", "" if run is base else f"{100 * (found / full - 1):+,.1f} %"]
+        rows.append(cells)
+    header = ["", "bits a weight", "inputs", "trained on, tokens"]
+    for text in texts:
+        header += [text, "to float"]
+    trained = [run for run in runs if "loss" in run]
+    parts = [
+        f"`{base['model']}`, embedding and head in float everywhere, the first "
+        f"{base['windows']} windows of {base['window']} tokens of each text. Bits count the scales "
+        "a package stores. Most peers leave the inputs in float, which is easier for them; rows "
+        "with tokens are trained (distillation), the others are not, so compare a trained row with "
+        "its own start values too. M is the number of levels: 16 is 4 bit, 4 is 2 bit, 3 ternary.",
+        table(header, rows),
+    ]
+    if trained:
+        parts.append("![perplexity against bits a weight](results/plots/quality.png)")
+    if result["missing"]:
+        named = "; ".join(f"{name}: {reason}" for name, reason in result["missing"].items())
+        parts.append(f"Did not run: {named}.")
+    small = [run for run in result["runs"] if run["table"] == "rules"]
+    return "\n\n".join([*parts, *([_rules(small)] if small else [])])
+
+
+def _perplexities(run: dict[str, Any]) -> float:
+    return math.prod(text["perplexity"] for text in run["texts"].values())
+
+
+def _rules(runs: list[dict[str, Any]]) -> str:
+    """Each rule with the best of its learning rates: mean and range over the seeds."""
+    (text,) = runs[0]["texts"]
+    rows = []
+    for name in dict.fromkeys(run["name"] for run in runs):
+        mine = [run for run in runs if run["name"] == name]
+        rate = min(mine, key=_perplexities).get("learning_rate")
+        chosen = [run for run in mine if run.get("learning_rate") == rate]
+        found = [run["texts"][text]["nats"] for run in chosen]
+        spread = f"{min(found):.3f} to {max(found):.3f}" if len(found) > 1 else ""
+        rows.append((name, f"{rate:g}" if rate else "", f"{mean(found):.3f}", spread))
+    trained = next(run for run in runs if "tokens" in run)
+    head = (
+        f"`{runs[0]['model']}`, one scale a row (BitNet: a tensor), 8-bit inputs, "
+        f"{trained['tokens']:,} tokens of distillation by the same loop, nats on {text}; each rule "
+        "at the best of three learning rates, mean and range over the seeds. `search` and `gptq` "
+        "say how MaQD's grid starts; the other rules start as their papers do, which is part of "
+        "the difference at so few steps."
+    )
+    return f"{head}\n\n{table(('', 'learning rate', 'nats', 'seeds'), rows)}"
+
+
+def zero_shot(result: dict[str, Any]) -> str:
+    """Accuracy without examples: rows of scripts/zero_shot.py."""
+    runs = result["runs"]
+    columns = [
+        (run["task"], measure)
+        for run in {run["task"]: run for run in runs}.values()
+        for measure in ("acc", "acc_norm")
+        if measure in run
+    ]
+    rows = []
+    for model in dict.fromkeys(run["model"] for run in runs):
+        found = {run["task"]: run for run in runs if run["model"] == model}
+        cells = [
+            f"{100 * run[measure]:.1f} (± {100 * run[f'{measure}_stderr']:.1f})" if run else ""
+            for task, measure in columns
+            for run in [found.get(task)]
+        ]
+        rows.append((model, *cells))
+    counts = ", ".join(f"{n} of {t}" for t, n in {r["task"]: r["questions"] for r in runs}.items())
+    text = f"Accuracy in per cent and its standard error; questions asked: {counts}."
+    return f"{text}\n\n" + table(("", *(f"{task}, {what}" for task, what in columns)), rows)
+
+
 SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
     ("The main job", "main_job.json", "python scripts/qat_llm.py", main_job),
+    (
+        "Quality against the peers",
+        "quality.json",
+        "python scripts/benchmark_quality.py --data-dir ...",
+        quality,
+    ),
+    ("Zero-shot", "zero_shot.json", "python scripts/zero_shot.py --data-dir ...", zero_shot),
     ("Speed", "speed.json", "python scripts/benchmark_speed.py", speed),
     ("Without training", "ptq-*.json", "python scripts/quantize_ptq.py", post_training),
     ("Static norms", "lbn_experiments.json", "python scripts/lbn_experiments.py", norms),
+    ("Batch sizes", "lbn_batch.json", "python scripts/lbn_batch_size.py", batch_sizes),
+    (
+        "Static norms, pretrained",
+        "lbn_pretrained.json",
+        "python scripts/lbn_pretrained.py",
+        pretrained_norms,
+    ),
+    (
+        "What static norms save",
+        "static_inference.json",
+        "python scripts/static_inference.py",
+        static_inference,
+    ),
     ("Encoders", "encoders.json", "python scripts/qat_encoder.py --dataset ...", encoders),
     ("Block by block", "blockwise.json", "python scripts/blockwise_experiments.py", block_wise),
     ("What training costs", "training.json", "python scripts/benchmark_training.py", training_cost),

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from maqd_hf.nn import BatchContext, LayerBatchNorm, NormSpec
+from maqd_hf.nn.norm import MOMENTUM_BATCH
 
 RMS, LAYER = NormSpec(), NormSpec(centered=True, bias=True)
 STATISTICS = ("running_log_ms", "batches_seen", "gate")
@@ -183,12 +184,39 @@ def test_running_average_is_a_mean_at_first_and_exponential_later() -> None:
         x = torch.randn(3, 5, 8) * (batch + 1)
         own = x.square().mean(-1) + norm.eps
         seen.append(own.mean(1).log().mean().item())
-        share = max(1 / (batch + 1), 0.25)
+        share = max(1 / (batch + 1), 1 - (1 - 0.25) ** (3 / MOMENTUM_BATCH))
         expected += share * (seen[-1] - expected)
         norm(x)
         if batch == 3:
             assert norm.running_log_ms.item() == pytest.approx(sum(seen) / 4, rel=1e-5)
     assert norm.running_log_ms.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_running_average_spans_the_same_samples_at_every_batch_size() -> None:
+    samples = torch.randn(1, 5, 8).expand(16, 5, 8)
+    averages = []
+    for size in (1, 2, 8, 16):
+        norm = norm_of(RMS)
+        norm.running_log_ms.fill_(3.0)
+        norm.batches_seen.fill_(10_000)
+        for batch in samples.split(size):
+            norm(batch)
+        averages.append(norm.running_log_ms.item())
+    assert averages[0] < 2.9
+    assert averages == pytest.approx([averages[0]] * 4, rel=1e-5)
+
+
+def test_a_fixed_norm_trains_as_it_evaluates() -> None:
+    norm = norm_of(NormSpec(weight=False))
+    norm(torch.randn(2, 3, 8))
+    before = norm.running_log_ms.clone()
+    norm.fixed = True
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    y = norm(x)
+    assert torch.equal(norm.running_log_ms, before)
+    assert torch.equal(y, norm.eval()(x))
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, torch.exp(-0.5 * before).expand_as(grad))  # a constant
 
 
 def test_eval_observes_nothing_and_reset_forgets() -> None:

@@ -358,6 +358,23 @@ def test_the_gate_is_a_function_of_the_step(qat: LlamaForCausalLM, tmp_path: Pat
     assert watch.gates == pytest.approx([0, 1 / 3, 2 / 3, 1, 1, 1])
 
 
+def test_fixed_statistics_end_the_training(qat: LlamaForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"fixed from 0\.3 on: needs 0\.4"):
+        GateSchedule(0.0, 0.4, fixed=0.3)
+    seen: list[tuple[bool, float]] = []
+    norm = gated_norms(qat)["model.layers.0.input_layernorm"]
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append((norm.fixed, float(norm.running_log_ms)))
+
+    settings: dict[str, Any] = {"lbn_start": 0.0, "lbn_end": 0.5, "lbn_fixed": 0.5}
+    trainer_for(qat, tmp_path, callbacks=[Watch()], **settings).train()
+    assert [fixed for fixed, _ in seen] == [False, False, True, True, True, True]
+    assert len({average for _, average in seen[2:]}) == 1 < len({average for _, average in seen})
+    assert not norm.fixed
+
+
 def test_only_selected_norms_open_and_open_ones_stay(qat: LlamaForCausalLM, tmp_path: Path) -> None:
     norms = gated_norms(qat)
     norms["model.layers.1.input_layernorm"].gate.fill_(0.7)

@@ -14,6 +14,9 @@ Not in the paper, for pretrained models:
 - the first token of a sequence may keep its own statistic (``first_token="own"``): pretrained
   models park a massive activation there (rms 960 against 6 to 30 in SmolLM2-135M). It costs
   nothing in decoding, where no first token occurs;
+- ``fixed`` ends a training with the running averages already, as constants without a gradient: the
+  model adapts to the statistics it will have. From the start this fails; as the last 40 % of the
+  steps it won 0.03 nats and more from scratch (``scripts/lbn_batch_size.py``);
 - ``pooling="geometric"`` averages log statistics, so that one massive token cannot own the mean.
 
 Static norms alone are not new; see FakeLN (arXiv:2409.13710, 2507.02559), TaperNorm (2602.10408),
@@ -34,6 +37,8 @@ from .precision import Apply, without_narrowing
 
 Statistics = Literal["token", "gated", "static"]
 
+MOMENTUM_BATCH = 8
+
 
 @dataclass(frozen=True)
 class NormSpec:
@@ -46,7 +51,9 @@ class NormSpec:
         first_token: "own": the first token of a sequence keeps its own statistic; "shared": it
             takes part like any other.
         pooling: "mean" of squares over the sample's tokens, or "geometric" (mean of logs).
-        momentum: weight of a new sample statistic in the running average.
+        momentum: weight of a batch of ``MOMENTUM_BATCH`` samples in the running average. n samples
+            weigh 1 - (1 - momentum) ** (n / MOMENTUM_BATCH): the average spans the same samples at
+            every batch size.
         absorbed: static only: the scalar lives in the consumers, this module passes x through.
     """
 
@@ -72,7 +79,8 @@ class LayerBatchNorm(nn.Module):
 
     Parameters ``weight`` and ``bias`` are (features,) or None. Buffers, float32 and in every
     checkpoint: ``running_log_ms`` (1,), ``batches_seen`` (1,), ``gate`` (1,). Buffers, because they
-    change in forward and must neither be sharded nor optimised.
+    change in forward and must neither be sharded nor optimised. While ``fixed`` (an attribute, set
+    by a schedule) training uses the running average and does not move it.
 
     >>> norm = LayerBatchNorm(4, NormSpec(weight=False))
     >>> x = torch.randn(2, 3, 4)
@@ -96,6 +104,7 @@ class LayerBatchNorm(nn.Module):
         super().__init__()
         self.features, self.spec, self.eps = features, spec, eps
         self.context = context or BatchContext()
+        self.fixed = False
 
         def affine(wanted: bool) -> nn.Parameter | None:
             empty = torch.empty(features, device=device, dtype=dtype)
@@ -140,7 +149,7 @@ class LayerBatchNorm(nn.Module):
             return normalize(x, token)
         valid, first = self.context.masks_for(x)
         own_first = first if self.spec.first_token == "own" else None
-        if self.training:
+        if self.training and not self.fixed:
             counted = _both(valid, None if own_first is None else ~own_first)
             pooled = pooled_log_ms(token, counted, geometric=self.spec.pooling == "geometric")
             self._observe(pooled, counted)
@@ -171,7 +180,8 @@ class LayerBatchNorm(nn.Module):
             counts &= counted.flatten(1).any(dim=1)
         samples = counts.sum()
         self.batches_seen += samples > 0
-        momentum = torch.clamp(1 / self.batches_seen.clamp(min=1), min=self.spec.momentum)
+        steady = 1 - (1 - self.spec.momentum) ** (samples / MOMENTUM_BATCH)
+        momentum = torch.maximum(1 / self.batches_seen.clamp(min=1), steady)
         average = torch.where(counts, new, 0).sum() / samples.clamp(min=1)
         self.running_log_ms.lerp_(average.expand(1), momentum * (samples > 0))
 

@@ -93,36 +93,49 @@ static void rope(float *x, const float *cosine, const float *sine, int64_t half)
     }
 }
 
-/* Scores of `queries` (a constant) queries; returns each one's largest. */
+/* Products of `queries` (a constant) queries with `wide` blocks of 16 keys, into sum[block][query].
+ * Two blocks at a time, or loading would take longer than multiplying. */
+INLINE void meet(const maqd_attention *a, const float *keys, const int queries, const int wide,
+                 v16 sum[2][4]) {
+    const int64_t d = a->head_dim;
+    for (int w = 0; w < wide; ++w)
+        for (int i = 0; i < 4; ++i) sum[w][i] = (v16){0};
+    if (queries > 1) {
+        for (int64_t j = 0; j < d; ++j)
+            for (int w = 0; w < wide; ++w) {
+                const v16 column = load(keys + (w * d + j) * 16);
+                for (int q = 0; q < queries; ++q) sum[w][q] += column * a->query[q][j];
+            }
+        return;
+    }
+    for (int w = 0; w < wide; ++w, keys += d * 16) { /* four sums do not wait for one another */
+        for (int64_t j = 0; j + 4 <= d; j += 4)
+            for (int i = 0; i < 4; ++i) sum[w][i] += load(keys + (j + i) * 16) * a->query[0][j + i];
+        for (int64_t j = d / 4 * 4; j < d; ++j) sum[w][0] += load(keys + j * 16) * a->query[0][j];
+        sum[w][0] = (sum[w][0] + sum[w][1]) + (sum[w][2] + sum[w][3]);
+    }
+}
+
+/* Weights of `queries` (a constant) queries; returns what each one's sum is divided by, inverted. */
 INLINE void score(const maqd_attention *a, const int queries, float most[4]) {
     int64_t positions = 0;
     for (int q = 0; q < queries; ++q) positions = a->seen[q] > positions ? a->seen[q] : positions;
     const int64_t blocks = (positions + 15) / 16, d = a->head_dim;
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    v16 best[4];
+    v16 best[4], sum[2][4];
     for (int q = 0; q < queries; ++q) best[q] = all(-INFINITY);
     for (int64_t k = 0; k < blocks; ++k) {
-        const float *key = a->keys + k * d * 16;
-        v16 sum[4];
-        for (int i = 0; i < 4; ++i) sum[i] = (v16){0};
-        if (queries == 1) { /* four sums, or every addition would wait for the one before */
-            for (int64_t j = 0; j + 4 <= d; j += 4)
-                for (int i = 0; i < 4; ++i) sum[i] += load(key + (j + i) * 16) * a->query[0][j + i];
-            for (int64_t j = d / 4 * 4; j < d; ++j) sum[0] += load(key + j * 16) * a->query[0][j];
-            sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        } else {
-            for (int64_t j = 0; j < d; ++j) {
-                const v16 column = load(key + j * 16);
-                for (int q = 0; q < queries; ++q) sum[q] += column * a->query[q][j];
-            }
-        }
+        if (k % 2 == 0 && k + 1 < blocks)
+            meet(a, a->keys + k * d * 16, queries, 2, sum);
+        else if (k % 2 == 0)
+            meet(a, a->keys + k * d * 16, queries, 1, sum);
         i16 shown = lane - lane - 1;
         if (a->mask)
             for (int64_t i = 0; i < 16; ++i)
                 shown[i] = k * 16 + i < positions && a->mask[k * 16 + i] ? -1 : 0;
         for (int q = 0; q < queries; ++q) {
             const i16 visible = shown & (lane < (int32_t)(a->seen[q] - k * 16));
-            const v16 s = choose(visible, sum[q] * a->scale, all(-INFINITY));
+            const v16 s = choose(visible, sum[k % 2][q] * a->scale, all(-INFINITY));
             store(a->scores + (q * blocks + k) * 16, s);
             best[q] = choose(s > best[q], s, best[q]);
         }

@@ -1,0 +1,248 @@
+"""What `benchmark_quality` runs: its rows and arguments, a float model and its texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from quality_peers import PEERS
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from maqd_hf.data import EMBEDDED, load_text, spread_samples, tokenize_blocks
+from maqd_hf.embedded import SMOLLM2, resolve_model
+from maqd_hf.perplexity import text_perplexity
+
+# Of MaQD's scales (logarithms), in units of the latents' learning rate. On stories260K, M=4, 64
+# steps at 1e-3, the loss after training is 2.356 at 0.1, 2.344 at 1, 2.332 at 3, 2.308 at 10.
+SCALE_RATE = 10.0
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to quantise.
+
+    Args:
+        method: "float", "MaQD", a rule of ``quality_rules`` or a peer of ``quality_peers``.
+        levels: of the weights.
+        group: inputs that share a scale; None: one scale a row.
+        activations: levels of the inputs, None: float.
+        scaling: of the inputs, "token" or "static".
+        start: MaQD only: "range" (round to nearest, nothing clipped), "search", "gptq".
+        learning_rates: of the distillation, the best one counts; none: not trained.
+    """
+
+    name: str
+    method: str
+    levels: int | None = None
+    group: int | None = 64
+    activations: int | None = None
+    scaling: Literal["token", "static"] = "token"
+    start: Literal["range", "search", "gptq"] = "gptq"
+    learning_rates: tuple[float, ...] = ()
+
+    @property
+    def trained(self) -> bool:
+        return bool(self.learning_rates)
+
+
+def _llm_rows() -> list[Row]:
+    rows = [Row("float", "float")]
+    for levels in (16, 8, 4, 3):
+        rows.append(Row(f"round to nearest M={levels} g64", "MaQD", levels, 64, 255, start="range"))
+        rows.append(Row(f"MaQD start M={levels} g64", "MaQD", levels, 64, 255))
+    rates = {16: 1e-4, 8: 2e-4, 4: 5e-4, 3: 5e-4}
+    for levels in (4, 16, 8, 3):
+        rows.append(
+            Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=(rates[levels],))
+        )
+    rows += [
+        Row("MaQD M=16 a row, static", "MaQD", 16, None, 255, "static", learning_rates=(1e-4,)),
+        Row("MaQD M=16 g64, 4-bit inputs", "MaQD", 16, 64, 15, learning_rates=(1e-4,)),
+        Row("SEQ M=4 a row", "SEQ", 4, None, 255, learning_rates=(5e-4,)),
+        Row("LSQ M=4 a row", "LSQ", 4, None, 255, learning_rates=(5e-4,)),
+        Row("BitNet M=3", "BitNet", 3, None, 255, learning_rates=(5e-4,)),
+    ]
+    for peer, widths in PEERS.items():
+        for bits in widths:
+            rates_of = (rates[2**bits],) if "QAT" in peer else ()
+            inputs = 255 if "8-bit inputs" in peer or "QAT" in peer else None
+            rows.append(
+                Row(f"{peer} {bits} bit", peer, 2**bits, 64, inputs, learning_rates=rates_of)
+            )
+    return rows
+
+
+def _rule_rows() -> list[Row]:
+    rates = (1e-3, 3e-3, 1e-2)
+    wanted = {16: ["LSQ"], 4: ["LSQ", "SEQ"], 3: ["LSQ", "SEQ", "BitNet"]}
+    rows = [Row("float", "float")]
+    for levels, others in wanted.items():
+        rows += [
+            Row(f"{rule} M={levels}", rule, levels, None, 255, learning_rates=rates)
+            for rule in others
+        ]
+        ours = Row(f"MaQD M={levels}", "MaQD", levels, None, 255, learning_rates=rates)
+        rows += [
+            replace(ours, name=f"{ours.name}, search", start="search"),
+            replace(ours, name=f"{ours.name}, gptq"),
+        ]
+    return rows
+
+
+TABLES = {"llm": _llm_rows(), "rules": _rule_rows()}
+
+
+@dataclass
+class Arguments:
+    model: str = field(default=EMBEDDED, metadata={"help": "Id, folder or 'embedded' (SmolLM2)."})
+    data_dir: Path | None = field(default=None, metadata={"help": "See above."})
+    results: Path = field(
+        default=Path("results/quality.json"),
+        metadata={"help": "JSON; runs it already holds are not repeated."},
+    )
+    table: list[str] = field(default_factory=lambda: ["llm"], metadata={"help": "llm, rules."})
+    rows: list[str] = field(
+        default_factory=lambda: ["*"],
+        metadata={"help": "Glob patterns of row names, run in the order of the patterns."},
+    )
+    tokens: int = field(default=65_536, metadata={"help": "Training tokens of a row."})
+    rule_tokens: int = field(default=204_800, metadata={"help": "The same, table rules."})
+    block_size: int = field(default=256, metadata={"help": "Tokens of a training sample."})
+    batch_size: int = field(default=4, metadata={"help": "Samples a step."})
+    samples: int = field(default=32, metadata={"help": "Blocks for calibration."})
+    window: int = field(default=512, metadata={"help": "Tokens of an evaluation window."})
+    windows: int = field(default=24, metadata={"help": "Windows of each text."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Table rules."})
+    models: Path | None = field(default=None, metadata={"help": "Keep packed models here."})
+
+
+# ---------------------------------------------------------------------------------------- task
+
+
+@dataclass
+class Text:
+    """Rows of a text to measure on; ``join`` as in ``text_perplexity``."""
+
+    name: str
+    rows: list[str]
+    join: str | None = "\n\n"
+
+
+class Task:
+    """A float model, blocks of tokens to calibrate and train on, and texts to measure on."""
+
+    def __init__(self, table: str, args: Arguments) -> None:
+        self.table, self.args, self.data = table, args, args.data_dir
+        self.small = table == "rules"
+        self.tokens = args.rule_tokens if self.small else args.tokens
+        self.seeds = args.seeds if self.small else [0]
+        if self.small:
+            assert self.data is not None
+            self.name = "stories260K"
+            folder = str(self.data / "models" / self.name)
+        else:
+            self.name = SMOLLM2 if args.model == EMBEDDED else Path(args.model).name
+            folder = resolve_model(SMOLLM2 if args.model == EMBEDDED else args.model)
+        self.folder = folder
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.train, self.texts = self._texts()
+        parts = [tokenize_blocks(text, self.tokenizer, args.block_size) for text in self.train]
+        # As much of each, or all of it where less is wanted than there is.
+        size = min(map(len, parts))
+        parts = [part.shuffle(seed=0).select(range(size)) for part in parts]
+        self.blocks: Dataset = concatenate_datasets(parts).shuffle(seed=0)
+        self.said: dict[bytes, Tensor] = {}
+        self.started: tuple[Any, PreTrainedModel] | None = None
+
+    def _texts(self) -> tuple[list[Dataset], list[Text]]:
+        if self.small:
+            assert self.data is not None
+            stories = load_text(str(self.data / "tinystories"))
+            held_out = stories.select(range(len(stories) - 200, len(stories)))
+            return [stories.select(range(len(stories) - 200))], [
+                Text("tinystories", held_out["text"], None)
+            ]
+        if self.data is None:
+            return [load_text(EMBEDDED)], [
+                Text("embedded", load_text(EMBEDDED, split="test")["text"])
+            ]
+        wiki = self.data / "wikitext-2"
+        imdb = load_text(str(self.data / "imdb" / "train.parquet")).shuffle(seed=0)
+        return [
+            load_text(str(wiki / "wikitext-2-tokens-validation.parquet"), join=""),
+            load_text(
+                str(self.data / "wiki-sample" / "enwiki-2016-105-articles.parquet"), column="text"
+            ),
+        ], [
+            Text("wikitext", load_text(str(wiki / "wikitext-2-raw-test.parquet"))["text"], ""),
+            Text("imdb", imdb.select(range(min(200, len(imdb))))["text"]),
+        ]
+
+    def calibration_ids(self) -> Tensor:
+        """(samples, tokens) ids."""
+        return spread_samples(self.blocks, self.args.samples)
+
+    def measure(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+        """Sum of losses, tokens and perplexity of each text."""
+        found = {}
+        for text in self.texts:
+            result = text_perplexity(
+                model,
+                self.tokenizer,
+                text.rows,
+                self.args.window,
+                join=text.join,
+                batch_size=4,
+                max_windows=self.args.windows if text.join is not None else None,
+            )
+            found[text.name] = {
+                "perplexity": result.perplexity,
+                "nats": result.nll_sum / result.tokens,
+                "tokens": result.tokens,
+                "protocol": result.protocol,
+            }
+        return found
+
+    def key(self, row: Row, seed: int, learning_rate: float | None) -> dict[str, Any]:
+        """What makes two runs the same run."""
+        settings = asdict(row)
+        del settings["learning_rates"]
+        args = self.args
+        key: dict[str, Any] = {"table": self.table, "model": self.name, **settings}
+        key["data"] = "embedded" if self.data is None else self.data.name
+        key |= {"window": args.window, "windows": args.windows}
+        if row.method != "float":
+            key |= {"block_size": args.block_size, "samples": args.samples}
+        if learning_rate is not None:
+            key |= {"tokens": self.tokens, "batch_size": args.batch_size}
+            key |= {"learning_rate": learning_rate, "seed": seed}
+            key["scale_learning_rate"] = SCALE_RATE * learning_rate
+        return key
+
+
+@contextmanager
+def remembering(teacher: PreTrainedModel, said: dict[bytes, Tensor]) -> Iterator[None]:
+    """Keep what the base model says of a sample: every row trains on the same ones."""
+    forward = teacher.base_model.forward
+
+    def remembered(input_ids: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        keys = [row.numpy(force=True).tobytes() for row in input_ids]
+        if any(key not in said for key in keys):
+            said.update(zip(keys, forward(input_ids=input_ids, **kwargs)[0], strict=True))
+        return BaseModelOutputWithPast(last_hidden_state=torch.stack([said[k] for k in keys]))
+
+    teacher.base_model.forward = remembered
+    try:
+        yield
+    finally:
+        del teacher.base_model.forward

@@ -1,0 +1,163 @@
+"""The scripts that measure Layer-Batch Normalization, on data of a few kilobytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a script by its name; scripts may import each other."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def of(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return of
+
+
+@pytest.fixture
+def data(tmp_path: Path, sample_text: str) -> Path:
+    """A folder of bytes and of 32 x 32 pictures whose brightness is their class."""
+    folder = tmp_path / "data"
+    (folder / "text").mkdir(parents=True)
+    (folder / "text" / "tinyshakespeare.txt").write_text(sample_text[:20_000], "utf-8")
+    labels = torch.randint(10, (40,)).tolist()
+    pictures = [(torch.full((32, 32, 3), 25 * label)).byte().numpy() for label in labels]
+    features = Features({"image": Image(), "label": Value("int64")})
+    (folder / "cifar10").mkdir()
+    rows = Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    rows.to_parquet(folder / "cifar10" / "train.parquet")
+    return folder
+
+
+def test_batch_sizes(load: Any, data: Path, tmp_path: Path, capsys: Any) -> None:
+    script = load("lbn_batch_size")
+    arguments = script.Arguments(
+        data_dir=data,
+        results=tmp_path / "rows.json",
+        norms=["float", "lbn", "lbn, final float", "lbn, fixed end", "batch"],
+        batch_sizes=[4, 1],
+        text_samples=4,
+        pictures=4,
+        held_out_pictures=8,
+    )
+    rows = script.main(arguments)
+    assert json.loads(arguments.results.read_text("utf-8")) == rows
+    assert len(rows) == 4 * 5 * 2
+    assert {row["family"]: row["steps"] for row in rows if row["batch_size"] == 1} == dict.fromkeys(
+        script.FAMILIES, 4
+    )
+    for row in rows:
+        assert 0 < row["loss"] < 400 and ("accuracy" in row) == (row["family"] == "vit")
+        if row["norm"] in ("float", "lbn, fixed end"):  # one statistic in training and after
+            assert row["trained"] == pytest.approx(row["loss"], rel=1e-4)
+    assert "batch" in capsys.readouterr().out
+    seconds = [row["seconds"] for row in rows]
+    assert [row["seconds"] for row in script.main(arguments)] == seconds  # nothing ran again
+    table = load("render_readme").batch_sizes(rows)
+    assert "| vit | Batch Normalization |" in table and "%)" in table
+
+
+def test_every_norm_of_a_family_is_replaced(load: Any) -> None:
+    script = load("lbn_batch_size")
+    for family in script.FAMILIES:
+        model = script.build(family)
+        script.set_norms(model, family, "lbn")
+        gates = [float(norm.gate) for norm in script.gated_norms(model).values()]
+        assert gates == [1.0] * (2 * 3 + 1)
+
+
+def test_pretrained_norms(
+    load: Any, tiny_llama: Any, byte_tokenizer: Any, sample_text: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data" / "models" / "stories260K"
+    tiny_llama.save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    (tmp_path / "data" / "tinystories").mkdir()
+    rows = Dataset.from_dict({"text": [sample_text[:30_000]]})
+    rows.to_parquet(tmp_path / "data" / "tinystories" / "train.parquet")
+    script = load("lbn_pretrained")
+    arguments = script.Arguments(
+        data_dir=tmp_path / "data",
+        results=tmp_path / "rows.json",
+        tables=["stories260K"],
+        steps=2,
+        tolerance=10.0,
+    )
+    found = {row["norms"]: row for row in script.main(arguments)}
+    assert {name: len(row["static"]) for name, row in found.items()} == {
+        "per token": 0,
+        "static": 4,
+        "selected": 4,
+    }
+    assert [choice["name"] for choice in found["selected"]["choices"]] == found["static"]["static"]
+    for row in found.values():
+        assert row["loss"] == pytest.approx(row["trained"], abs=0.02)
+    assert "4 of 4" in load("render_readme").pretrained_norms(list(found.values()))
+
+
+def test_pretrained_encoder(load: Any, tiny_bert: Any, byte_tokenizer: Any, tmp_path: Path) -> None:
+    tiny_bert.bert.save_pretrained(tmp_path / "encoder")
+    byte_tokenizer.save_pretrained(tmp_path / "encoder")
+    (tmp_path / "sst2").mkdir()
+    for split, count in (("train", 64), ("validation", 16)):
+        labels = torch.randint(2, (count,)).tolist()
+        texts = [f"{'ab'[label] * 3} {split} {i}" for i, label in enumerate(labels)]
+        rows = Dataset.from_dict({"text": texts, "label": labels})
+        rows.to_parquet(tmp_path / "sst2" / f"{split}.parquet")
+    script = load("lbn_pretrained")
+    arguments = script.Arguments(
+        data_dir=tmp_path,
+        results=tmp_path / "rows.json",
+        tables=["minilm-l6"],
+        norms=["static", "selected"],
+        tolerance=10.0,
+        encoder=str(tmp_path / "encoder"),
+        encoder_steps=2,
+        encoder_folder=tmp_path / "run",
+    )
+    for row in script.main(arguments):
+        assert len(row["static"]) == row["gated"] == 4
+        assert row["loss"] == pytest.approx(row["trained"], abs=0.02)
+        assert 0 <= row["accuracy"] <= 1
+
+
+def test_static_inference(
+    load: Any, tiny_llama: Any, byte_tokenizer: Any, sample_text: str, tmp_path: Path
+) -> None:
+    tiny_llama.save_pretrained(tmp_path / "llama")
+    byte_tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text(sample_text[:1000], "utf-8")
+    script = load("static_inference")
+    (row,) = script.main(
+        script.Arguments(
+            models=[str(tmp_path / "llama")],
+            text=str(tmp_path / "text.txt"),
+            results=tmp_path / "rows.json",
+            windows=2,
+        )
+    )
+    left = {form: cost["left"]["reductions"] for form, cost in row["costs"].items()}
+    assert left == {"float": 5, "per token": 5 + 14, "static": 1}
+    assert len(row["blocks"]) == 2
+    for block in row["blocks"]:
+        for stage in ("inputs", "hidden, from equal inputs"):
+            assert block[stage]["most"] <= 1
+            assert block[stage]["differ"] < 0.005 * block[stage]["codes"]
+        assert block["output error, from equal hidden"] < 1e-5
+    assert "hidden, from equal inputs" in load("render_readme").static_inference([row])
