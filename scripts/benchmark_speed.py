@@ -11,9 +11,10 @@ SmolLM2-135M (random codes of the same shapes cost the same, so no calibration i
 bfloat16 and llama.cpp. `compiled`: decoding under torch.compile with a static cache. `large`: a
 random Llama of 1 B parameters. `agreement`: what the native decode step and the model's own forward
 write after 50 prompts. All competitors of a table take turns in one run, and medians and ratios are
-printed: the machine may be shared. `--busy N` repeats `models`, with the last thread count and half
-the rounds, beside N processes that compute without end. Tables that are not asked for stay in the
-output as they are. Rivals come with `pip install maqd_hf[bench]`; a missing one is named.
+printed: the machine may be shared. `--busy N` runs the native decode step and llama.cpp once more,
+with the last thread count and half the rounds, beside N processes that compute without end (torch's
+own threads spin there, and are not waited for). Tables that are not asked for stay in the output as
+they are. Rivals come with `pip install maqd_hf[bench]`; a missing one is named.
 """
 
 import copy
@@ -271,14 +272,15 @@ def models(args: Arguments, sources: dict[str, Any], label: str, busy: int) -> l
     rows = []
     for threads in args.threads:
         results = compete(sources, threads, args.rounds, busy)
-        plain = results["transformers bf16"]["tokens_per_second"]
+        plain = results.get("transformers bf16", {}).get("tokens_per_second")
         for name, result in results.items():
             row = {"model": label, "name": name, "threads": threads, "busy": busy, **result}
-            row["to_bf16"] = row["tokens_per_second"] / plain
+            if plain:
+                row["to_bf16"] = row["tokens_per_second"] / plain
             rows.append(row)
             print(
                 f"{label}, {threads} thread(s), {busy} busy  {name:44}"
-                f"{row['tokens_per_second']:>8.1f} tokens/s ({row['to_bf16']:.2f}x bf16) "
+                f"{row['tokens_per_second']:>8.1f} tokens/s ({row.get('to_bf16', 0):.2f}x bf16) "
                 f"{row['prefill_tokens_per_second']:>8.0f} prefill "
                 f"{row['first_token_seconds'] * 1e3:>7.1f} ms to the first token, load "
                 f"{row['load_seconds']:.2f} s, {row['peak_bytes'] / MIB:.0f} MiB"
@@ -410,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if args.plot:
             plot_roofline(report["matrices"], Path(args.plot))
     with tempfile.TemporaryDirectory() as folder:
-        if {"models", "compiled"} & set(args.tables):
+        if {"models", "compiled"} & set(args.tables) or args.busy:
             float_model = str(resolve_model(SMOLLM2))
             config = AutoConfig.from_pretrained(float_model)
             sources = model_sources(Path(folder), config, float_model)
@@ -419,11 +421,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if "models" in args.tables:
             sources |= llama_cpp_sources(Path(folder))
             report["import_seconds"] = import_seconds()
-            rows = models(args, sources, SMOLLM2, 0)
-            keep("models", rows)
-            if args.busy:
-                crowded = replace(args, threads=args.threads[-1:], rounds=max(1, args.rounds // 2))
-                keep("models", rows + models(crowded, sources, SMOLLM2, args.busy))
+            keep("models", models(args, sources, SMOLLM2, 0))
+        if args.busy:
+            sources |= llama_cpp_sources(Path(folder))
+            few = {name: s for name, s in sources.items() if name.startswith("llama.cpp")}
+            few |= {name: s for name, s in sources.items() if name.endswith("head")}
+            crowded = replace(args, threads=args.threads[-1:], rounds=max(1, args.rounds // 2))
+            keep("busy", models(crowded, few, SMOLLM2, args.busy))
         if args.large:
             place = Path(folder) / "large"
             place.mkdir()

@@ -314,7 +314,8 @@ def ceilings(result: dict[str, Any]) -> list[str]:
         f"In the same run {found['threads']} threads read memory at "
         f"{found['bytes_per_second'] / 1e9:.0f} GB/s and multiply 8-bit numbers at "
         f"{found['operations_per_second'] / 2e9:.0f} billion a second. One token at 11008 x 4096 "
-        f"uses of that bandwidth: {', '.join(shares)}.{picture}"
+        f"uses of that bandwidth (above 100 %: weights stay in the cache): {', '.join(shares)}."
+        f"{picture}"
     ]
 
 
@@ -323,7 +324,7 @@ def speed(result: dict[str, Any]) -> str:
     tables = []
     if result["missing_rivals"]:
         tables.append(f"Rivals not installed in this run: {', '.join(result['missing_rivals'])}.")
-    running = [*result.get("models", []), *result.get("large", [])]
+    running = [row for key in ("models", "busy", "large") for row in result.get(key, [])]
     for label, threads, busy in dict.fromkeys(
         (row["model"], row["threads"], row["busy"]) for row in running
     ):
@@ -332,7 +333,7 @@ def speed(result: dict[str, Any]) -> str:
             (
                 row["name"],
                 f"{row['tokens_per_second']:.0f}",
-                f"{row['to_bf16']:.2f}x",
+                f"{row['to_bf16']:.2f}x" if "to_bf16" in row else "",
                 f"{row['batch_tokens_per_second']:.0f}" if "batch_tokens_per_second" in row else "",
                 f"{row['prefill_tokens_per_second']:.0f}",
                 f"{1000 * row['first_token_seconds']:.0f} ms",
@@ -369,7 +370,7 @@ def speed(result: dict[str, Any]) -> str:
         shapes = list(dict.fromkeys((row["rows"], row["columns"]) for row in chosen))
         cells = {(row["name"], (row["rows"], row["columns"])): row["seconds"] for row in chosen}
         rows = [
-            (name, *(f"{1e6 * cells[name, shape]:,.0f}" for shape in shapes))
+            (name, *(f"{1e6 * cells[name, s]:,.0f}" if (name, s) in cells else "" for s in shapes))
             for name in dict.fromkeys(row["name"] for row in chosen)
         ]
         text = f"One matrix, {tokens} token(s), {chosen[0]['threads']} threads, microseconds."

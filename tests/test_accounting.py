@@ -15,7 +15,7 @@ from maqd_hf.accounting import Count
 from maqd_hf.calibration import calibrate_activations
 from maqd_hf.callbacks import gated_norms
 from maqd_hf.decoding import NativeForward
-from maqd_hf.kernels import native
+from maqd_hf.kernels import loader
 from maqd_hf.sensitivity import calibrate_norm_statistics
 
 aten = torch.ops.aten
@@ -122,7 +122,7 @@ def test_it_prints_and_is_json() -> None:
 
 
 def test_the_native_forward_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not native.paths():
+    if not loader.paths():
         return  # a build without a compiler has no native forward
     monkeypatch.delenv("MAQD_KERNEL")
     model = packed("llama-tied")

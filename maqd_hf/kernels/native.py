@@ -73,12 +73,17 @@ STORAGES = {
     "8": Storage(8, 256, 4),
 }
 _TRIT_COLUMNS = 1 << 15  # beyond them a sum of trits might not fit its accumulator
+# Trits save a fifth of the bytes for more arithmetic. Measured on 2 threads, to 2 bit: 0.83 to 1.04
+# of the time where weights come from memory, 1.16 to 1.43 where they stay in the caches.
+_TRITS_FROM = 1 << 26  # weights of a matrix
 
 
-def storage_for(levels: int, columns: int, groups: int) -> Storage | None:
-    """The narrowest storage that covers M levels and these groups, or None."""
+def storage_for(levels: int, rows: int, columns: int, groups: int) -> Storage | None:
+    """The narrowest storage that covers M levels and these groups, or None; trits only for
+    matrices that no cache holds."""
+    trits = groups == 1 and columns <= _TRIT_COLUMNS and rows * columns >= _TRITS_FROM
     for name, storage in STORAGES.items():
-        if levels > storage.levels or (name == "1.6" and (groups > 1 or columns > _TRIT_COLUMNS)):
+        if levels > storage.levels or (name == "1.6" and not trits):
             continue
         if groups == 1 or (columns // groups) % storage.inputs == 0:
             return storage
@@ -87,7 +92,7 @@ def storage_for(levels: int, columns: int, groups: int) -> Storage | None:
 
 def fits(columns: int, groups: int, levels: int) -> bool:
     """Whether the layout covers this shape: groups must consist of whole units."""
-    return storage_for(levels, columns, groups) is not None
+    return storage_for(levels, 1, columns, groups) is not None
 
 
 class NativeWeight:
@@ -119,7 +124,9 @@ class NativeWeight:
         self._lib, self.activation_levels = lib, activation_levels
         _check(words, levels, columns, scale, offset, bias)
         self.rows, self.columns, self.groups = words.shape[0], columns, scale.shape[1]
-        chosen = STORAGES[storage] if storage else storage_for(levels, columns, self.groups)
+        chosen = (
+            STORAGES[storage] if storage else storage_for(levels, self.rows, columns, self.groups)
+        )
         whole = chosen and (self.groups == 1 or columns // self.groups % chosen.inputs == 0)
         if chosen is None or chosen.levels < levels or not whole:
             raise ValueError(
