@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .kernels import loader, native
 from .kernels.decoder import BlockStep, LinearStep, NativeDecoder, NormStep
 from .native_cache import adopt, cache_problem
-from .nn import BatchContext, LayerBatchNorm, PackedEmbedding, PackedLinear
+from .nn import BatchContext, LayerBatchNorm, PackedEmbedding, PackedLinear, Stamp
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +80,7 @@ class NativeForward:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._decoder: NativeDecoder | None = None
-        self._stamp: list[object] = []
+        self._made_of: tuple[list[object], Stamp] | None = None
         self._problem: str | None = None
 
     @property
@@ -92,7 +92,7 @@ class NativeForward:
         return inspect.unwrap(type(self.model).forward).__code__
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decoder": None, "_stamp": []}
+        return {**self.__dict__, "_decoder": None, "_made_of": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.model.training:
@@ -115,12 +115,15 @@ class NativeForward:
         if known and call.tokens == 1 and call.past:
             return self._decoder
         try:
-            stamp = _check_model(self.model)
-            if self._decoder is None or stamp != self._stamp:
-                self._decoder, self._stamp = _build(self.model), stamp
+            parts, tensors = _check_model(self.model)
+            made_of = self._made_of
+            if made_of is None or made_of[0] != parts or not made_of[1].fits(tensors):
+                self._decoder, self._made_of = None, None
+                self._decoder = _build(self.model)
+                self._made_of = parts, Stamp(tensors)
             self._problem = None
         except _UnsupportedError as problem:
-            self._decoder, self._problem = None, str(problem)
+            self._decoder, self._made_of, self._problem = None, None, str(problem)
         return self._decoder
 
 
@@ -222,8 +225,9 @@ class _Call:
 # ----------------------------------------------------------------------------------- the model
 
 
-def _check_model(model: Any) -> list[object]:
-    """A stamp of the model's tensors; ``_UnsupportedError`` where the library does not run it."""
+def _check_model(model: Any) -> tuple[list[object], list[Tensor]]:
+    """What a plan is made of: path and modules, and their tensors; ``_UnsupportedError`` where the
+    library does not run the model."""
     config = model.config
     if loader.chosen_path() is None:
         raise _UnsupportedError("the compiled kernels are missing or switched off")
@@ -238,18 +242,19 @@ def _check_model(model: Any) -> list[object]:
     rotary = model.model.rotary_emb
     if rotary.rope_type not in _ROPE:
         raise _UnsupportedError(f"rotary embedding of type {rotary.rope_type!r}")
-    stamp: list[object] = [loader.chosen_path()]
+    parts: list[object] = [loader.chosen_path()]
+    tensors: list[Tensor] = []
     for name, module in model.named_modules():
         patched = "forward" in module.__dict__ and module is not model
         if patched or "_hf_hook" in module.__dict__ or _hooked(module):
             raise _UnsupportedError(f"{name or 'the model'} has hooks or a forward of its own")
+        parts.append(id(module))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 if tensor.device.type != "cpu":
                     raise _UnsupportedError(f"{name} is on {tensor.device}")
-                version = 0 if tensor.is_inference() else tensor._version
-                stamp += (id(module), tensor.data_ptr(), version)
-    return stamp
+                tensors.append(tensor)
+    return parts, tensors
 
 
 def _hooked(module: nn.Module) -> bool:

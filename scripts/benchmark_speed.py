@@ -418,12 +418,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             sources = model_sources(Path(folder), config, float_model)
         if "compiled" in args.tables:
             keep("compiled", compiled(args, sources))
-        if "models" in args.tables:
+        if "models" in args.tables or args.busy:
             sources |= llama_cpp_sources(Path(folder))
+        if "models" in args.tables:
             report["import_seconds"] = import_seconds()
             keep("models", models(args, sources, SMOLLM2, 0))
         if args.busy:
-            sources |= llama_cpp_sources(Path(folder))
             few = {name: s for name, s in sources.items() if name.startswith("llama.cpp")}
             few |= {name: s for name, s in sources.items() if name.endswith("head")}
             crowded = replace(args, threads=args.threads[-1:], rounds=max(1, args.rounds // 2))

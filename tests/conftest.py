@@ -25,8 +25,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from maqd_hf.kernels import loader
+
 CONTEXT = 128  # positions the tiny models have
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")  # ids 0, 1, 2
+
+
+@pytest.fixture(params=list(loader.paths()))
+def path(request, monkeypatch):
+    """Every path of the compiled library that this machine runs, in turn."""
+    monkeypatch.setenv("MAQD_KERNEL", request.param)
+    return request.param
+
+
+@pytest.fixture
+def best(monkeypatch):
+    """The path a user gets."""
+    monkeypatch.delenv("MAQD_KERNEL")
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,6 @@ import maqd_hf
 from maqd_hf import MaQDConfig, pack_model, quantize_model, use_native
 from maqd_hf.calibration import calibrate_activations
 from maqd_hf.decoding import NativeForward, unsupported
-from maqd_hf.kernels import loader
 from maqd_hf.native_cache import NativeLayer
 from maqd_hf.nn import LayerBatchNorm
 
@@ -74,17 +73,6 @@ FAMILIES = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 32}),
 }
-
-
-@pytest.fixture(params=list(loader.paths()))
-def path(request, monkeypatch):
-    monkeypatch.setenv("MAQD_KERNEL", request.param)
-    return request.param
-
-
-@pytest.fixture
-def best(monkeypatch):
-    monkeypatch.delenv("MAQD_KERNEL")
 
 
 def packed(family="llama", dtype=torch.float32, **settings):

@@ -17,12 +17,6 @@ PATHS = list(loader.paths())
 TOLERANCE = 2e-6  # of the output's norm: float32 sums in another order
 
 
-@pytest.fixture(params=PATHS)
-def path(request, monkeypatch):
-    monkeypatch.setenv("MAQD_KERNEL", request.param)
-    return request.param
-
-
 def packed(columns, rows, weight_levels=16, activation_levels=255, bias=True, **settings):
     spec = LinearSpec(weight_levels, activation_levels, "token", **settings)
     return PackedLinear.from_qat(MaQDLinear.from_linear(nn.Linear(columns, rows, bias), spec))

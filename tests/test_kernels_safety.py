@@ -26,17 +26,6 @@ from maqd_hf.packing import pack_codes
 ROWS, COLUMNS, LEVELS = 24, 64, 16
 
 
-@pytest.fixture(params=list(loader.paths()))
-def path(request, monkeypatch):
-    monkeypatch.setenv("MAQD_KERNEL", request.param)
-    return request.param
-
-
-@pytest.fixture
-def best(monkeypatch):
-    monkeypatch.delenv("MAQD_KERNEL")
-
-
 def layer_of(columns=COLUMNS, rows=ROWS, levels=LEVELS, activations=255, static=False, **settings):
     spec = LinearSpec(levels, activations, "static" if static else "token", **settings)
     layer = MaQDLinear.from_linear(nn.Linear(columns, rows), spec, start="range")

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..functional import grid_center
 from ..packing import unpack_codes
+from .reference import half_a_code
 
 RUN = 32  # consecutive inputs that bytes hold at one bit position
 _CODES = 1 << 22  # codes that are unpacked at a time while repacking
@@ -146,24 +147,11 @@ class GpuWeight:
         self.bias = zeros if bias is None else bias.detach().float()
         self.constant = zeros
         if activation_levels is not None and activation_levels % 2 == 0:
-            self.constant = self._constant(words)
+            self.constant = half_a_code(words, levels, columns, scale, offset)
         self.times, self.plus, self.half = 1, -(levels // 2), levels % 2 == 0
         if self.activation_levels is not None and self.half and levels <= 128:
             self.times, self.plus, self.half = 2, 1 - levels, False
             self.scale = self.scale / 2
-
-    def _constant(self, words: Tensor) -> Tensor:
-        """What half a code more in every input adds."""
-        total = torch.empty_like(self.bias)
-        block = max(1, _CODES // self.columns)
-        for start in range(0, self.rows, block):
-            part = slice(start, start + block)
-            codes = unpack_codes(words[part], self.levels, self.columns).float()
-            units = (codes - grid_center(self.levels)).unflatten(1, (self.groups, -1)).sum(-1)
-            total[part] = (units * self.scale[:, part].t()).sum(1)
-        if self.offset is not None:
-            total = total + self.offset * self.columns
-        return total / 2
 
     def __call__(self, x: Tensor, step: Tensor | None, tiles: Tiles | None = None) -> Tensor:
         """``x`` (..., columns) times the weight -> (..., rows), in ``x``'s dtype.

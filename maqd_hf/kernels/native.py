@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..functional import grid_center
-from ..packing import codes_per_word, unpack_codes, words_per_row
+from ..packing import codes_per_word, words_per_row
 from .loader import arena, library, path_number, pointer
+from .reference import half_a_code
 
 _ROWS = 16  # rows of a block, as in maqd.h
 _PARALLEL = 1 << 17  # multiplications below which a second thread costs more than it brings
@@ -64,6 +65,10 @@ class Storage:
     inputs: int
     planes: int = 1
 
+    def covers(self, levels: int, columns: int, groups: int) -> bool:
+        """Whether M levels and groups of this width fit."""
+        return levels <= self.levels and (groups == 1 or columns // groups % self.inputs == 0)
+
 
 STORAGES = {
     "1.6": Storage(5, 3, 20),  # five base-3 digits a byte
@@ -83,9 +88,7 @@ def storage_for(levels: int, rows: int, columns: int, groups: int) -> Storage | 
     matrices that no cache holds."""
     trits = groups == 1 and columns <= _TRIT_COLUMNS and rows * columns >= _TRITS_FROM
     for name, storage in STORAGES.items():
-        if levels > storage.levels or (name == "1.6" and not trits):
-            continue
-        if groups == 1 or (columns // groups) % storage.inputs == 0:
+        if storage.covers(levels, columns, groups) and (trits or name != "1.6"):
             return storage
     return None
 
@@ -127,8 +130,7 @@ class NativeWeight:
         chosen = (
             STORAGES[storage] if storage else storage_for(levels, self.rows, columns, self.groups)
         )
-        whole = chosen and (self.groups == 1 or columns // self.groups % chosen.inputs == 0)
-        if chosen is None or chosen.levels < levels or not whole:
+        if chosen is None or not chosen.covers(levels, columns, self.groups):
             raise ValueError(
                 f"{levels} levels, {self.groups} groups of {columns // self.groups} inputs: no "
                 f"storage of {storage or 'any kind'} fits; use groups of a multiple of 32"
@@ -160,7 +162,9 @@ class NativeWeight:
         scales[: self.rows] = scale.detach().float()
         self.scale = scales.unflatten(0, (blocks, _ROWS)).transpose(1, 2).contiguous()
         self.offset, self.bias = padded(offset), padded(bias)
-        self.constant = padded(self._constant(words, levels, scale, offset))
+        even = activation_levels is not None and activation_levels % 2 == 0
+        half = half_a_code(words, levels, columns, scale, offset) if even else None
+        self.constant = padded(half)
         tensors = (self.codes, self.scale, self.offset, self.constant, self.bias)
         self.struct = WeightStruct(
             *(pointer(tensor) for tensor in tensors),
@@ -173,22 +177,6 @@ class NativeWeight:
             grid_center(levels),
         )
         self._address = ctypes.addressof(self.struct)
-
-    def _constant(
-        self, words: Tensor, levels: int, scale: Tensor, offset: Tensor | None
-    ) -> Tensor | None:
-        """What half a code more in every input adds: only even activation levels need it."""
-        if self.activation_levels is None or self.activation_levels % 2:
-            return None
-        units = torch.empty(self.rows, self.groups)
-        for start in range(0, self.rows, 4096):
-            codes = unpack_codes(words[start : start + 4096], levels, self.columns).float()
-            sums = codes.unflatten(1, (self.groups, -1)).sum(-1)
-            units[start : start + 4096] = sums - grid_center(levels) * (self.columns // self.groups)
-        total = (units * scale.float()).sum(1)
-        if offset is not None:
-            total = total + offset.float().flatten() * self.columns
-        return total / 2
 
     def __call__(self, x: Tensor, step: Tensor | None) -> Tensor:
         """``x`` (..., columns) times the weight -> (..., rows), in ``x``'s dtype.

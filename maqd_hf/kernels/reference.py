@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..functional import weight_values
+from ..functional import grid_center, weight_values
 from ..packing import unpack_codes
 
 _BLOCK = 1 << 22
@@ -23,6 +23,24 @@ def unpack_weight(
     """
     codes = unpack_codes(words, levels, columns).to(scale.dtype)
     return weight_values(codes, scale, offset, levels)
+
+
+def half_a_code(
+    words: Tensor, levels: int, columns: int, scale: Tensor, offset: Tensor | None
+) -> Tensor:
+    """What half a code more in every input adds to each row (rows,), float32, in units of the
+    activation step: kernels that sum integers leave it out of even activation grids."""
+    scale = scale.detach().float()
+    total = scale.new_empty(len(words))
+    block = max(1, _BLOCK // columns)
+    for start in range(0, len(words), block):
+        part = slice(start, start + block)
+        codes = unpack_codes(words[part], levels, columns).float()
+        units = (codes - grid_center(levels)).unflatten(1, (scale.shape[1], -1)).sum(-1)
+        total[part] = (units * scale[part]).sum(1)
+    if offset is not None:
+        total += offset.detach().float().flatten() * columns
+    return total / 2
 
 
 def packed_linear(

@@ -5,6 +5,7 @@ from .embedding import MaQDEmbedding
 from .linear import ActivationQuantizer, LinearSpec, MaQDLinear, Start
 from .norm import LayerBatchNorm, NormSpec
 from .packed import PackedEmbedding, PackedLinear
+from .stamp import Stamp
 
 __all__ = [
     "ActivationQuantizer",
@@ -17,5 +18,6 @@ __all__ = [
     "NormSpec",
     "PackedEmbedding",
     "PackedLinear",
+    "Stamp",
     "Start",
 ]

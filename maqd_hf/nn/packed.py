@@ -16,35 +16,12 @@ from .context import BatchContext
 from .embedding import MaQDEmbedding
 from .linear import ActivationQuantizer, LinearSpec, MaQDLinear, activation_step
 from .precision import Apply, mark_output_dtype, without_narrowing
+from .stamp import Stamp
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: object = None) -> nn.Parameter:
     empty = torch.empty(shape, dtype=dtype, device=device)  # type: ignore[call-overload]
     return nn.Parameter(empty, requires_grad=False)
-
-
-class _Stamp:
-    """Says whether tensors are still what they were.
-
-    Holds their memory, or a new tensor could take the place of an old one unnoticed. Tensors made
-    under ``torch.inference_mode`` count no changes: those in place are not seen.
-    """
-
-    def __init__(self, *tensors: Tensor | None) -> None:
-        self._kept = [tensor.detach() for tensor in tensors if tensor is not None]
-        self._state = self._of(tensors)
-
-    @staticmethod
-    def _of(tensors: tuple[Tensor | None, ...]) -> list[int]:
-        return [
-            number
-            for tensor in tensors
-            if tensor is not None
-            for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        ]
-
-    def fits(self, *tensors: Tensor | None) -> bool:
-        return self._of(tensors) == self._state
 
 
 def check_calibrated(layer: MaQDLinear, name: str) -> None:
@@ -92,7 +69,7 @@ class PackedLinear(nn.Module):
         )
         self.activation_step = _frozen((1,), floats, device) if spec.static_activations else None
         self.bias = _frozen((out_features,), floats, device) if bias else None
-        self._native: tuple[_Stamp, kernels.NativeWeight] | None = None
+        self._native: tuple[Stamp, kernels.NativeWeight] | None = None
         self._number = kernels.register(self)  # by which compiled graphs find the layer
 
     @classmethod
@@ -141,7 +118,7 @@ class PackedLinear(nn.Module):
         """The weight in the kernel's layout (``GpuWeight`` on a GPU), made again whenever a tensor
         changed."""
         tensors = (self.weight, self.weight_scale, self.weight_offset, self.bias)
-        if self._native is None or not self._native[0].fits(*tensors):
+        if self._native is None or not self._native[0].fits(tensors):
             weight = kernels.weight_type(self.weight.device)(
                 self.weight,
                 self.levels,
@@ -151,7 +128,7 @@ class PackedLinear(nn.Module):
                 self.bias,
                 self.spec.activation_levels,
             )
-            self._native = (_Stamp(*tensors), weight)
+            self._native = (Stamp(tensors), weight)
             kernels.release(self.weight)  # from now on only saving and copying read it
         return self._native[1]
 
@@ -219,7 +196,7 @@ class PackedEmbedding(nn.Module):
         self.weight_scale = _frozen((num_embeddings, 1), torch.float32, device)
         self.weight_offset = _frozen((num_embeddings, 1), torch.float32, device)
         mark_output_dtype(self, output_dtype or torch.float32)
-        self._native: tuple[_Stamp, kernels.Table] | None = None
+        self._native: tuple[Stamp, kernels.Table] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -257,12 +234,12 @@ class PackedEmbedding(nn.Module):
     def native_table(self) -> kernels.Table:
         """The table as the compiled library reads it, made again whenever a tensor changed."""
         tensors = (self.weight, self.weight_scale, self.weight_offset)
-        if self._native is None or not self._native[0].fits(*tensors):
+        if self._native is None or not self._native[0].fits(tensors):
             words, scale, offset = tensors
             table = kernels.Table(
                 words, self.levels, self.embedding_dim, scale, offset, self.output_scale
             )
-            self._native = (_Stamp(*tensors), table)
+            self._native = (Stamp(tensors), table)
         return self._native[1]
 
     def __getstate__(self) -> dict[str, object]:

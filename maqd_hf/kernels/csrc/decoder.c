@@ -56,7 +56,7 @@ typedef struct {
     int private;    /* every thread feeds itself */
     int threads;
     maqd_team *team;
-    int64_t widest; /* input of any layer */
+    int64_t widest, stride; /* input of any layer; padded for any unit */
     feeding *feeding;   /* one for all, or one per thread */
     float *mixed, *out; /* (count, widest): q, k, v or gate; attention, up or down */
     float *added;       /* (count, hidden): what attention adds */
@@ -72,9 +72,10 @@ static void lay_out(state *s, maqd_arena *memory) {
     const maqd_decoder *m = s->model;
     const int64_t n = s->count, heads = m->heads * m->head_dim;
     const int64_t widest = most(m->hidden, most(m->intermediate, heads));
-    const int64_t tile = maqd_tile(s->path, n), stride = widest + 32; /* a unit's padding */
+    const int64_t tile = maqd_tile(s->path, n), stride = widest + 32;
     const int feeders = s->private ? s->threads : 1;
     s->widest = widest;
+    s->stride = stride;
     s->feeding = maqd_cut(memory, feeders * (int64_t)sizeof *s->feeding);
     s->mixed = maqd_cut_floats(memory, n * most(heads + 2 * m->kv_heads * m->head_dim, widest));
     s->out = maqd_cut_floats(memory, n * widest);
@@ -96,7 +97,7 @@ static void lay_out(state *s, maqd_arena *memory) {
 }
 
 static uint8_t *panel_of(const state *s, int thread) {
-    return s->panels + thread * maqd_panel(s->widest + 32);
+    return s->panels + thread * maqd_panel(s->stride);
 }
 
 static int same_input(const linear *a, const linear *b) {
