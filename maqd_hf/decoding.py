@@ -3,69 +3,75 @@
 ``attach_native`` puts a ``NativeForward`` in the place of ``model.forward``. ``generate()`` and its
 logits processors, stopping criteria and streamers are unchanged: they call the model, and the
 model answers from the library whenever model and call are of the kind it knows; everything else
-goes to the model's own ``forward``. Both read the same cache, so that calls may alternate.
+goes to the model's own ``forward``. Both read the same cache, so that calls may alternate. Under
+``torch.compile`` a step on a static cache, once a first call has filled it, is one operator.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .kernels import loader, native
-from .kernels.decoder import BlockStep, LinearStep, NativeDecoder, NormStep
-from .native_cache import adopt, cache_problem
-from .nn import BatchContext, LayerBatchNorm, PackedEmbedding, PackedLinear, Stamp
+from .kernels import loader, ops
+from .kernels.decoder import NativeDecoder
+from .kernels.key_values import FixedKeyValues, KeyValues, KeyValueType
+from .native_cache import NativeStaticLayer, adopt, cache_problem
+from .native_plan import FAMILIES, UnsupportedError, build, check_model
+from .nn import BatchContext, Stamp
 
 logger = logging.get_logger(__name__)
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""``model_type`` of the architectures whose blocks the library runs."""
-
-_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
 _IGNORED = ("cache_position", "use_cache", "return_dict", "logits_to_keep")
 
 
-def attach_native(model: nn.Module) -> None:
+def attach_native(model: nn.Module, kv_cache: KeyValueType = "float32") -> None:
     """Let ``model`` run natively from now on; a model without such a form is left alone."""
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family in FAMILIES and hasattr(model, "lm_head") and loader.chosen_path() is not None:
-        model.forward = NativeForward(model)
+        model.forward = NativeForward(model, kv_cache)
 
 
-def use_native(model: nn.Module, enabled: bool = True) -> None:
+def use_native(
+    model: nn.Module, enabled: bool = True, *, kv_cache: KeyValueType = "float32"
+) -> None:
     """Turn the native decode step of a packed model on or off.
 
-    ``ValueError`` if it is to be turned on for a model the library cannot run; it says why.
+    Args:
+        model: a packed model, as ``from_pretrained`` or ``pack_model`` gives it.
+        enabled: False: the model's own forward from now on.
+        kv_cache: how new caches keep keys and values: "float32", or "int8" with one scale per
+            position and head, in a quarter of the memory. Not in the paper.
+
+    Raises:
+        ValueError: it is to be turned on for a model the library cannot run (it says why), or
+            ``kv_cache`` is neither.
     """
     if not enabled:
         model.__dict__.pop("forward", None)
         return
+    if kv_cache not in get_args(KeyValueType):
+        raise ValueError(f"kv_cache={kv_cache!r}: must be one of {get_args(KeyValueType)}")
     problem = unsupported(model)
     if problem:
         raise ValueError(f"no native decode step for {type(model).__name__}: {problem}")
-    attach_native(model)
+    attach_native(model, kv_cache)
 
 
 def unsupported(model: nn.Module) -> str | None:
     """Why ``model`` has no native decode step, or None."""
     try:
-        _check_model(model)
-    except _UnsupportedError as problem:
+        check_model(model)
+    except UnsupportedError as problem:
         return str(problem)
     return None
-
-
-class _UnsupportedError(Exception):
-    """The reason is the message."""
 
 
 # ------------------------------------------------------------------------------------ the forward
@@ -77,11 +83,14 @@ class NativeForward:
     Copies and pickles with its model; the copy builds its own plan.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, kv_cache: KeyValueType = "float32") -> None:
+        self.model, self.kv_cache = model, kv_cache
+        self.number = ops.register(self)
+        self._names = tuple(_signature(type(model).forward).parameters)
         self._decoder: NativeDecoder | None = None
         self._made_of: tuple[list[object], Stamp] | None = None
         self._problem: str | None = None
+        self._dtype = torch.float32  # of the logits
 
     @property
     def __signature__(self) -> inspect.Signature:  # generate() asks what forward accepts
@@ -94,9 +103,16 @@ class NativeForward:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_decoder": None, "_made_of": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.number = ops.register(self)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.model.training:
+        if torch.is_grad_enabled() or self.model.training:
             return type(self.model).forward(self.model, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            traced = self._traced({**dict(zip(self._names, args, strict=False)), **kwargs})
+            return traced or type(self.model).forward(self.model, *args, **kwargs)
         if args:
             bound = self.__signature__.bind_partial(*args, **kwargs).arguments
             kwargs = {**bound.pop("kwargs", {}), **bound}
@@ -106,7 +122,42 @@ class NativeForward:
         if problem or decoder is None:
             logger.warning_once(f"maqd_hf: the model's own forward runs, not the native: {problem}")
             return type(self.model).forward(self.model, **kwargs)
-        return call.answer(decoder)
+        return call.answer(decoder, self.kv_cache)
+
+    def _traced(self, given: dict[str, Any]) -> CausalLMOutputWithPast | None:
+        """A step as one operator of a graph, or None where a graph needs the model's own forward:
+        the cache is not (yet) the library's, or the call wants more than the last logits."""
+        cache, ids = given.get("past_key_values"), given.get("input_ids")
+        others = {"past_key_values", "input_ids", "position_ids", "attention_mask", *_IGNORED}
+        if (
+            self._decoder is None
+            or self._decoder.head is None
+            or _exporting()
+            or not isinstance(cache, StaticCache)
+            or not isinstance(cache.layers[0], NativeStaticLayer)
+            or not isinstance(ids, Tensor)
+            or given.get("return_dict") is False
+            or (ids.shape[1] > 1 and given.get("logits_to_keep") != 1)
+            or any(given[name] is not None for name in given if name not in others)
+        ):
+            return None
+        positions, mask = given.get("position_ids"), given.get("attention_mask")
+        vocabulary = self._decoder.head.weight.rows
+        store = cache.layers[0].store
+        logits = ops.decode(ids, positions, mask, store, self.number, vocabulary)
+        return CausalLMOutputWithPast(logits=logits.to(self._dtype), past_key_values=cache)
+
+    def step(
+        self, ids: Tensor, positions: Tensor | None, mask: Tensor | None, store: FixedKeyValues
+    ) -> Tensor:
+        """What the operator does: logits (batch, 1, vocabulary) of the last of ``ids``."""
+        given = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+        call = _Call(self.model, {**given, "logits_to_keep": 1}, store.past)
+        decoder = self._decoder_for(call)
+        problem = self._problem or call.problem(decoder)
+        if problem or decoder is None:
+            raise RuntimeError(f"this graph was compiled for the native decode step: {problem}")
+        return call.logits(decoder, store).float()
 
     def _decoder_for(self, call: _Call) -> NativeDecoder | None:
         """The plan, or None where ``_problem`` says why; checked against the model's tensors and
@@ -115,16 +166,24 @@ class NativeForward:
         if known and call.tokens == 1 and call.past:
             return self._decoder
         try:
-            parts, tensors = _check_model(self.model)
+            parts, tensors = check_model(self.model)
             made_of = self._made_of
             if made_of is None or made_of[0] != parts or not made_of[1].fits(tensors):
                 self._decoder, self._made_of = None, None
-                self._decoder = _build(self.model)
+                self._decoder = build(self.model)
                 self._made_of = parts, Stamp(tensors)
+                embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+                self._dtype = embedding(torch.zeros(1, 1, dtype=torch.long)).dtype
             self._problem = None
-        except _UnsupportedError as problem:
+        except UnsupportedError as problem:
             self._decoder, self._made_of, self._problem = None, None, str(problem)
         return self._decoder
+
+
+def _exporting() -> bool:
+    """torch.export: its graph leaves this process, where nobody knows our models."""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
+    return exporting is not None and bool(exporting())
 
 
 @cache
@@ -135,9 +194,9 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 
 
 class _Call:
-    """The arguments of one forward."""
+    """The arguments of one forward; ``past``: earlier positions, where there is no cache to ask."""
 
-    def __init__(self, model: Any, given: dict[str, Any]) -> None:
+    def __init__(self, model: Any, given: dict[str, Any], past: int = 0) -> None:
         rest = dict(given)
         self.model = model
         self.ids: Tensor | None = rest.pop("input_ids", None)
@@ -158,10 +217,11 @@ class _Call:
         source = self.ids if self.ids is not None else self.embeds
         shape: tuple[int, ...] = (0, 0) if source is None else tuple(source.shape)
         self.batch, self.tokens = shape[:2]
-        self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
+        self.past = past if self.cache is None else int(self.cache.get_seq_length())
 
     def problem(self, decoder: NativeDecoder | None) -> str | None:
-        """Why this call is not the library's, or None."""
+        """Why this call is not the library's, or None; a mask of all queries becomes one of
+        positions."""
         if self.rest:
             return f"called with {', '.join(sorted(self.rest))}"
         if self.return_dict is False:
@@ -171,23 +231,34 @@ class _Call:
         device = (self.ids if self.ids is not None else cast(Tensor, self.embeds)).device
         if device.type != "cpu":
             return f"inputs on {device}"
+        positions = self.past + self.tokens
+        if isinstance(self.mask, Tensor) and self.mask.dim() == 4:
+            self.mask = _mask_of_positions(self.mask, self.past, self.tokens)
+            if self.mask is None:
+                return "an attention mask that is not causal"
         if self.mask is not None and (
-            not isinstance(self.mask, Tensor)
-            or self.mask.shape != (self.batch, self.past + self.tokens)
+            not isinstance(self.mask, Tensor) or self.mask.shape != (self.batch, positions)
         ):
             return "an attention mask that is not (batch, positions)"
         if self.cache is not None and decoder is not None:
-            return cache_problem(self.cache, len(decoder.blocks))
+            return cache_problem(self.cache, len(decoder.blocks), self.batch, positions)
         return None
 
-    def answer(self, decoder: NativeDecoder) -> CausalLMOutputWithPast:
+    def answer(self, decoder: NativeDecoder, kv_cache: KeyValueType) -> CausalLMOutputWithPast:
         """What the model's own forward would return."""
         if self.cache is None and self.use_cache:
             self.cache = DynamicCache(config=self.model.config)
         if self.cache is None:
-            store = decoder.store(self.batch)
+            store = decoder.store(self.batch, kv_cache)
         else:
-            store = adopt(self.cache, decoder, self.batch)
+            store = adopt(self.cache, decoder, self.batch, kv_cache)
+        return CausalLMOutputWithPast(
+            logits=self.logits(decoder, store),
+            past_key_values=self.cache if self.use_cache else None,
+        )
+
+    def logits(self, decoder: NativeDecoder, store: KeyValues) -> Tensor:
+        """Of the tokens asked for, (batch, tokens, vocabulary); ``store`` holds theirs after it."""
         embeds = self.embeds
         if embeds is None and decoder.table is None:
             embeds = self.model.get_input_embeddings()(self.ids)
@@ -196,13 +267,14 @@ class _Call:
             mask = None
         first = None
         if self.tokens > 1 or not self.past or mask is not None:
-            context = {"position_ids": self.positions, "past_key_values": self.cache}
             shape = mask if mask is not None else torch.ones(self.batch, self.past + self.tokens)
+            context = {"position_ids": self.positions}
             first = BatchContext.first_tokens(shape.bool(), self.tokens, context)
         positions = self.positions
         if positions is None:
             positions = torch.arange(self.past, self.past + self.tokens).unsqueeze(0)
-        last = decoder.head is not None and type(self.keep) is int and self.keep == 1
+        keep = self.keep if isinstance(self.keep, int) else -1
+        last = decoder.head is not None and (keep == 1 or (self.tokens == 1 and keep == 0))
         found = decoder(
             cast(Tensor, self.ids) if embeds is None else embeds,
             positions.expand(self.batch, -1),
@@ -213,132 +285,24 @@ class _Call:
         )
         dtype = torch.float32 if embeds is None else embeds.dtype
         if last:
-            logits = found.to(dtype)
-        else:
-            part = slice(-self.keep, None) if isinstance(self.keep, int) else self.keep
-            logits = self.model.lm_head(found[:, part].to(dtype))
-        return CausalLMOutputWithPast(
-            logits=logits, past_key_values=self.cache if self.use_cache else None
-        )
+            return found.to(dtype)
+        part = self.keep if isinstance(self.keep, Tensor) else slice(-keep, None)
+        logits: Tensor = self.model.lm_head(found[:, part].to(dtype))
+        return logits
 
 
-# ----------------------------------------------------------------------------------- the model
-
-
-def _check_model(model: Any) -> tuple[list[object], list[Tensor]]:
-    """What a plan is made of: path and modules, and their tensors; ``_UnsupportedError`` where the
-    library does not run the model."""
-    config = model.config
-    if loader.chosen_path() is None:
-        raise _UnsupportedError("the compiled kernels are missing or switched off")
-    if config.model_type not in FAMILIES:
-        raise _UnsupportedError(f"model_type {config.model_type!r} is not one of {FAMILIES}")
-    if config.hidden_act != "silu":
-        raise _UnsupportedError(f"hidden_act={config.hidden_act!r}")
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    if kinds - {"full_attention"} or (window and not kinds and config.model_type == "mistral"):
-        raise _UnsupportedError("sliding-window attention")
-    rotary = model.model.rotary_emb
-    if rotary.rope_type not in _ROPE:
-        raise _UnsupportedError(f"rotary embedding of type {rotary.rope_type!r}")
-    parts: list[object] = [loader.chosen_path()]
-    tensors: list[Tensor] = []
-    for name, module in model.named_modules():
-        patched = "forward" in module.__dict__ and module is not model
-        if patched or "_hf_hook" in module.__dict__ or _hooked(module):
-            raise _UnsupportedError(f"{name or 'the model'} has hooks or a forward of its own")
-        parts.append(id(module))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                if tensor.device.type != "cpu":
-                    raise _UnsupportedError(f"{name} is on {tensor.device}")
-                tensors.append(tensor)
-    return parts, tensors
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Hooks of others, on a module inside the model: the library would pass them by."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(not isinstance(getattr(hook, "__self__", None), BatchContext) for hook in hooks)
-
-
-def _build(model: Any) -> NativeDecoder:
-    config, blocks = model.config, []
-    for index, block in enumerate(model.model.layers):
-        attention, mlp = block.self_attn, block.mlp
-        layers = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "o")}
-        layers |= {name: getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
-        norms = {"input_norm": block.input_layernorm, "post_norm": block.post_attention_layernorm}
-        if hasattr(attention, "q_norm"):
-            norms |= {"query_norm": attention.q_norm, "key_norm": attention.k_norm}
-        where = f"model.layers.{index}"
-        blocks.append(
-            BlockStep(
-                cast(Any, {name: _norm(norm, where) for name, norm in norms.items()}),
-                cast(Any, {name: _linear(layer, where) for name, layer in layers.items()}),
-            )
-        )
-    attention = model.model.layers[0].self_attn
-    rotary = model.model.rotary_emb
-    if len(rotary.inv_freq) * 2 != attention.head_dim or attention.head_dim % 2:
-        raise _UnsupportedError("a rotary embedding of part of a head")
-    return NativeDecoder(
-        blocks,
-        _norm(model.model.norm, "model.norm"),
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=attention.head_dim,
-        attention_scale=attention.scaling,
-        frequencies=rotary.inv_freq,
-        rope_scale=rotary.attention_scaling,
-        table=_table(model.get_input_embeddings()),
-        head=_linear(model.lm_head, "lm_head") if _is_packed(model.lm_head) else None,
-    )
-
-
-def _table(embedding: nn.Module) -> native.Table | None:
-    """The embedding for the library, where its rows need no rounding to a narrower dtype."""
-    if isinstance(embedding, PackedEmbedding) and embedding.output_like.dtype == torch.float32:
-        return embedding.native_table()
-    return None
-
-
-def _is_packed(layer: Any) -> bool:
-    return isinstance(layer, PackedLinear) and native.fits(
-        layer.in_features, layer.weight_scale.shape[1], layer.levels
-    )
-
-
-def _norm(norm: Any, where: str) -> NormStep:
-    if not isinstance(norm, LayerBatchNorm):
-        if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
-            return NormStep(len(norm.weight), norm.variance_epsilon, weight=norm.weight)
-        raise _UnsupportedError(f"{where}: a norm of type {type(norm).__name__}")
-    spec = norm.spec
-    if spec.statistics == "gated":
-        raise _UnsupportedError(f"{where}: a norm in training")
-    static = spec.statistics == "static"
-    log_ms = float(norm.running_log_ms)
-    return NormStep(
-        norm.features,
-        norm.eps,
-        token=not static,
-        constant=1.0 if spec.absorbed or not static else math.exp(-log_ms / 2),
-        first_factor=math.exp(log_ms / 2) if static and spec.absorbed else 1.0,
-        own_first=static and spec.first_token == "own",
-        centered=spec.centered,
-        weight=norm.weight,
-        bias=norm.bias,
-    )
-
-
-def _linear(layer: Any, where: str) -> LinearStep:
-    if not isinstance(layer, PackedLinear):
-        raise _UnsupportedError(f"{where}: a layer of type {type(layer).__name__} is not packed")
-    groups = layer.weight_scale.shape[1]
-    if not native.fits(layer.in_features, groups, layer.levels):
-        raise _UnsupportedError(f"{where}: groups of {layer.in_features // groups} inputs")
-    static = layer.activation_step
-    own_first = static is not None and layer.spec.first_token == "own"
-    return LinearStep(layer.native_weight(), 0.0 if static is None else float(static), own_first)
+def _mask_of_positions(mask: Tensor, past: int, tokens: int) -> Tensor | None:
+    """(batch, past + tokens) bool from a mask (batch, 1, tokens, any number of positions) of every
+    query, bool or to be added to the scores; None unless each sees what the last sees up to it."""
+    if mask.shape[1:3] != (1, tokens) or mask.shape[3] < past + tokens:
+        return None
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    found = seen[:, -1, : past + tokens]
+    if tokens > 1:
+        position = torch.arange(mask.shape[3])
+        causal = position <= torch.arange(past, past + tokens).unsqueeze(1)
+        wanted = causal & seen[:, -1:]
+        queries = found[:, past:, None]  # what padding sees is nobody's concern
+        if not torch.equal(seen & queries, wanted & queries):
+            return None
+    return found

@@ -7,16 +7,13 @@ import threading
 
 import pytest
 import torch
+from decoders import FAMILIES, SIZES, assert_equal, packed
 from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     StaticCache,
 )
 
@@ -26,63 +23,6 @@ from maqd_hf.calibration import calibrate_activations
 from maqd_hf.decoding import NativeForward, unsupported
 from maqd_hf.native_cache import NativeLayer
 from maqd_hf.nn import LayerBatchNorm
-
-TOLERANCE = 1e-5  # of the logits' norm, where no activation code tips over
-SIZES = {
-    "vocab_size": 259,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
-    "odd widths": (
-        LlamaForCausalLM,
-        LlamaConfig,
-        {
-            "hidden_size": 40,
-            "intermediate_size": 75,
-            "num_attention_heads": 5,
-            "head_dim": 8,
-            "num_key_value_heads": 1,
-            "attention_bias": True,
-        },
-    ),
-    "llama3 rope": (
-        LlamaForCausalLM,
-        LlamaConfig,
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-                "rope_theta": 500.0,
-            }
-        },
-    ),
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 32}),
-}
-
-
-def packed(family="llama", dtype=torch.float32, **settings):
-    torch.manual_seed(0)
-    model_class, config_class, extra = FAMILIES[family]
-    model = model_class(config_class(**SIZES | extra)).to(dtype).eval()
-    settings = {"weight_levels": 16, "activation_scaling": "token"} | settings
-    quantize_model(model, MaQDConfig(**settings))
-    pack_model(model)
-    return model
 
 
 def static_norms(model):
@@ -108,14 +48,6 @@ def both(model, *args, **kwargs):
     expected = model(*args, **kwargs)
     use_native(model)
     return got, expected
-
-
-def assert_equal(got, expected, tipped=0.1):
-    """Half of all tokens agree to float32 rounding. Rounding lets an activation code tip over now
-    and then, in one path and not in the other; such a token differs by ``tipped`` at most."""
-    errors = (got.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
-    assert float(errors.median()) < TOLERANCE
-    assert float(errors.max()) < tipped
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -270,8 +202,8 @@ def test_which_models_are_not_supported(best):
 
 def test_what_is_unsupported_is_not_looked_into_at_every_token(best, monkeypatch):
     model, checks = packed(group_size=4), []
-    check = maqd_hf.decoding._check_model
-    monkeypatch.setattr("maqd_hf.decoding._check_model", lambda m: checks.append(m) or check(m))
+    check = maqd_hf.decoding.check_model
+    monkeypatch.setattr("maqd_hf.decoding.check_model", lambda m: checks.append(m) or check(m))
     model.generate(torch.randint(3, 250, (1, 4)), max_new_tokens=6, do_sample=False)
     assert len(checks) == 1
 

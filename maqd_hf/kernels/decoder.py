@@ -1,7 +1,7 @@
 """All blocks of a pre-norm decoder in one call of the compiled library (``csrc/decoder.c``).
 
-Here are the C structures, the key/value store both sides read, and the call. Which models have this
-shape is said by ``maqd_hf.decoding``.
+Here are the C structures and the call; the keys and values both sides read are in ``key_values``.
+Which models have this shape is said by ``maqd_hf.decoding``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .key_values import KeyValues, KeyValueType
 from .loader import library, path_number, pointer
 from .native import NativeWeight, Table, TableStruct, WeightStruct
 
-_BLOCK = 16  # positions that keys are stored by
 MAX_TOKENS = 512  # of a call: scratch memory grows with them
 
 
@@ -73,7 +73,18 @@ class _Call(ctypes.Structure):
         ),
         *(
             (name, ctypes.c_void_p)
-            for name in ("hidden", "ids", "logits", "positions", "first", "mask", "keys", "values")
+            for name in (
+                "hidden",
+                "ids",
+                "logits",
+                "positions",
+                "first",
+                "mask",
+                "keys",
+                "values",
+                "key_scales",
+                "value_scales",
+            )
         ),
     ]
 
@@ -142,58 +153,6 @@ class BlockStep:
     linears: dict[Literal["q", "k", "v", "o", "gate", "up", "down"], LinearStep]
 
 
-class KeyValues:
-    """Keys and values of all blocks, in the library's layout, with room to grow.
-
-    ``keys`` (blocks, batch, kv_heads, capacity / 16, head_dim, 16) lets one query meet 16 keys per
-    multiplication; ``values`` (blocks, batch, kv_heads, capacity, head_dim rounded up to 16).
-    ``lengths``: positions filled, one number a block.
-    """
-
-    def __init__(self, blocks: int, batch: int, kv_heads: int, head_dim: int) -> None:
-        self.head_dim, self.capacity = head_dim, 0
-        self.lengths = [0] * blocks
-        width = -(-head_dim // 16) * 16
-        self.keys = torch.empty(blocks, batch, kv_heads, 0, head_dim, _BLOCK)
-        self.values = torch.empty(blocks, batch, kv_heads, 0, width)
-
-    @property
-    def batch(self) -> int:
-        return self.keys.shape[1]
-
-    def reserve(self, positions: int) -> None:
-        """Make room for this many positions; doubles, so that growing stays cheap."""
-        if positions <= self.capacity:
-            return
-        capacity = max(positions, 2 * self.capacity, 64)
-        blocks = -(-capacity // _BLOCK)
-        keys = self.keys.new_empty(*self.keys.shape[:3], blocks, *self.keys.shape[4:])
-        values = self.values.new_zeros(
-            *self.values.shape[:3], blocks * _BLOCK, self.values.shape[4]
-        )
-        keys[:, :, :, : self.keys.shape[3]] = self.keys
-        values[:, :, :, : self.capacity] = self.values
-        self.keys, self.values, self.capacity = keys, values, blocks * _BLOCK
-
-    def read(self, block: int) -> tuple[Tensor, Tensor]:
-        """(keys, values) of a block, each (batch, kv_heads, length, head_dim)."""
-        length = self.lengths[block]
-        keys = self.keys[block].transpose(-1, -2).flatten(2, 3)[:, :, :length]
-        return keys, self.values[block, :, :, :length, : self.head_dim]
-
-    def write(self, block: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values (batch, kv_heads, positions, head_dim) at ``start``."""
-        stop = start + keys.shape[2]
-        self.reserve(stop)
-        position = torch.arange(start, stop)
-        # indices around a slice: the indexed dimension comes first
-        self.keys[block, :, :, position // _BLOCK, :, position % _BLOCK] = (
-            keys.detach().float().permute(2, 0, 1, 3)
-        )
-        self.values[block, :, :, start:stop, : self.head_dim] = values.detach().float()
-        self.lengths[block] = stop
-
-
 @dataclass
 class NativeDecoder:
     """The blocks and the final norm of a model, ready to be called.
@@ -248,9 +207,9 @@ class NativeDecoder:
         if self.head:
             yield self.head
 
-    def store(self, batch: int) -> KeyValues:
+    def store(self, batch: int, kind: KeyValueType = "float32") -> KeyValues:
         """An empty key/value store for this model."""
-        return KeyValues(len(self.blocks), batch, self.kv_heads, self.head_dim)
+        return KeyValues(len(self.blocks), batch, self.kv_heads, self.head_dim, kind)
 
     def __call__(
         self,
@@ -291,7 +250,7 @@ class NativeDecoder:
         first, mask = (None if t is None else t.bool().contiguous() for t in (first, mask))
         step = max(1, MAX_TOKENS // max(batch, 1))
         if tokens <= step:
-            self._run(inputs, out, last, positions, store, first, mask)
+            self._run(inputs, out, last, positions, store, past, first, mask)
             return out if last is None else last
         for start in range(0, tokens, step):
             part = slice(start, start + step)
@@ -301,7 +260,7 @@ class NativeDecoder:
             some_positions = positions[:, part].contiguous()
             given = piece if inputs is out else inputs[:, part].contiguous()
             final = last if start + step >= tokens else None
-            self._run(given, piece, final, some_positions, store, some_first, seen)
+            self._run(given, piece, final, some_positions, store, past + start, some_first, seen)
             out[:, part] = piece
         return out if last is None else last
 
@@ -315,7 +274,7 @@ class NativeDecoder:
     ) -> int:
         """The number of earlier positions; ``ValueError`` unless all shapes fit together."""
         batch, tokens = inputs.shape[:2]
-        past = store.lengths[0]
+        past = store.past
         known = self.table is not None if inputs.dim() == 2 else inputs.shape[2:] == (self.hidden,)
         if not known or store.batch != batch or positions.shape != (batch, tokens):
             raise ValueError(
@@ -326,13 +285,11 @@ class NativeDecoder:
             if given is not None and given.shape != (batch, columns):
                 raise ValueError(f"{name} {tuple(given.shape)}: must be ({batch}, {columns})")
         wanted = (len(self.blocks), batch, self.kv_heads)
-        if store.keys.shape[:3] != wanted or store.head_dim != self.head_dim:
+        if store.shape != wanted or store.head_dim != self.head_dim:
             raise ValueError(
-                f"a store for (blocks, batch, kv_heads) {tuple(store.keys.shape[:3])} and heads of "
+                f"a store for (blocks, batch, kv_heads) {store.shape} and heads of "
                 f"{store.head_dim}: this model wants {wanted} and {self.head_dim}"
             )
-        if any(length != past for length in store.lengths):
-            raise ValueError(f"blocks hold different numbers of positions: {store.lengths}")
         return past
 
     def _run(
@@ -342,13 +299,13 @@ class NativeDecoder:
         logits: Tensor | None,
         positions: Tensor,
         store: KeyValues,
+        past: int,
         first: Tensor | None,
         mask: Tensor | None,
     ) -> None:
         batch, tokens = positions.shape
         if not batch or not tokens:
             return
-        past = store.lengths[0]
         store.reserve(past + tokens)
         call = _Call(
             batch,
@@ -364,6 +321,7 @@ class NativeDecoder:
             pointer(mask),
             store.keys.data_ptr(),
             store.values.data_ptr(),
+            *((pointer(None),) * 2 if store.scales is None else map(pointer, store.scales)),
         )
         lib = library()
         assert lib is not None
@@ -372,4 +330,4 @@ class NativeDecoder:
         )
         if failed:
             raise MemoryError(f"no scratch memory for {batch} x {tokens} tokens")
-        store.lengths = [past + tokens] * len(store.lengths)
+        store.fill(past + tokens)

@@ -39,8 +39,10 @@ typedef struct {
     const int64_t *positions; /* (batch, tokens) */
     const uint8_t *first;     /* (batch, tokens) or NULL: 1 on a sequence's first token */
     const uint8_t *mask;      /* (batch, past + tokens) or NULL: 0 hides a position */
-    float *keys;              /* (blocks, batch, kv_heads, capacity / 16, head_dim, 16) */
-    float *values;            /* (blocks, batch, kv_heads, capacity, value_stride) */
+    void *keys;               /* (blocks, batch, kv_heads, capacity / 16, head_dim, 16) */
+    void *values;             /* (blocks, batch, kv_heads, capacity, value_stride) */
+    float *key_scales, *value_scales; /* (blocks, batch, kv_heads, capacity): keys and values are
+                                         bytes; or NULL: they are floats */
 } maqd_call;
 
 typedef struct {
@@ -155,15 +157,38 @@ static void multiply(const state *s, int thread, const linear *const *layers, in
     }
 }
 
-static float *keys_of(const state *s, int64_t layer, int64_t sequence, int64_t head) {
-    const maqd_decoder *m = s->model;
-    const int64_t index = (layer * s->call->batch + sequence) * m->kv_heads + head;
-    return s->call->keys + index * s->call->capacity * m->head_dim;
+/* Where the keys and values of one head begin. */
+typedef struct {
+    char *keys, *values;
+    float *key_scales, *value_scales;
+} memory_of_head;
+
+static memory_of_head remember(const state *s, int64_t layer, int64_t sequence, int64_t head) {
+    const maqd_call *c = s->call;
+    const int64_t index = (layer * c->batch + sequence) * s->model->kv_heads + head;
+    const int64_t at = index * c->capacity, size = c->key_scales ? 1 : sizeof(float);
+    memory_of_head m = {(char *)c->keys + at * s->model->head_dim * size,
+                        (char *)c->values + at * c->value_stride * size, NULL, NULL};
+    if (c->key_scales) {
+        m.key_scales = c->key_scales + at;
+        m.value_scales = c->value_scales + at;
+    }
+    return m;
 }
 
-static float *values_of(const state *s, int64_t layer, int64_t sequence, int64_t head) {
-    const int64_t index = (layer * s->call->batch + sequence) * s->model->kv_heads + head;
-    return s->call->values + index * s->call->capacity * s->call->value_stride;
+/* Stores one position's key and value. */
+static void keep(const state *s, const memory_of_head *m, int64_t at, const float *key,
+                 const float *value) {
+    const int64_t d = s->model->head_dim, k0 = at / 16 * 16 * d + at % 16;
+    const int64_t v0 = at * s->call->value_stride;
+    if (m->key_scales) {
+        m->key_scales[at] = s->path->keep(key, d, (int8_t *)m->keys + k0, 16);
+        m->value_scales[at] = s->path->keep(value, d, (int8_t *)m->values + v0, 1);
+        return;
+    }
+    float *keys = (float *)m->keys + k0;
+    for (int64_t k = 0; k < d; ++k) keys[k * 16] = key[k];
+    memcpy((float *)m->values + v0, value, (size_t)d * sizeof *value);
 }
 
 /* Normalise and rotate queries and keys, and store keys and values. */
@@ -181,12 +206,9 @@ static void rotate(const state *s, int64_t layer, int thread) {
         if (norm->features) s->path->norm(norm, first, x, x);
         s->path->rope(x, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
         if (head < m->heads) continue;
-        const int64_t kv = head - m->heads, sequence = t / s->call->tokens;
-        const int64_t at = s->call->past + t % s->call->tokens;
-        float *key = keys_of(s, layer, sequence, kv) + at / 16 * 16 * d + at % 16;
-        for (int64_t k = 0; k < d; ++k) key[k * 16] = x[k];
-        memcpy(values_of(s, layer, sequence, kv) + at * s->call->value_stride,
-               x + m->kv_heads * d, (size_t)d * sizeof *x);
+        const memory_of_head memory =
+            remember(s, layer, t / s->call->tokens, head - m->heads);
+        keep(s, &memory, s->call->past + t % s->call->tokens, x, x + m->kv_heads * d);
     }
 }
 
@@ -199,10 +221,13 @@ static void attend(const state *s, int64_t layer, int thread) {
     for (int64_t i = thread; i < c->batch * m->heads * tiles; i += s->threads) {
         const int64_t tile = i / (c->batch * m->heads), rest = i % (c->batch * m->heads);
         const int64_t sequence = rest / m->heads, head = rest % m->heads;
-        const int64_t kv = head / (m->heads / m->kv_heads);
+        const memory_of_head memory =
+            remember(s, layer, sequence, head / (m->heads / m->kv_heads));
         maqd_attention a = {.queries = (int)(c->tokens - 4 * tile < 4 ? c->tokens - 4 * tile : 4),
-                            .keys = keys_of(s, layer, sequence, kv),
-                            .values = values_of(s, layer, sequence, kv),
+                            .keys = memory.keys,
+                            .values = memory.values,
+                            .key_scales = memory.key_scales,
+                            .value_scales = memory.value_scales,
                             .mask = c->mask ? c->mask + sequence * (c->past + c->tokens) : NULL,
                             .head_dim = d,
                             .value_stride = c->value_stride,

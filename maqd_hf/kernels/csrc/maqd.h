@@ -87,14 +87,16 @@ typedef struct {
 } maqd_norm;
 
 /* Keys are kept in blocks of 16 positions, (kv heads, positions / 16, head_dim, 16): a query then
- * meets 16 keys per multiplication. Values are (kv heads, positions, value_stride). */
+ * meets 16 keys per multiplication. Values are (kv heads, positions, value_stride). Both are floats
+ * or, with scales (kv heads, positions), bytes in units of their position's scale. */
 typedef struct {
     const float *query[4]; /* up to 4 queries of one kv head */
     int64_t seen[4];       /* positions each of them may see */
     float *out[4];
     int queries;
-    const float *keys, *values;
-    const uint8_t *mask; /* (positions) or NULL: 0 hides */
+    const void *keys, *values;
+    const float *key_scales, *value_scales; /* NULL: keys and values are floats */
+    const uint8_t *mask;                    /* (positions) or NULL: 0 hides */
     int64_t head_dim, value_stride;
     float scale;
     float *scores; /* scratch: 4 * (seen rounded up to 16) */
@@ -120,6 +122,9 @@ typedef struct {
     void (*rope)(float *x, const float *cosine, const float *sine, int64_t half);
     void (*attend)(const maqd_attention *a);
     void (*swiglu)(float *gate, const float *up, int64_t count);
+    /* x in 255 steps of the largest magnitude: bytes `every` bytes apart; returns the scale. NaN
+     * becomes the least byte, infinity clips at the largest float. */
+    float (*keep)(const float *x, int64_t count, int8_t *bytes, int64_t every);
 } maqd_path;
 
 extern HIDDEN const maqd_path maqd_path_portable, maqd_path_avx2, maqd_path_vnni;

@@ -93,49 +93,62 @@ static void rope(float *x, const float *cosine, const float *sine, int64_t half)
     }
 }
 
-/* Products of `queries` (a constant) queries with `wide` blocks of 16 keys, into sum[block][query].
- * Two blocks at a time, or loading would take longer than multiplying. */
-INLINE void meet(const maqd_attention *a, const float *keys, const int queries, const int wide,
-                 v16 sum[2][4]) {
+/* 16 keys or values, `at` elements on; `bytes` (a constant): stored as bytes. */
+INLINE v16 stored(const void *from, int64_t at, const int bytes) {
+    if (!bytes) return load((const float *)from + at);
+    bytes16 v;
+    memcpy(&v, (const int8_t *)from + at, sizeof v);
+    return __builtin_convertvector(v, v16);
+}
+
+/* Products of `queries` (a constant) queries with `wide` blocks of 16 keys from position `start`
+ * on, into sum[block][query]. Two blocks at a time, or loading would take longer than multiplying.
+ */
+INLINE void meet(const maqd_attention *a, int64_t start, const int queries, const int wide,
+                 const int bytes, v16 sum[2][4]) {
     const int64_t d = a->head_dim;
+    int64_t at = start * d;
     for (int w = 0; w < wide; ++w)
         for (int i = 0; i < 4; ++i) sum[w][i] = (v16){0};
     if (queries > 1) {
         for (int64_t j = 0; j < d; ++j)
             for (int w = 0; w < wide; ++w) {
-                const v16 column = load(keys + (w * d + j) * 16);
+                const v16 column = stored(a->keys, at + (w * d + j) * 16, bytes);
                 for (int q = 0; q < queries; ++q) sum[w][q] += column * a->query[q][j];
             }
         return;
     }
-    for (int w = 0; w < wide; ++w, keys += d * 16) { /* four sums do not wait for one another */
+    for (int w = 0; w < wide; ++w, at += d * 16) { /* four sums do not wait for one another */
         for (int64_t j = 0; j + 4 <= d; j += 4)
-            for (int i = 0; i < 4; ++i) sum[w][i] += load(keys + (j + i) * 16) * a->query[0][j + i];
-        for (int64_t j = d / 4 * 4; j < d; ++j) sum[w][0] += load(keys + j * 16) * a->query[0][j];
+            for (int i = 0; i < 4; ++i)
+                sum[w][i] += stored(a->keys, at + (j + i) * 16, bytes) * a->query[0][j + i];
+        for (int64_t j = d / 4 * 4; j < d; ++j)
+            sum[w][0] += stored(a->keys, at + j * 16, bytes) * a->query[0][j];
         sum[w][0] = (sum[w][0] + sum[w][1]) + (sum[w][2] + sum[w][3]);
     }
 }
 
 /* Weights of `queries` (a constant) queries; returns what each one's sum is divided by, inverted. */
-INLINE void score(const maqd_attention *a, const int queries, float most[4]) {
+INLINE void score(const maqd_attention *a, const int queries, const int bytes, float most[4]) {
     int64_t positions = 0;
     for (int q = 0; q < queries; ++q) positions = a->seen[q] > positions ? a->seen[q] : positions;
-    const int64_t blocks = (positions + 15) / 16, d = a->head_dim;
+    const int64_t blocks = (positions + 15) / 16;
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     v16 best[4], sum[2][4];
     for (int q = 0; q < queries; ++q) best[q] = all(-INFINITY);
     for (int64_t k = 0; k < blocks; ++k) {
         if (k % 2 == 0 && k + 1 < blocks)
-            meet(a, a->keys + k * d * 16, queries, 2, sum);
+            meet(a, k * 16, queries, 2, bytes, sum);
         else if (k % 2 == 0)
-            meet(a, a->keys + k * d * 16, queries, 1, sum);
+            meet(a, k * 16, queries, 1, bytes, sum);
+        const v16 scale = bytes ? load(a->key_scales + k * 16) * a->scale : all(a->scale);
         i16 shown = lane - lane - 1;
         if (a->mask)
             for (int64_t i = 0; i < 16; ++i)
                 shown[i] = k * 16 + i < positions && a->mask[k * 16 + i] ? -1 : 0;
         for (int q = 0; q < queries; ++q) {
             const i16 visible = shown & (lane < (int32_t)(a->seen[q] - k * 16));
-            const v16 s = choose(visible, sum[k % 2][q] * a->scale, all(-INFINITY));
+            const v16 s = choose(visible, sum[k % 2][q] * scale, all(-INFINITY));
             store(a->scores + (q * blocks + k) * 16, s);
             best[q] = choose(s > best[q], s, best[q]);
         }
@@ -149,7 +162,8 @@ INLINE void score(const maqd_attention *a, const int queries, float most[4]) {
             float *s = a->scores + (q * blocks + k) * 16;
             const v16 logit = load(s), p = exponential(logit - most[q]);
             const v16 kept = choose(logit > -INFINITY, p, all(0.0f));
-            store(s, kept);
+            /* unseen positions may hold anything, NaN too */
+            store(s, bytes ? choose(kept > 0, kept * load(a->value_scales + k * 16), kept) : kept);
             sum += kept;
         }
         total = sum16(sum);
@@ -158,16 +172,15 @@ INLINE void score(const maqd_attention *a, const int queries, float most[4]) {
 }
 
 /* out[:, from:from+16*wide] of `queries` queries; wide <= 4 vectors stay in registers. */
-INLINE void blend(const maqd_attention *a, const int queries, const float inverse[4], int64_t from,
-                  const int wide, int64_t positions) {
+INLINE void blend(const maqd_attention *a, const int queries, const int bytes,
+                  const float inverse[4], int64_t from, const int wide, int64_t positions) {
     const int64_t row = (positions + 15) / 16 * 16;
     v16 sum[4][4];
     for (int q = 0; q < queries; ++q)
         for (int i = 0; i < wide; ++i) sum[q][i] = (v16){0};
     for (int64_t k = 0; k < positions; ++k) {
-        const float *value = a->values + k * a->value_stride + from;
         for (int i = 0; i < wide; ++i) {
-            const v16 v = load(value + 16 * i);
+            const v16 v = stored(a->values, k * a->value_stride + from + 16 * i, bytes);
             for (int q = 0; q < queries; ++q) sum[q][i] += v * a->scores[q * row + k];
         }
     }
@@ -179,22 +192,45 @@ INLINE void blend(const maqd_attention *a, const int queries, const float invers
         }
 }
 
-INLINE void attend_to(const maqd_attention *a, const int queries) {
+INLINE void attend_to(const maqd_attention *a, const int queries, const int bytes) {
     float inverse[4];
     int64_t positions = 0, from = 0;
     for (int q = 0; q < queries; ++q) positions = a->seen[q] > positions ? a->seen[q] : positions;
-    score(a, queries, inverse);
-    for (; from + 64 <= a->value_stride; from += 64) blend(a, queries, inverse, from, 4, positions);
-    for (; from < a->value_stride; from += 16) blend(a, queries, inverse, from, 1, positions);
+    score(a, queries, bytes, inverse);
+    for (; from + 64 <= a->value_stride; from += 64)
+        blend(a, queries, bytes, inverse, from, 4, positions);
+    for (; from < a->value_stride; from += 16)
+        blend(a, queries, bytes, inverse, from, 1, positions);
 }
 
-static void attend(const maqd_attention *a) {
+INLINE void attend_as(const maqd_attention *a, const int bytes) {
     switch (a->queries) {
-        case 1: attend_to(a, 1); break;
-        case 2: attend_to(a, 2); break;
-        case 3: attend_to(a, 3); break;
-        default: attend_to(a, 4);
+        case 1: attend_to(a, 1, bytes); break;
+        case 2: attend_to(a, 2, bytes); break;
+        case 3: attend_to(a, 3, bytes); break;
+        default: attend_to(a, 4, bytes);
     }
+}
+
+static void attend_floats(const maqd_attention *a) { attend_as(a, 0); }
+static void attend_bytes(const maqd_attention *a) { attend_as(a, 1); }
+static void attend(const maqd_attention *a) {
+    if (a->key_scales)
+        attend_bytes(a);
+    else
+        attend_floats(a);
+}
+
+static float keep(const float *x, int64_t count, int8_t *bytes, int64_t every) {
+    float most = 0;
+    for (int64_t k = 0; k < count; ++k) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
+    most = most < 3.4e38f ? most : 3.4e38f;
+    const float scale = most / 127, inverse = most > 1e-37f ? 127 / most : 0;
+    for (int64_t k = 0; k < count; ++k) {
+        const float u = x[k] * inverse, low = u > -127 ? u : -127;
+        bytes[k * every] = (int8_t)rintf(low < 127 ? low : 127);
+    }
+    return scale;
 }
 
 static void swiglu(float *gate, const float *up, int64_t count) {
@@ -206,4 +242,5 @@ static void swiglu(float *gate, const float *up, int64_t count) {
     }
 }
 
-const maqd_path PATH = {NAME, SUPPORTED, TILE, matmul, quantize, spread, norm, rope, attend, swiglu};
+const maqd_path PATH = {NAME, SUPPORTED, TILE, matmul, quantize, spread, norm, rope, attend, swiglu,
+                      keep};

@@ -1,0 +1,141 @@
+"""Which models the library can run, and the plan of one as ``kernels.decoder`` wants it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import loader, native
+from .kernels.decoder import BlockStep, LinearStep, NativeDecoder, NormStep
+from .nn import BatchContext, LayerBatchNorm, PackedEmbedding, PackedLinear
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""``model_type`` of the architectures whose blocks the library runs."""
+
+_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
+
+
+class UnsupportedError(Exception):
+    """The reason is the message."""
+
+
+def check_model(model: Any) -> tuple[list[object], list[Tensor]]:
+    """What a plan is made of: path and modules, and their tensors; ``UnsupportedError`` where the
+    library does not run the model."""
+    config = model.config
+    if loader.chosen_path() is None:
+        raise UnsupportedError("the compiled kernels are missing or switched off")
+    if config.model_type not in FAMILIES:
+        raise UnsupportedError(f"model_type {config.model_type!r} is not one of {FAMILIES}")
+    if config.hidden_act != "silu":
+        raise UnsupportedError(f"hidden_act={config.hidden_act!r}")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention"} or (window and not kinds and config.model_type == "mistral"):
+        raise UnsupportedError("sliding-window attention")
+    rotary = model.model.rotary_emb
+    if rotary.rope_type not in _ROPE:
+        raise UnsupportedError(f"rotary embedding of type {rotary.rope_type!r}")
+    parts: list[object] = [loader.chosen_path()]
+    tensors: list[Tensor] = []
+    for name, module in model.named_modules():
+        patched = "forward" in module.__dict__ and module is not model
+        if patched or "_hf_hook" in module.__dict__ or _hooked(module):
+            raise UnsupportedError(f"{name or 'the model'} has hooks or a forward of its own")
+        parts.append(id(module))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                if tensor.device.type != "cpu":
+                    raise UnsupportedError(f"{name} is on {tensor.device}")
+                tensors.append(tensor)
+    return parts, tensors
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Hooks of others, on a module inside the model: the library would pass them by."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not isinstance(getattr(hook, "__self__", None), BatchContext) for hook in hooks)
+
+
+def build(model: Any) -> NativeDecoder:
+    config, blocks = model.config, []
+    for index, block in enumerate(model.model.layers):
+        attention, mlp = block.self_attn, block.mlp
+        layers = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "o")}
+        layers |= {name: getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
+        norms = {"input_norm": block.input_layernorm, "post_norm": block.post_attention_layernorm}
+        if hasattr(attention, "q_norm"):
+            norms |= {"query_norm": attention.q_norm, "key_norm": attention.k_norm}
+        where = f"model.layers.{index}"
+        blocks.append(
+            BlockStep(
+                cast(Any, {name: _norm(norm, where) for name, norm in norms.items()}),
+                cast(Any, {name: _linear(layer, where) for name, layer in layers.items()}),
+            )
+        )
+    attention = model.model.layers[0].self_attn
+    rotary = model.model.rotary_emb
+    if len(rotary.inv_freq) * 2 != attention.head_dim or attention.head_dim % 2:
+        raise UnsupportedError("a rotary embedding of part of a head")
+    return NativeDecoder(
+        blocks,
+        _norm(model.model.norm, "model.norm"),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        attention_scale=attention.scaling,
+        frequencies=rotary.inv_freq,
+        rope_scale=rotary.attention_scaling,
+        table=_table(model.get_input_embeddings()),
+        head=_linear(model.lm_head, "lm_head") if _is_packed(model.lm_head) else None,
+    )
+
+
+def _table(embedding: nn.Module) -> native.Table | None:
+    """The embedding for the library, where its rows need no rounding to a narrower dtype."""
+    if isinstance(embedding, PackedEmbedding) and embedding.output_like.dtype == torch.float32:
+        return embedding.native_table()
+    return None
+
+
+def _is_packed(layer: Any) -> bool:
+    return isinstance(layer, PackedLinear) and native.fits(
+        layer.in_features, layer.weight_scale.shape[1], layer.levels
+    )
+
+
+def _norm(norm: Any, where: str) -> NormStep:
+    if not isinstance(norm, LayerBatchNorm):
+        if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+            return NormStep(len(norm.weight), norm.variance_epsilon, weight=norm.weight)
+        raise UnsupportedError(f"{where}: a norm of type {type(norm).__name__}")
+    spec = norm.spec
+    if spec.statistics == "gated":
+        raise UnsupportedError(f"{where}: a norm in training")
+    static = spec.statistics == "static"
+    log_ms = float(norm.running_log_ms)
+    return NormStep(
+        norm.features,
+        norm.eps,
+        token=not static,
+        constant=1.0 if spec.absorbed or not static else math.exp(-log_ms / 2),
+        first_factor=math.exp(log_ms / 2) if static and spec.absorbed else 1.0,
+        own_first=static and spec.first_token == "own",
+        centered=spec.centered,
+        weight=norm.weight,
+        bias=norm.bias,
+    )
+
+
+def _linear(layer: Any, where: str) -> LinearStep:
+    if not isinstance(layer, PackedLinear):
+        raise UnsupportedError(f"{where}: a layer of type {type(layer).__name__} is not packed")
+    groups = layer.weight_scale.shape[1]
+    if not native.fits(layer.in_features, groups, layer.levels):
+        raise UnsupportedError(f"{where}: groups of {layer.in_features // groups} inputs")
+    static = layer.activation_step
+    own_first = static is not None and layer.spec.first_token == "own"
+    return LinearStep(layer.native_weight(), 0.0 if static is None else float(static), own_first)
