@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from .kernels.decoder import NativeDecoder
 from .kernels.key_values import FixedKeyValues, KeyValues, KeyValueType
@@ -217,8 +217,11 @@ def cache_problem(cache: Any, blocks: int, batch: int, positions: int) -> str | 
     layers = cache.layers
     static = type(cache) is StaticCache
     kinds = (StaticLayer, NativeStaticLayer) if static else (DynamicLayer, NativeLayer)
-    if any(type(layer) not in kinds for layer in layers):
-        return f"cache layers of type {type(layers[0]).__name__}"
+    for layer in layers:
+        if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
+            continue  # the library keeps all positions and looks at some
+        if type(layer) not in kinds:
+            return f"cache layers of type {type(layer).__name__}"
     if len(layers) not in ((blocks,) if static else (0, blocks)):
         return f"a cache of {len(layers)} layers"
     if not static:

@@ -15,6 +15,7 @@ from .nn import BatchContext, LayerBatchNorm, PackedEmbedding, PackedLinear
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` of the architectures whose blocks the library runs."""
 
+_SLIDING = "sliding_attention"
 _ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
 
 
@@ -32,10 +33,9 @@ def check_model(model: Any) -> tuple[list[object], list[Tensor]]:
         raise UnsupportedError(f"model_type {config.model_type!r} is not one of {FAMILIES}")
     if config.hidden_act != "silu":
         raise UnsupportedError(f"hidden_act={config.hidden_act!r}")
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    if kinds - {"full_attention"} or (window and not kinds and config.model_type == "mistral"):
-        raise UnsupportedError("sliding-window attention")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", _SLIDING}
+    if kinds:
+        raise UnsupportedError(f"attention of type {', '.join(sorted(kinds))}")
     rotary = model.model.rotary_emb
     if rotary.rope_type not in _ROPE:
         raise UnsupportedError(f"rotary embedding of type {rotary.rope_type!r}")
@@ -74,6 +74,7 @@ def build(model: Any) -> NativeDecoder:
             BlockStep(
                 cast(Any, {name: _norm(norm, where) for name, norm in norms.items()}),
                 cast(Any, {name: _linear(layer, where) for name, layer in layers.items()}),
+                _window(config, index),
             )
         )
     attention = model.model.layers[0].self_attn
@@ -92,6 +93,13 @@ def build(model: Any) -> NativeDecoder:
         table=_table(model.get_input_embeddings()),
         head=_linear(model.lm_head, "lm_head") if _is_packed(model.lm_head) else None,
     )
+
+
+def _window(config: Any, index: int) -> int:
+    """Positions a token of block ``index`` sees; 0: all before it."""
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds[index] == _SLIDING if kinds else config.model_type == "mistral"
+    return int(getattr(config, "sliding_window", None) or 0) if slides else 0
 
 
 def _table(embedding: nn.Module) -> native.Table | None:

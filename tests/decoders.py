@@ -57,6 +57,12 @@ FAMILIES = {
         },
     ),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "sliding": (MistralForCausalLM, MistralConfig, {"sliding_window": 20}),
+    "one slides": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 32}),
 }

@@ -12,8 +12,6 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     StaticCache,
 )
 
@@ -88,8 +86,9 @@ def test_static_norms_and_steps(best, first_token, monkeypatch):
     assert_equal(got.logits[shown], expected.logits[shown])
 
 
-def test_token_by_token_equals_at_once(path):
-    model = packed("qwen3")
+@pytest.mark.parametrize("family", ["qwen3", "sliding", "one slides"])
+def test_token_by_token_equals_at_once(path, family):
+    model = packed(family)
     ids = torch.randint(3, 250, (2, 70))  # beyond the store's first size
     with torch.no_grad():
         once = model(ids).logits
@@ -112,8 +111,9 @@ def test_long_prompts_go_in_pieces(best, monkeypatch):
         assert_equal(model(ids, **kwargs).logits[mask.bool()], whole[mask.bool()])
 
 
-def test_own_forward_and_native_share_a_cache(best):
-    model = packed()
+@pytest.mark.parametrize("family", ["llama", "one slides"])
+def test_own_forward_and_native_share_a_cache(best, family):
+    model = packed(family)
     ids = torch.randint(3, 250, (2, 12))
     with torch.no_grad():
         whole = model(ids).logits[:, -1]
@@ -137,8 +137,9 @@ GENERATION = {
 
 
 @pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION.keys())
-def test_generate(best, options):
-    model = packed(embedding_levels=255)
+@pytest.mark.parametrize("family", ["llama", "one slides"])
+def test_generate(best, family, options):
+    model = packed(family, embedding_levels=255)
     batch = 1 if "prompt_lookup_num_tokens" in options else 2
     ids = torch.randint(3, 250, (1, 4)).repeat(batch, 4)
     mask = torch.ones_like(ids)
@@ -191,13 +192,9 @@ def test_which_models_are_not_supported(best):
     assert "model.layers.0.mlp" in unsupported(model)
     with pytest.raises(ValueError, match="hooks"):
         use_native(model)
-    torch.manual_seed(0)
-    config = MistralConfig(**SIZES, sliding_window=4)
-    model = MistralForCausalLM(config).eval()
-    quantize_model(model, MaQDConfig(activation_scaling="token"))
-    pack_model(model)
-    assert unsupported(model) == "sliding-window attention"
-    model(torch.randint(3, 250, (1, 9)))
+    model = packed("one slides")
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    assert unsupported(model) == "attention of type chunked_attention"
 
 
 def test_what_is_unsupported_is_not_looked_into_at_every_token(best, monkeypatch):

@@ -45,7 +45,11 @@ _LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class _Block(ctypes.Structure):
-    _fields_ = [*((name, _Norm) for name in _NORMS), *((name, _Linear) for name in _LINEARS)]
+    _fields_ = [
+        *((name, _Norm) for name in _NORMS),
+        *((name, _Linear) for name in _LINEARS),
+        ("window", ctypes.c_int64),
+    ]
 
 
 class _Decoder(ctypes.Structure):
@@ -147,10 +151,14 @@ class LinearStep:
 
 @dataclass(frozen=True)
 class BlockStep:
-    """One block: norms of the residual stream and, where the model has them, of heads."""
+    """One block: norms of the residual stream and, where the model has them, of heads.
+
+    ``window``: positions a token sees, itself one of them; 0: all before it.
+    """
 
     norms: dict[Literal["input_norm", "post_norm", "query_norm", "key_norm"], NormStep]
     linears: dict[Literal["q", "k", "v", "o", "gate", "up", "down"], LinearStep]
+    window: int = 0
 
 
 @dataclass
@@ -181,6 +189,7 @@ class NativeDecoder:
                 setattr(struct, name, norm.struct(self._keep))
             for layer, linear in block.linears.items():
                 setattr(struct, layer, linear.struct(self._keep))
+            struct.window = block.window
         frequencies = self.frequencies.detach().float().contiguous()
         self._keep += [structs, frequencies]
         self.hidden = self.norm.features

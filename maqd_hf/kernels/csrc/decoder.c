@@ -18,6 +18,7 @@ typedef struct {
 typedef struct {
     maqd_norm input_norm, post_norm, query_norm, key_norm; /* the last two: features 0 if absent */
     linear q, k, v, o, gate, up, down;
+    int64_t window; /* positions a token sees, itself one of them; 0: all before it */
 } block;
 
 typedef struct {
@@ -216,7 +217,7 @@ static void attend(const state *s, int64_t layer, int thread) {
     const maqd_decoder *m = s->model;
     const maqd_call *c = s->call;
     const int64_t d = m->head_dim, stride = (m->heads + 2 * m->kv_heads) * d;
-    const int64_t tiles = (c->tokens + 3) / 4;
+    const int64_t tiles = (c->tokens + 3) / 4, window = m->block[layer].window;
     /* dealt out one by one: later tiles see more and take longer */
     for (int64_t i = thread; i < c->batch * m->heads * tiles; i += s->threads) {
         const int64_t tile = i / (c->batch * m->heads), rest = i % (c->batch * m->heads);
@@ -238,6 +239,7 @@ static void attend(const state *s, int64_t layer, int thread) {
             a.query[q] = s->mixed + t * stride + head * d;
             a.out[q] = s->out + t * m->heads * d + head * d;
             a.seen[q] = c->past + token + 1;
+            a.from[q] = window && a.seen[q] > window ? a.seen[q] - window : 0;
         }
         s->path->attend(&a);
     }

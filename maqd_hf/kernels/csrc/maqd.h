@@ -91,7 +91,7 @@ typedef struct {
  * or, with scales (kv heads, positions), bytes in units of their position's scale. */
 typedef struct {
     const float *query[4]; /* up to 4 queries of one kv head */
-    int64_t seen[4];       /* positions each of them may see */
+    int64_t from[4], seen[4]; /* positions each of them may see, the second not included */
     float *out[4];
     int queries;
     const void *keys, *values;
@@ -99,7 +99,7 @@ typedef struct {
     const uint8_t *mask;                    /* (positions) or NULL: 0 hides */
     int64_t head_dim, value_stride;
     float scale;
-    float *scores; /* scratch: 4 * (seen rounded up to 16) */
+    float *scores; /* scratch: 4 * (most seen, rounded up to 16) */
 } maqd_attention;
 
 typedef struct {

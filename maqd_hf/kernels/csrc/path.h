@@ -128,15 +128,15 @@ INLINE void meet(const maqd_attention *a, int64_t start, const int queries, cons
     }
 }
 
-/* Weights of `queries` (a constant) queries; returns what each one's sum is divided by, inverted. */
-INLINE void score(const maqd_attention *a, const int queries, const int bytes, float most[4]) {
-    int64_t positions = 0;
-    for (int q = 0; q < queries; ++q) positions = a->seen[q] > positions ? a->seen[q] : positions;
+/* Weights of `queries` (a constant) queries for positions start.. (a multiple of 32) to positions;
+ * returns what each one's sum is divided by, inverted. */
+INLINE void score(const maqd_attention *a, const int queries, const int bytes, int64_t start,
+                  int64_t positions, float most[4]) {
     const int64_t blocks = (positions + 15) / 16;
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     v16 best[4], sum[2][4];
     for (int q = 0; q < queries; ++q) best[q] = all(-INFINITY);
-    for (int64_t k = 0; k < blocks; ++k) {
+    for (int64_t k = start / 16; k < blocks; ++k) {
         if (k % 2 == 0 && k + 1 < blocks)
             meet(a, k * 16, queries, 2, bytes, sum);
         else if (k % 2 == 0)
@@ -147,7 +147,8 @@ INLINE void score(const maqd_attention *a, const int queries, const int bytes, f
             for (int64_t i = 0; i < 16; ++i)
                 shown[i] = k * 16 + i < positions && a->mask[k * 16 + i] ? -1 : 0;
         for (int q = 0; q < queries; ++q) {
-            const i16 visible = shown & (lane < (int32_t)(a->seen[q] - k * 16));
+            const i16 visible = shown & (lane < (int32_t)(a->seen[q] - k * 16)) &
+                                (lane >= (int32_t)(a->from[q] - k * 16));
             const v16 s = choose(visible, sum[k % 2][q] * scale, all(-INFINITY));
             store(a->scores + (q * blocks + k) * 16, s);
             best[q] = choose(s > best[q], s, best[q]);
@@ -158,7 +159,7 @@ INLINE void score(const maqd_attention *a, const int queries, const int bytes, f
         for (int i = 0; i < 16; ++i) most[q] = best[q][i] > most[q] ? best[q][i] : most[q];
         float total = 0;
         v16 sum = {0};
-        for (int64_t k = 0; k < blocks; ++k) {
+        for (int64_t k = start / 16; k < blocks; ++k) {
             float *s = a->scores + (q * blocks + k) * 16;
             const v16 logit = load(s), p = exponential(logit - most[q]);
             const v16 kept = choose(logit > -INFINITY, p, all(0.0f));
@@ -172,13 +173,13 @@ INLINE void score(const maqd_attention *a, const int queries, const int bytes, f
 }
 
 /* out[:, from:from+16*wide] of `queries` queries; wide <= 4 vectors stay in registers. */
-INLINE void blend(const maqd_attention *a, const int queries, const int bytes,
-                  const float inverse[4], int64_t from, const int wide, int64_t positions) {
+INLINE void blend(const maqd_attention *a, const int queries, const int bytes, int64_t start,
+                  int64_t positions, const float inverse[4], int64_t from, const int wide) {
     const int64_t row = (positions + 15) / 16 * 16;
     v16 sum[4][4];
     for (int q = 0; q < queries; ++q)
         for (int i = 0; i < wide; ++i) sum[q][i] = (v16){0};
-    for (int64_t k = 0; k < positions; ++k) {
+    for (int64_t k = start; k < positions; ++k) {
         for (int i = 0; i < wide; ++i) {
             const v16 v = stored(a->values, k * a->value_stride + from + 16 * i, bytes);
             for (int q = 0; q < queries; ++q) sum[q][i] += v * a->scores[q * row + k];
@@ -194,13 +195,17 @@ INLINE void blend(const maqd_attention *a, const int queries, const int bytes,
 
 INLINE void attend_to(const maqd_attention *a, const int queries, const int bytes) {
     float inverse[4];
-    int64_t positions = 0, from = 0;
-    for (int q = 0; q < queries; ++q) positions = a->seen[q] > positions ? a->seen[q] : positions;
-    score(a, queries, bytes, inverse);
+    int64_t start = a->from[0], positions = 0, from = 0;
+    for (int q = 0; q < queries; ++q) {
+        start = a->from[q] < start ? a->from[q] : start;
+        positions = a->seen[q] > positions ? a->seen[q] : positions;
+    }
+    start = start / 32 * 32;
+    score(a, queries, bytes, start, positions, inverse);
     for (; from + 64 <= a->value_stride; from += 64)
-        blend(a, queries, bytes, inverse, from, 4, positions);
+        blend(a, queries, bytes, start, positions, inverse, from, 4);
     for (; from < a->value_stride; from += 16)
-        blend(a, queries, bytes, inverse, from, 1, positions);
+        blend(a, queries, bytes, start, positions, inverse, from, 1);
 }
 
 INLINE void attend_as(const maqd_attention *a, const int bytes) {
