@@ -240,6 +240,9 @@ class _Call:
             not isinstance(self.mask, Tensor) or self.mask.shape != (self.batch, positions)
         ):
             return "an attention mask that is not (batch, positions)"
+        counts = self.model.config.model_type == "opt" and self.positions is None
+        if counts and self.mask is not None and not bool(self.mask.all()):
+            return "padding without position_ids"  # OPT counts its own
         if self.cache is not None and decoder is not None:
             return cache_problem(self.cache, len(decoder.blocks), self.batch, positions)
         return None

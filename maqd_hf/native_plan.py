@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,11 +13,15 @@ from .kernels import loader, native
 from .kernels.decoder import BlockStep, LinearStep, NativeDecoder, NormStep
 from .nn import BatchContext, LayerBatchNorm, PackedEmbedding, PackedLinear
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""``model_type`` of the architectures whose blocks the library runs."""
-
 _SLIDING = "sliding_attention"
 _ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
+_ACTIVATIONS = {
+    "silu": "swiglu",
+    "relu": "relu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+Parts = dict[str, nn.Module]
 
 
 class UnsupportedError(Exception):
@@ -30,15 +35,12 @@ def check_model(model: Any) -> tuple[list[object], list[Tensor]]:
     if loader.chosen_path() is None:
         raise UnsupportedError("the compiled kernels are missing or switched off")
     if config.model_type not in FAMILIES:
-        raise UnsupportedError(f"model_type {config.model_type!r} is not one of {FAMILIES}")
-    if config.hidden_act != "silu":
-        raise UnsupportedError(f"hidden_act={config.hidden_act!r}")
+        raise UnsupportedError(
+            f"model_type {config.model_type!r} is not one of {', '.join(FAMILIES)}"
+        )
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", _SLIDING}
     if kinds:
         raise UnsupportedError(f"attention of type {', '.join(sorted(kinds))}")
-    rotary = model.model.rotary_emb
-    if rotary.rope_type not in _ROPE:
-        raise UnsupportedError(f"rotary embedding of type {rotary.rope_type!r}")
     parts: list[object] = [loader.chosen_path()]
     tensors: list[Tensor] = []
     for name, module in model.named_modules():
@@ -61,38 +63,111 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def build(model: Any) -> NativeDecoder:
-    config, blocks = model.config, []
-    for index, block in enumerate(model.model.layers):
-        attention, mlp = block.self_attn, block.mlp
-        layers = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "o")}
-        layers |= {name: getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
-        norms = {"input_norm": block.input_layernorm, "post_norm": block.post_attention_layernorm}
-        if hasattr(attention, "q_norm"):
-            norms |= {"query_norm": attention.q_norm, "key_norm": attention.k_norm}
-        where = f"model.layers.{index}"
-        blocks.append(
+    """The plan of a model that passed ``check_model``."""
+    config = model.config
+    blocks, norm, options = FAMILIES[config.model_type](model)
+    steps = []
+    for index, (_, norms, layers) in enumerate(blocks):
+        where = f"block {index}"
+        steps.append(
             BlockStep(
                 cast(Any, {name: _norm(norm, where) for name, norm in norms.items()}),
                 cast(Any, {name: _linear(layer, where) for name, layer in layers.items()}),
                 _window(config, index),
             )
         )
-    attention = model.model.layers[0].self_attn
-    rotary = model.model.rotary_emb
-    if len(rotary.inv_freq) * 2 != attention.head_dim or attention.head_dim % 2:
-        raise UnsupportedError("a rotary embedding of part of a head")
     return NativeDecoder(
-        blocks,
-        _norm(model.model.norm, "model.norm"),
+        steps,
+        _norm(norm, "the last norm"),
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=attention.head_dim,
-        attention_scale=attention.scaling,
-        frequencies=rotary.inv_freq,
-        rope_scale=rotary.attention_scaling,
+        head_dim=blocks[0][0].head_dim,
+        attention_scale=blocks[0][0].scaling,
         table=_table(model.get_input_embeddings()),
         head=_linear(model.lm_head, "lm_head") if _is_packed(model.lm_head) else None,
+        **{"kv_heads": config.num_attention_heads, **options},
     )
+
+
+# ----------------------------------------------------------------------------------- the families
+
+Anatomy = tuple[list[tuple[Any, Parts, Parts]], nn.Module, dict[str, Any]]
+"""Of every block its attention, norms and layers; the last norm; what else a decoder is given."""
+
+
+def _llama(model: Any) -> Anatomy:
+    blocks = []
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        layers = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "o")}
+        layers |= {name: getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
+        norms = {"input_norm": block.input_layernorm, "post_norm": block.post_attention_layernorm}
+        if hasattr(attention, "q_norm"):
+            norms |= {"query_norm": attention.q_norm, "key_norm": attention.k_norm}
+        blocks.append((attention, norms, layers))
+    rotary = model.model.rotary_emb
+    if rotary.rope_type not in _ROPE:
+        raise UnsupportedError(f"rotary embedding of type {rotary.rope_type!r}")
+    if len(rotary.inv_freq) * 2 != attention.head_dim or attention.head_dim % 2:
+        raise UnsupportedError("a rotary embedding of part of a head")
+    options = {"frequencies": rotary.inv_freq, "rope_scale": rotary.attention_scaling}
+    options["kv_heads"] = model.config.num_key_value_heads
+    return blocks, model.model.norm, options | _activation(model.config.hidden_act, gated=True)
+
+
+def _gpt2(model: Any) -> Anatomy:
+    config, body = model.config, model.transformer
+    if config.add_cross_attention or config.scale_attn_by_inverse_layer_idx:
+        raise UnsupportedError("cross attention, or a scale of attention for each block")
+    blocks = []
+    for block in body.h:
+        attention, mlp = block.attn, block.mlp
+        layers = {"q": attention.c_attn, "o": attention.c_proj, "up": mlp.c_fc, "down": mlp.c_proj}
+        blocks.append((attention, {"input_norm": block.ln_1, "post_norm": block.ln_2}, layers))
+    options = _activation(config.activation_function, gated=False)
+    return blocks, body.ln_f, options | {"learned": _learned(body.wpe, 0)}
+
+
+def _opt(model: Any) -> Anatomy:
+    config, body = model.config, model.model.decoder
+    if not config.do_layer_norm_before or body.project_in is not None or not body.final_layer_norm:
+        raise UnsupportedError("norms after the sums, or embeddings of another width")
+    blocks = []
+    for block in body.layers:
+        attention = block.self_attn
+        layers = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v")}
+        layers |= {"o": attention.out_proj, "up": block.fc1, "down": block.fc2}
+        norms = {"input_norm": block.self_attn_layer_norm, "post_norm": block.final_layer_norm}
+        blocks.append((attention, norms, layers))
+    options = _activation(config.activation_function, gated=False)
+    learned = _learned(body.embed_positions, body.embed_positions.offset)
+    return blocks, body.final_layer_norm, options | {"learned": learned}
+
+
+FAMILIES: dict[str, Callable[[Any], Anatomy]] = {
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _llama,
+    "qwen3": _llama,
+    "gpt2": _gpt2,
+    "opt": _opt,
+}
+"""By ``model_type``: the architectures whose blocks the library runs."""
+
+
+def _activation(name: str, gated: bool) -> dict[str, Any]:
+    found = _ACTIVATIONS.get(name)
+    if found is None or (found == "swiglu") != gated:
+        raise UnsupportedError(f"activation function {name!r}")
+    return {"activation": found}
+
+
+def _learned(embedding: nn.Module, offset: int) -> Tensor:
+    if not isinstance(embedding, nn.Embedding):
+        raise UnsupportedError(f"positions of type {type(embedding).__name__}")
+    return embedding.weight.detach()[offset:]
+
+
+# ---------------------------------------------------------------------------------------- a block
 
 
 def _window(config: Any, index: int) -> int:

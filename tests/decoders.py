@@ -2,10 +2,14 @@
 
 import torch
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -63,6 +67,8 @@ FAMILIES = {
         Qwen2Config,
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
+    "gpt2": (GPT2LMHeadModel, GPT2Config, {"n_embd": 64, "n_head": 4, "n_layer": 2}),
+    "opt": (OPTForCausalLM, OPTConfig, {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 32}),
 }

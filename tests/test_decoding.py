@@ -86,7 +86,7 @@ def test_static_norms_and_steps(best, first_token, monkeypatch):
     assert_equal(got.logits[shown], expected.logits[shown])
 
 
-@pytest.mark.parametrize("family", ["qwen3", "sliding", "one slides"])
+@pytest.mark.parametrize("family", ["qwen3", "sliding", "one slides", "gpt2", "opt"])
 def test_token_by_token_equals_at_once(path, family):
     model = packed(family)
     ids = torch.randint(3, 250, (2, 70))  # beyond the store's first size
@@ -111,7 +111,7 @@ def test_long_prompts_go_in_pieces(best, monkeypatch):
         assert_equal(model(ids, **kwargs).logits[mask.bool()], whole[mask.bool()])
 
 
-@pytest.mark.parametrize("family", ["llama", "one slides"])
+@pytest.mark.parametrize("family", ["llama", "one slides", "gpt2", "opt"])
 def test_own_forward_and_native_share_a_cache(best, family):
     model = packed(family)
     ids = torch.randint(3, 250, (2, 12))
@@ -137,7 +137,7 @@ GENERATION = {
 
 
 @pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION.keys())
-@pytest.mark.parametrize("family", ["llama", "one slides"])
+@pytest.mark.parametrize("family", ["llama", "one slides", "gpt2", "opt"])
 def test_generate(best, family, options):
     model = packed(family, embedding_levels=255)
     batch = 1 if "prompt_lookup_num_tokens" in options else 2

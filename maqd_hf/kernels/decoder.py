@@ -66,7 +66,12 @@ class _Decoder(ctypes.Structure):
         ("table", ctypes.POINTER(TableStruct)),
         ("head", _Linear),
         ("floats", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
     ]
+
+
+ACTIVATIONS = ("swiglu", "relu", "gelu_tanh")
+"""Of the feed-forward part, in the library's order; the first has a gate."""
 
 
 class _Call(ctypes.Structure):
@@ -153,7 +158,8 @@ class LinearStep:
 class BlockStep:
     """One block: norms of the residual stream and, where the model has them, of heads.
 
-    ``window``: positions a token sees, itself one of them; 0: all before it.
+    ``q`` may be all of q, k and v, one below the other, and stands alone then; ``gate`` belongs to
+    gated activations. ``window``: positions a token sees, itself one of them; 0: all before it.
     """
 
     norms: dict[Literal["input_norm", "post_norm", "query_norm", "key_norm"], NormStep]
@@ -166,8 +172,9 @@ class NativeDecoder:
     """The blocks and the final norm of a model, ready to be called.
 
     ``frequencies`` (head_dim / 2,): of the rotary embedding, whose sines and cosines are multiplied
-    by ``rope_scale``. ``table`` and ``head`` where the library shall look up the embeddings and
-    compute the logits too.
+    by ``rope_scale``; None: queries and keys are not rotated. ``learned`` (positions, hidden):
+    added to the embeddings. ``table`` and ``head`` where the library shall look up the embeddings
+    and compute the logits too.
     """
 
     blocks: Sequence[BlockStep]
@@ -176,8 +183,10 @@ class NativeDecoder:
     kv_heads: int
     head_dim: int
     attention_scale: float
-    frequencies: Tensor
+    frequencies: Tensor | None = None
     rope_scale: float = 1.0
+    learned: Tensor | None = None
+    activation: Literal["swiglu", "relu", "gelu_tanh"] = "swiglu"
     table: Table | None = None
     head: LinearStep | None = None
     _keep: list[object] = field(default_factory=list)
@@ -190,7 +199,9 @@ class NativeDecoder:
             for layer, linear in block.linears.items():
                 setattr(struct, layer, linear.struct(self._keep))
             struct.window = block.window
-        frequencies = self.frequencies.detach().float().contiguous()
+        frequencies = self.frequencies
+        if frequencies is not None:
+            frequencies = frequencies.detach().float().contiguous()
         self._keep += [structs, frequencies]
         self.hidden = self.norm.features
         self._struct = _Decoder(
@@ -199,7 +210,7 @@ class NativeDecoder:
             self.heads,
             self.kv_heads,
             self.head_dim,
-            self.blocks[0].linears["gate"].weight.rows,
+            self.blocks[0].linears["up"].weight.rows,
             self.attention_scale,
             self.rope_scale,
             pointer(frequencies),
@@ -208,6 +219,7 @@ class NativeDecoder:
             ctypes.pointer(self.table.struct) if self.table else None,
             self.head.struct(self._keep) if self.head else _Linear(),
             any(linear.weight.activation_levels is None for linear in self._linears()),
+            ACTIVATIONS.index(self.activation),
         )
 
     def _linears(self) -> Iterator[LinearStep]:
@@ -248,6 +260,9 @@ class NativeDecoder:
         """
         batch, tokens = inputs.shape[:2]
         past = self._check(inputs, positions, store, first, mask)
+        if self.learned is not None:
+            states = self.table(inputs) if self.table and inputs.dim() == 2 else inputs.float()
+            inputs = states + self.learned[positions.clamp(min=0)].float()  # padding may have -1
         if inputs.dim() == 2:
             assert self.table is not None
             inputs = self.table.check(inputs)

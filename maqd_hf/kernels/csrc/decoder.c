@@ -17,19 +17,21 @@ typedef struct {
 
 typedef struct {
     maqd_norm input_norm, post_norm, query_norm, key_norm; /* the last two: features 0 if absent */
-    linear q, k, v, o, gate, up, down;
+    linear q, k, v, o, gate, up, down; /* k, v: weight NULL where q gives all three; gate: NULL
+                                          unless the activation is gated */
     int64_t window; /* positions a token sees, itself one of them; 0: all before it */
 } block;
 
 typedef struct {
     int64_t blocks, hidden, heads, kv_heads, head_dim, intermediate;
     float attention_scale, rope_scale;
-    const float *frequencies; /* (head_dim / 2) */
+    const float *frequencies; /* (head_dim / 2), or NULL: nothing is rotated */
     const block *block;
     maqd_norm norm;
     const maqd_table *table; /* NULL: the caller looks up the embeddings */
     linear head;             /* weight NULL: the caller multiplies with the head */
     int32_t floats; /* some layer has float activations */
+    int32_t activation;
 } maqd_decoder;
 
 typedef struct {
@@ -205,7 +207,7 @@ static void rotate(const state *s, int64_t layer, int thread) {
         const maqd_norm *norm = head < m->heads ? &b->query_norm : &b->key_norm;
         const int first = s->call->first && s->call->first[t];
         if (norm->features) s->path->norm(norm, first, x, x);
-        s->path->rope(x, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
+        if (m->frequencies) s->path->rope(x, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
         if (head < m->heads) continue;
         const memory_of_head memory =
             remember(s, layer, t / s->call->tokens, head - m->heads);
@@ -245,24 +247,29 @@ static void attend(const state *s, int64_t layer, int thread) {
     }
 }
 
-/* The thread's share of the gated units, both matrices and their product. */
-static void gate(const state *s, int thread, const block *b, const maqd_input *input) {
+/* The thread's share of the inner units of the feed-forward part: its matrix or, with a gate, both
+ * and their product. */
+static void inner(const state *s, int thread, const block *b, const maqd_input *input) {
     const int64_t width = s->model->intermediate;
+    const int gated = s->model->activation == SWIGLU;
     int64_t from, to;
     maqd_share((width + ROWS - 1) / ROWS, thread, s->threads, &from, &to);
     uint8_t *panel = panel_of(s, thread);
-    s->path->matmul(b->gate.weight, input, from, to, s->count, s->mixed, width, panel);
-    s->path->matmul(b->up.weight, input + 1, from, to, s->count, s->out, width, panel);
+    const linear *one = gated ? &b->gate : &b->up;
+    s->path->matmul(one->weight, input, from, to, s->count, s->mixed, width, panel);
+    if (gated)
+        s->path->matmul(b->up.weight, input + 1, from, to, s->count, s->out, width, panel);
     const int64_t first = from * ROWS, last = to * ROWS < width ? to * ROWS : width;
     for (int64_t t = 0; first < last && t < s->count; ++t)
-        s->path->swiglu(s->mixed + t * width + first, s->out + t * width + first, last - first);
+        s->path->activate(s->model->activation, s->mixed + t * width + first,
+                          s->out + t * width + first, last - first);
 }
 
 static void angles(const state *s, int thread) {
     const maqd_decoder *m = s->model;
     const int64_t half = m->head_dim / 2;
     int64_t from, to;
-    maqd_share(s->count, thread, s->threads, &from, &to);
+    maqd_share(m->frequencies ? s->count : 0, thread, s->threads, &from, &to);
     for (int64_t t = from; t < to; ++t)
         for (int64_t i = 0; i < half; ++i) {
             const float angle = (float)s->call->positions[t] * m->frequencies[i];
@@ -314,8 +321,9 @@ static void decode(void *argument, maqd_team *team, int thread, int threads) {
         const block *b = m->block + i;
         const linear *const attention[] = {&b->q, &b->k, &b->v}, *const gated[] = {&b->gate, &b->up};
         const linear *const o = &b->o, *const down = &b->down;
-        feed(s, thread, add, NULL, hidden, &b->input_norm, attention, 3, input);
-        multiply(s, thread, attention, 3, input, s->mixed, heads + 2 * m->kv_heads * m->head_dim);
+        const int parts = b->k.weight ? 3 : 1, plain = m->activation != SWIGLU;
+        feed(s, thread, add, NULL, hidden, &b->input_norm, attention, parts, input);
+        multiply(s, thread, attention, parts, input, s->mixed, heads + 2 * m->kv_heads * m->head_dim);
         maqd_barrier(team);
         rotate(s, i, thread);
         maqd_barrier(team);
@@ -324,8 +332,8 @@ static void decode(void *argument, maqd_team *team, int thread, int threads) {
         feed(s, thread, NULL, s->out, heads, NULL, &o, 1, input);
         multiply(s, thread, &o, 1, input, s->added, hidden);
         maqd_barrier(team);
-        feed(s, thread, s->added, NULL, hidden, &b->post_norm, gated, 2, input);
-        gate(s, thread, b, input);
+        feed(s, thread, s->added, NULL, hidden, &b->post_norm, gated + plain, 2 - plain, input);
+        inner(s, thread, b, input);
         maqd_barrier(team);
         feed(s, thread, NULL, s->mixed, m->intermediate, NULL, &down, 1, input);
         multiply(s, thread, &down, 1, input, s->out, hidden);

@@ -102,6 +102,8 @@ typedef struct {
     float *scores; /* scratch: 4 * (most seen, rounded up to 16) */
 } maqd_attention;
 
+enum { SWIGLU, RELU, GELU_TANH };
+
 typedef struct {
     const char *name;
     int (*supported)(void);
@@ -121,7 +123,8 @@ typedef struct {
     void (*norm)(const maqd_norm *norm, int first, const float *x, float *y);
     void (*rope)(float *x, const float *cosine, const float *sine, int64_t half);
     void (*attend)(const maqd_attention *a);
-    void (*swiglu)(float *gate, const float *up, int64_t count);
+    /* x = silu(x) * up, relu(x) or gelu(x), by `kind` */
+    void (*activate)(int32_t kind, float *x, const float *up, int64_t count);
     /* x in 255 steps of the largest magnitude: bytes `every` bytes apart; returns the scale. NaN
      * becomes the least byte, infinity clips at the largest float. */
     float (*keep)(const float *x, int64_t count, int8_t *bytes, int64_t every);

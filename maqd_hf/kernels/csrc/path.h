@@ -238,14 +238,20 @@ static float keep(const float *x, int64_t count, int8_t *bytes, int64_t every) {
     return scale;
 }
 
-static void swiglu(float *gate, const float *up, int64_t count) {
+INLINE v16 gelu_tanh(v16 x) {
+    const v16 u = x * (x * x * 0.044715f + 1.0f) * 1.5957691216f; /* twice sqrt(2 / pi) */
+    return x - x / (exponential(u) + 1.0f);
+}
+
+static void activate(int32_t kind, float *x, const float *up, int64_t count) {
     for (int64_t k = 0; k < count; k += 16) {
         const int64_t some = count - k < 16 ? count - k : 16;
-        const v16 g = load_some(gate + k, some, 0), u = load_some(up + k, some, 0);
-        const v16 y = g / (exponential(-g) + 1.0f) * u;
-        memcpy(gate + k, &y, (size_t)some * sizeof *gate);
+        const v16 v = load_some(x + k, some, 0);
+        v16 y = kind == RELU ? choose(v > 0, v, all(0)) : gelu_tanh(v);
+        if (kind == SWIGLU) y = v / (exponential(-v) + 1.0f) * load_some(up + k, some, 0);
+        memcpy(x + k, &y, (size_t)some * sizeof *x);
     }
 }
 
-const maqd_path PATH = {NAME, SUPPORTED, TILE, matmul, quantize, spread, norm, rope, attend, swiglu,
+const maqd_path PATH = {NAME, SUPPORTED, TILE, matmul, quantize, spread, norm, rope, attend, activate,
                       keep};
