@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from . import recipes
 from .distillation import Objective
 
 
@@ -13,10 +14,13 @@ from .distillation import Objective
 class MaQDTrainingArguments(TrainingArguments):
     """``transformers.TrainingArguments`` and what quantisation-aware training adds.
 
-    Starting points for ``learning_rate`` (latents; extrapolated from published runs, sweep x3
-    around them): 3e-5 at 4 bit, 1e-4 at 3, 2e-4 at 2, 3e-4 ternary.
+    Rates left at None are filled in by the trainer, which knows how many levels the model has:
+    ``recipes`` says with what, and why.
     """
 
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Of the latents; default: by their levels."}
+    )
     distillation_temperature: float = field(
         default=1.0, metadata={"help": "Divides teacher's and student's logits in the KL."}
     )
@@ -33,9 +37,12 @@ class MaQDTrainingArguments(TrainingArguments):
     kl_chunk_tokens: int = field(
         default=256, metadata={"help": "Tokens whose logits exist at once during training."}
     )
-    scale_learning_rate: float = field(
-        default=1e-4,
-        metadata={"help": "For weight scales and activation steps, both logarithms: relative."},
+    scale_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "For weight scales and activation steps, both logarithms: relative. Default: "
+            "ten times the latents'."
+        },
     )
     lbn_start: float = field(
         default=0.0, metadata={"help": "Fraction of all steps at which the norms' gate starts."}
@@ -64,11 +71,18 @@ class MaQDTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective()  # validates the distillation settings
-        if self.scale_learning_rate < 0:
+        if self.scale_learning_rate is not None and self.scale_learning_rate < 0:
             raise ValueError(f"scale_learning_rate={self.scale_learning_rate} must not be negative")
 
         if self.hidden_distillation < 0:
             raise ValueError(f"hidden_distillation={self.hidden_distillation} must not be negative")
+
+    def fill_rates(self, levels: int) -> None:
+        """Put what ``recipes`` says for a model of so many weight levels where None stands."""
+        if self.learning_rate is None:
+            self.learning_rate = recipes.learning_rate(levels)
+        if self.scale_learning_rate is None:
+            self.scale_learning_rate = recipes.SCALE_RATE * self.learning_rate
 
     def objective(self) -> Objective:
         """What a token costs, as these arguments say."""

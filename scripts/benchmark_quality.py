@@ -40,7 +40,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from quality_peers import PEERS, finish_qat, quantize_peer
 from quality_rules import RULES, apply_rule
-from quality_task import SCALE_RATE, TABLES, Arguments, Row, Task, remembering
+from quality_task import TABLES, Arguments, Row, Task, remembering
 from transformers import HfArgumentParser, PreTrainedModel, default_data_collator, set_seed
 
 from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
@@ -99,7 +99,6 @@ def distil(model: PreTrainedModel, task: Task, rate: float, seed: int) -> dict[s
             max_steps=max(1, task.tokens // (args.batch_size * args.block_size)),
             per_device_train_batch_size=args.batch_size,
             learning_rate=rate,
-            scale_learning_rate=SCALE_RATE * rate,
             lr_scheduler_type="cosine",
             warmup_steps=2,
             adam_beta2=0.95,

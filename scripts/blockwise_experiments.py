@@ -218,6 +218,7 @@ def distil(model: PreTrainedModel, task: Task, tokens: int) -> None:
             max_steps=tokens // (arguments.batch_size * arguments.sample_tokens),
             per_device_train_batch_size=arguments.batch_size,
             learning_rate=arguments.learning_rate,
+            scale_learning_rate=1e-4,
             lr_scheduler_type="cosine",
             warmup_steps=2,
             logging_steps=10,

@@ -130,6 +130,7 @@ def stories(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
             max_steps=arguments.steps,
             per_device_train_batch_size=16,
             learning_rate=arguments.learning_rate,
+            scale_learning_rate=1e-4,
             lr_scheduler_type="cosine",
             warmup_steps=arguments.steps // 20,
             lbn_norms=chosen["static"],

@@ -350,6 +350,7 @@ def parse(arguments: list[str] | None = None) -> tuple[JobArguments, MaQDTrainin
         bf16=fast_bf16("cuda" if torch.cuda.is_available() else "cpu"),
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
+        scale_learning_rate=1e-4,
         hidden_distillation=1.0,
         **by_length,
     )

@@ -412,7 +412,6 @@ def parse(arguments: list[str] | None = None) -> tuple[JobArguments, MaQDTrainin
     parser = HfArgumentParser([JobArguments, MaQDTrainingArguments])  # type: ignore[list-item]
     parser.set_defaults(
         output_dir="runs/smollm2-135m-4bit",
-        learning_rate=5e-5,
         lr_scheduler_type="cosine",
         warmup_steps=2,
         per_device_train_batch_size=4,

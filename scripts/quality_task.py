@@ -18,10 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from maqd_hf.data import EMBEDDED, load_text, spread_samples, tokenize_blocks
 from maqd_hf.embedded import SMOLLM2, resolve_model
 from maqd_hf.perplexity import text_perplexity
-
-# Of MaQD's scales (logarithms), in units of the latents' learning rate. On stories260K, M=4, 64
-# steps at 1e-3, the loss after training is 2.356 at 0.1, 2.344 at 1, 2.332 at 3, 2.308 at 10.
-SCALE_RATE = 10.0
+from maqd_hf.recipes import SCALE_RATE, learning_rate
 
 # ---------------------------------------------------------------------------------------- rows
 
@@ -59,21 +56,21 @@ def _llm_rows() -> list[Row]:
     for levels in (16, 8, 4, 3):
         rows.append(Row(f"round to nearest M={levels} g64", "MaQD", levels, 64, 255, start="range"))
         rows.append(Row(f"MaQD start M={levels} g64", "MaQD", levels, 64, 255))
-    rates = {16: 1e-4, 8: 2e-4, 4: 5e-4, 3: 5e-4}
+    rates = {levels: (learning_rate(levels),) for levels in (16, 8, 4, 3)}
     for levels in (4, 16, 8, 3):
         rows.append(
-            Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=(rates[levels],))
+            Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=rates[levels])
         )
     rows += [
-        Row("MaQD M=16 a row, static", "MaQD", 16, None, 255, "static", learning_rates=(1e-4,)),
-        Row("MaQD M=16 g64, 4-bit inputs", "MaQD", 16, 64, 15, learning_rates=(1e-4,)),
-        Row("SEQ M=4 a row", "SEQ", 4, None, 255, learning_rates=(5e-4,)),
-        Row("LSQ M=4 a row", "LSQ", 4, None, 255, learning_rates=(5e-4,)),
-        Row("BitNet M=3", "BitNet", 3, None, 255, learning_rates=(5e-4,)),
+        Row("MaQD M=16 a row, static", "MaQD", 16, None, 255, "static", learning_rates=rates[16]),
+        Row("MaQD M=16 g64, 4-bit inputs", "MaQD", 16, 64, 15, learning_rates=rates[16]),
+        Row("SEQ M=4 a row", "SEQ", 4, None, 255, learning_rates=rates[4]),
+        Row("LSQ M=4 a row", "LSQ", 4, None, 255, learning_rates=rates[4]),
+        Row("BitNet M=3", "BitNet", 3, None, 255, learning_rates=rates[3]),
     ]
     for peer, widths in PEERS.items():
         for bits in widths:
-            rates_of = (rates[2**bits],) if "QAT" in peer else ()
+            rates_of = rates[2**bits] if "QAT" in peer else ()
             inputs = 255 if "8-bit inputs" in peer or "QAT" in peer else None
             rows.append(
                 Row(f"{peer} {bits} bit", peer, 2**bits, 64, inputs, learning_rates=rates_of)
@@ -213,7 +210,7 @@ class Task:
             }
         return found
 
-    def key(self, row: Row, seed: int, learning_rate: float | None) -> dict[str, Any]:
+    def key(self, row: Row, seed: int, rate: float | None) -> dict[str, Any]:
         """What makes two runs the same run."""
         settings = asdict(row)
         del settings["learning_rates"]
@@ -223,10 +220,10 @@ class Task:
         key |= {"window": args.window, "windows": args.windows}
         if row.method != "float":
             key |= {"block_size": args.block_size, "samples": args.samples}
-        if learning_rate is not None:
+        if rate is not None:
             key |= {"tokens": self.tokens, "batch_size": args.batch_size}
-            key |= {"learning_rate": learning_rate, "seed": seed}
-            key["scale_learning_rate"] = SCALE_RATE * learning_rate
+            key |= {"learning_rate": rate, "seed": seed}
+            key["scale_learning_rate"] = SCALE_RATE * rate
         return key
 
 

@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from maqd_hf import MaQDConfig, pack_model, quantize_model
+from maqd_hf import MaQDConfig, pack_model, quantize_model, recipes
 from maqd_hf.callbacks import GateSchedule, QuantizerMonitor, gated_norms
 from maqd_hf.nn import ActivationQuantizer, BatchContext, LinearSpec, MaQDLinear, PackedLinear
 from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
@@ -337,6 +337,19 @@ def test_what_decays_and_what_has_its_own_learning_rate(
     assert names["model.norm.weight"] == (0.0, 1e-3)
     decaying = [n for n, settings in names.items() if settings and settings[0]]
     assert decaying == ["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("levels", [2, 4, 8, 16, 255])
+def test_rates_nobody_gives_follow_the_levels(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, levels: int
+) -> None:
+    model = copy.deepcopy(tiny_llama)
+    quantize_model(model, MaQDConfig(weight_levels=levels))
+    trainer = trainer_for(model, tmp_path, learning_rate=None)
+    rates = {group["lr"] for group in trainer.create_optimizer().param_groups}
+    latents = recipes.learning_rate(levels)
+    assert rates == {latents, recipes.SCALE_RATE * latents}
+    assert 1e-5 <= latents <= 1e-3
 
 
 def test_the_gate_is_a_function_of_the_step(qat: LlamaForCausalLM, tmp_path: Path) -> None:
