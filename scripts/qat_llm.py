@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import matplotlib
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -43,8 +44,9 @@ from transformers import (
 
 from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
-from maqd_hf.data import load_text, tokenize_blocks
+from maqd_hf.data import EMBEDDED, load_text, tokenize_blocks
 from maqd_hf.embedded import resolve_model
+from maqd_hf.generated import GENERATED, generated_blocks
 from maqd_hf.model_card import write_card
 from maqd_hf.nn.precision import fast_bf16
 from maqd_hf.perplexity import PerplexityResult, text_perplexity
@@ -67,7 +69,14 @@ class JobArguments:
         default="smollm2-135m-instruct", metadata={"help": "Hub id, folder or embedded name."}
     )
     dataset: str = field(
-        default="embedded", metadata={"help": "Hub id, .txt, .parquet, .jsonl or 'embedded'."}
+        default="embedded",
+        metadata={
+            "help": "Hub id, .txt, .parquet, .jsonl, 'embedded', or 'generated': the float model "
+            "writes it."
+        },
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out text; default: --dataset, or 'embedded'."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
@@ -98,6 +107,12 @@ class JobArguments:
         default=None, metadata={"help": "Write metrics.json here as well, without any paths."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace an existing run directory."})
+
+    @property
+    def held_out(self) -> str:
+        """Where the text comes from that the models are measured on."""
+        usual = EMBEDDED if self.dataset == GENERATED else self.dataset
+        return self.eval_dataset or usual
 
     def maqd_config(self) -> MaQDConfig:
         """The quantisation asked for."""
@@ -169,27 +184,32 @@ class Job:
         source = resolve_model(self.job.model)
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         self.teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        data = {
-            split: load_text(
-                self.job.dataset,
-                split=split,
-                column=self.job.text_column,
-                config_name=self.job.dataset_config_name,
-            )
-            for split in (self.job.train_split, self.job.eval_split)
-        }
-        self.eval_text: list[str] = list(data[self.job.eval_split]["text"])
+        self.eval_text: list[str] = list(self.text(self.job.held_out, self.job.eval_split)["text"])
         steps, per_step = self.training.max_steps, self.tokens_per_step
         if steps <= 0:
             steps = self.training.max_steps = max(1, self.job.train_tokens // per_step)
+        seed, wanted = self.training.seed, steps * per_step
+        if self.job.dataset == GENERATED:
+            self.blocks = generated_blocks(self.teacher, wanted, self.job.block_size, seed=seed)
+            return
         # Whole text, then shuffled: consecutive blocks are one article, and start values fitted to
         # one article are bad ones (perplexity 89 against 64 with plain GPTQ at 4 bit).
         self.blocks = tokenize_blocks(
-            data[self.job.train_split],
+            self.text(self.job.dataset, self.job.train_split),
             self.tokenizer,
             self.job.block_size,
-            max_tokens=max(_MOST_TOKENS, steps * per_step),
-        ).shuffle(seed=self.training.seed)
+            max_tokens=max(_MOST_TOKENS, wanted),
+        ).shuffle(seed=seed)
+
+    def text(self, source: str, split: str) -> Dataset:
+        """Rows of text of a split of ``source``."""
+        given = source == self.job.dataset  # column and configuration are its
+        return load_text(
+            source,
+            split=split,
+            column=self.job.text_column if given else None,
+            config_name=self.job.dataset_config_name if given else None,
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -298,7 +318,7 @@ class Job:
             versions=package_versions(),
             evaluations=[
                 {
-                    "text": f"{self.job.dataset}, {self.job.eval_split}",
+                    "text": f"{self.job.held_out}, {self.job.eval_split}",
                     "metric": "perplexity",
                     "values": {"float": values["float"], "packed": values["reloaded"]},
                     "protocol": self.run.metrics["protocol"],

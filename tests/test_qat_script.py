@@ -102,6 +102,16 @@ def test_an_interrupted_run_resumes_to_the_same_model(job, tmp_path, monkeypatch
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_model_writes_its_own_text(job, tmp_path):
+    """Held-out text is the given one; the training samples are the teacher's."""
+    script = load("qat_llm")
+    text = tmp_path / "text.txt"
+    options = {"dataset": "generated", "eval_dataset": text, "lbn_tolerance": 0, "max_steps": 2}
+    metrics = script.main(job(**options))
+    assert metrics["training"]["steps"] == 2
+    assert metrics["evaluations"][0]["text"] == f"{text}, train"
+
+
 def test_a_full_run_directory_is_not_overwritten(job, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
