@@ -197,8 +197,34 @@ def scaled_round_clip(
 
 def token_step(x: Tensor, levels: int) -> Tensor:
     """Per-token step ``absmax / ((M-1)/2)``, shape (..., 1), so that nothing is clipped."""
-    absmax = x.detach().abs().amax(dim=-1, keepdim=True)
+    absmax = torch.linalg.vector_norm(x.detach(), math.inf, dim=-1, keepdim=True)
     return (absmax / grid_center(levels)).clamp_(min=torch.finfo(x.dtype).tiny)
+
+
+class _OwnGrid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, levels: int) -> Tensor:
+        wide = widen(x)
+        step = token_step(wide, levels)
+        return dequantize(quantize(wide, levels, step), levels, step).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def round_tokens(x: Tensor, levels: int) -> Tensor:
+    """Every token of ``x`` (..., D) on the grid of its own ``token_step``, in ``x``'s dtype.
+
+    What ``scaled_round_clip`` with surrogate ``clip`` and that step (as a constant) gives, forwards
+    and backwards, at a third of the cost: nothing lies outside such a grid, so all of the gradient
+    passes and nothing needs to be kept for it.
+
+    >>> round_tokens(torch.tensor([[0.1, -1.5, 0.6]]), levels=4)
+    tensor([[ 0.5000, -1.5000,  0.5000]])
+    """
+    check_levels(levels)
+    return _OwnGrid.apply(x, levels)
 
 
 # ------------------------------------------------------------------------------------- weights

@@ -7,6 +7,8 @@ the next forward, because gradient checkpointing runs layers again during backwa
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -27,6 +29,20 @@ class BatchContext:
     def __init__(self) -> None:
         self.valid: Tensor | None = None
         self.first: Tensor | None = None
+        self._last: tuple[weakref.ref[Tensor], int, int, bool, Tensor] | None = None
+
+    def once(self, x: Tensor, levels: int, quantize: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """``quantize(x, levels)``, computed once where several layers follow one another on the
+        same ``x``, as q, k and v do."""
+        if torch.compiler.is_compiling():  # finds common expressions itself
+            return quantize(x, levels)
+        key = (x._version, levels, torch.is_grad_enabled())
+        if self._last is None or self._last[0]() is not x or self._last[1:4] != key:
+            self._last = (weakref.ref(x), *key, quantize(x, levels))
+        return self._last[4]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     def attach(self, base_model: nn.Module) -> None:
         """Fill this context at every forward of ``base_model`` (the module that gets the mask)."""

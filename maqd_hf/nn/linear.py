@@ -13,6 +13,7 @@ from ..functional import (
     fake_quantize_weight,
     gaussian_step,
     get_surrogate,
+    round_tokens,
     scaled_round_clip,
     token_step,
     weight_codes,
@@ -148,6 +149,8 @@ class ActivationQuantizer(nn.Module):
         return activation_step(x, self.spec, static, self.context)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.log_step is None and self.spec.surrogate == "clip":
+            return self.context.once(x, self.levels, round_tokens)
         step = self.step_for(x)
         return scaled_round_clip(widen(x), self.levels, step, self.spec.surrogate).to(x.dtype)
 
