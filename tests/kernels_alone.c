@@ -183,10 +183,10 @@ static void products(int path) {
     const struct { int32_t levels, bits; } storages[] = {
         {2, 2}, {3, TRITS}, {3, 2}, {4, 2}, {5, 3}, {8, 3}, {16, 4}, {15, 4}, {17, 8}, {255, 8}, {256, 8}};
     const int64_t widths[] = {1, 3, 19, 67, 129}, heights[] = {1, 15, 17, 33, 64};
-    const int64_t batches[] = {1, 2, 3, 4, 5, 12, 17}, activations[] = {0, 2, 15, 16, 255, 256};
+    const int64_t batches[] = {1, 2, 3, 4, 5, 7, 12, 17}, activations[] = {0, 2, 15, 16, 255, 256};
     int turn = 0;
     for (size_t s = 0; s < sizeof storages / sizeof *storages; ++s)
-        for (size_t b = 0; b < 7; ++b, ++turn)
+        for (size_t b = 0; b < 8; ++b, ++turn)
             for (int groups = 1; groups <= 3; groups += 2) {
                 if (groups > 1 && storages[s].bits == TRITS) continue;
                 const int64_t inputs = maqd_inputs(storages[s].bits);
