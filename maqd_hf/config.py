@@ -33,7 +33,7 @@ class MaQDConfig(QuantizationConfigMixin):
         weight_levels: levels of every converted weight, 2..256 (16 = 4 bit), None = float.
         activation_levels: levels of every converted layer's input, 2..256, None = float.
         activation_scaling: "static" (learned step, calibrated first) or "token" (from absmax).
-        group_size: inputs that share a weight scale; None = one scale per output row.
+        group_size: inputs that share a weight scale of 16 bits; None = one scale per output row.
         weight_offset: learned offset per row (keeps the row mean standardisation removes).
         embedding_levels: levels of the token embedding and of the output head, None = float.
         surrogate: gradient of the activation staircase, see ``functional.SURROGATES``.

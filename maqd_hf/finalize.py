@@ -19,7 +19,7 @@ from .building import (
 )
 from .conversion import make_report, quantization_config
 from .decoding import attach_native, use_native
-from .folding import absorb_scale
+from .folding import absorb_scale, takes_scale
 from .integrity import checksum
 from .matching import Names, is_linear
 from .nn import (
@@ -109,7 +109,7 @@ def _freeze_norm(norm: LayerBatchNorm, consumers: list[nn.Module]) -> None:
         norm.spec = replace(norm.spec, statistics="token")
         return
     norm.spec = replace(norm.spec, statistics="static")
-    if consumers and all(isinstance(c, PackedLinear) for c in consumers):
+    if consumers and all(takes_scale(consumer) for consumer in consumers):
         absorb_scale(norm, consumers)  # type: ignore[arg-type]
 
 

@@ -250,6 +250,38 @@ def standardize_weight(weight: Tensor) -> Tensor:
     return centred / std
 
 
+def scale_dtype(groups: int) -> torch.dtype:
+    """What the scales of a weight are stored in: float32 for one a row, bfloat16 for several.
+
+    At groups of 64 that is 0.25 bits a weight. bfloat16, since it has float32's range (no scale
+    is too small for it) and becomes float32 by one shift. It has fewer digits than float16 (errors
+    up to 0.4 %, of a scale whose codes are off by more); SmolLM2-135M after GPTQ, groups of 64,
+    perplexity on 24 windows of 512 of WikiText-2's test text, scales rounded afterwards:
+
+    =================================  =======  ========  =======
+    levels of weights and activations  float32  bfloat16  float16
+    =================================  =======  ========  =======
+    16, float                          32.305    32.290   32.305
+    16, 255 a token                    34.112    33.789   33.850
+    4, 255 a token                     155.05    154.57   155.27
+    =================================  =======  ========  =======
+
+    In the second line 0.1 means nothing: float32 scales moved by 1e-6 gave 34.04 and 34.07.
+    """
+    return torch.float32 if groups == 1 else torch.bfloat16
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """``scale`` (out, groups) as it will be stored, in its own dtype; the gradient passes through.
+
+    Training multiplies with this, so that nothing is rounded when a layer is packed.
+    """
+    if scale.shape[1] == 1:
+        return scale
+    rounded = scale.detach().to(scale_dtype(scale.shape[1])).to(scale.dtype)
+    return scale + (rounded - scale.detach())  # exact: numbers this close subtract exactly
+
+
 def _grouped(weight: Tensor, table: Tensor) -> Tensor:
     """View of (out, in) as (out, groups, in / groups), for a ``table`` (out, groups)."""
     return weight.unflatten(1, (table.shape[1], -1))

@@ -23,6 +23,7 @@ from .conversion import quantize_model
 from .decoding import attach_native
 from .finalize import dequantize_model
 from .integrity import OURS, check_loaded, check_shapes
+from .nn import PackedLinear
 
 
 class MaQDHfQuantizer(HfQuantizer):
@@ -61,6 +62,8 @@ class MaQDHfQuantizer(HfQuantizer):
             self._shapes = _shapes(model)
             return model
         self._new_heads = build_modules(model, self.quantization_config)
+        for _, layer in modules_of(model, PackedLinear):
+            layer.widen_scale()  # checked as it was saved, which was once in float32
         strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
         strict |= {_float32_tensors(name, module) for name, module in modules_of(model, *OURS)}
         model._keep_in_fp32_modules_strict = strict
@@ -86,6 +89,8 @@ class MaQDHfQuantizer(HfQuantizer):
         for name in self._frozen:  # loading makes every float tensor trainable
             model.get_parameter(name).requires_grad_(False)
         check_loaded(model, self.quantization_config)
+        for _, layer in modules_of(model, PackedLinear):
+            layer.narrow_scale()
         if self._state == "qat":
             _detach(model)
         else:

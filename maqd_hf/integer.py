@@ -153,7 +153,8 @@ class IntegerMLP(nn.Module):
     """The feed-forward half of a packed block, from integer residual to what is added to it.
 
     Args:
-        norm: static and absorbed by ``up`` and ``gate`` (``pack_model`` did it).
+        norm: static and without affine: absorbed by ``up`` and ``gate`` (``pack_model`` did it), or
+            a constant that goes into the rescaling of their inputs.
         up, down: packed, with static steps and odd activation levels.
         function: the activation function, applied to the output of ``gate`` or else of ``up``.
         gate: of a gated block (Llama): ``down(function(gate(x)) * up(x))``.
@@ -173,10 +174,10 @@ class IntegerMLP(nn.Module):
         fraction_bits: int = 20,
     ) -> None:
         super().__init__()
-        if norm.spec.statistics != "static" or not norm.spec.absorbed:
+        if norm.spec.statistics != "static" or norm.spec.weight or norm.spec.bias:
             raise ValueError(
-                f"the norm is not static and folded into its consumers ({norm.spec}): open its "
-                "gate, give its consumers packed weights, then pack_model"
+                f"the norm is not static and folded into its consumers ({norm.spec}; of a static "
+                "one only the constant may be left): open its gate, then pack_model"
             )
         for name, layer in (("up", up), ("down", down), ("gate", gate)):
             if layer is not None:
@@ -191,7 +192,9 @@ class IntegerMLP(nn.Module):
         self.down = IntegerLinear(down, 2.0**-fraction_bits, (1 << 31) - 1)
         width = up.in_features if self.centered else 1  # the mean is not divided out
         residual_bits = 31 + math.ceil(math.log2(2 * width))
-        self._in = [_Rescale(2.0**-fraction_bits / width, residual_bits, r) for r in readers]
+        factor = 1.0 if norm.spec.absorbed else math.exp(-float(norm.running_log_ms) / 2)
+        in_unit = factor * 2.0**-fraction_bits / width
+        self._in = [_Rescale(in_unit, residual_bits, reader) for reader in readers]
         hidden = (unit, VALUE_BITS) if gate is None else (unit * unit, 2 * VALUE_BITS)
         self._hidden = _Rescale(*hidden, down)
 

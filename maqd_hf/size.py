@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .functional import scale_dtype
 from .nn import MaQDEmbedding, MaQDLinear, PackedEmbedding, PackedLinear
 from .packing import words_per_row
 
@@ -97,7 +98,10 @@ def model_size(model: nn.Module) -> ModelSize:
             total["quantized"] += rows * columns
             total["weights"] += rows * columns
         seen.add(id(getattr(module, "weight_step", None)))  # training only
-        for name in ("weight_scale", "weight_log_scale", "weight_offset", "activation_step"):
+        packed = isinstance(module, (PackedLinear, PackedEmbedding))
+        scale: Tensor = module.weight_scale if packed else module.weight_log_scale  # type: ignore[assignment]
+        count("scales", scale, scale.numel() * scale_dtype(scale.shape[1]).itemsize)
+        for name in ("weight_offset", "activation_step"):
             count("scales", getattr(module, name, None))
         count("scales", getattr(getattr(module, "activation", None), "log_step", None))
     for name, tensor in model.state_dict(keep_vars=True).items():

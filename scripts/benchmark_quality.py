@@ -79,7 +79,8 @@ def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
     assert row.levels is not None
     if row.method in RULES:
         apply_rule(model, row.method, row.levels, row.group)
-        scales = 0 if row.method == "BitNet" else 32 / (row.group or model.config.hidden_size)
+        scales = 16 / row.group if row.group else 32 / model.config.hidden_size  # as our own
+        scales = 0 if row.method == "BitNet" else scales
         return model, {"bits_per_weight": math.log2(row.levels) + scales}
     assert row.group is not None
     bits = row.levels.bit_length() - 1

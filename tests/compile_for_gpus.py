@@ -76,6 +76,7 @@ def variants():
             )
             for tiles in (gpu.FLOAT32_TILES if x == "fp32" else gpu.TILES).values():
                 types = {"x": f"*{x}", "weight": "*u8", "sums": "*i32"}
+                types["scale"] = "*fp32" if group_size is None else "*i16"
                 types["y"] = "*fp32" if x == "fp32" else "*bf16"
                 constants = weight.constants(x == "i8", tiles)
                 if x != "i8":

@@ -83,7 +83,8 @@ static layer make(int32_t levels, int32_t bits, int64_t rows, int64_t columns, i
     const int64_t words = (columns + digits - 1) / digits;
     const double zero = (levels - 1) / 2.0;
     int32_t *all = get(rows * words * 4);
-    float *scale = get(blocks * groups * 64), *offset = get(blocks * 64), *bias = get(blocks * 64);
+    float *scale = get(blocks * 64), *offset = get(blocks * 64), *bias = get(blocks * 64);
+    uint16_t *group_scale = get(blocks * groups * 32);
     float *constant = get(blocks * 64);
     layer l = {.activation_levels = activation_levels};
     uint8_t *panels = NULL;
@@ -97,12 +98,16 @@ static layer make(int32_t levels, int32_t bits, int64_t rows, int64_t columns, i
         offset[n] = with && n < rows ? real() / 8 : 0;
         bias[n] = with && n < rows ? real() : 0;
         constant[n] = 0;
-        for (int64_t g = 0; g < groups; ++g)
-            scale[(n / 16 * groups + g) * 16 + n % 16] = n < rows ? real() + 1.5f : 0;
+        scale[n] = n < rows ? real() + 1.5f : 0;
+        for (int64_t g = 0; g < groups; ++g) /* bfloat16 from 0.5 to 2.5 */
+            group_scale[(n / 16 * groups + g) * 16 + n % 16] = n < rows ? (uint16_t)(0x3f00 + draw(0x120)) : 0;
         if (n >= rows) continue;
         for (int64_t k = 0; k < columns; ++k) {
             codes[k] = (uint8_t)(draw(4) ? draw(levels) : levels - 1);
-            const float s = scale[(n / 16 * groups + k * groups / columns) * 16 + n % 16];
+            const uint32_t in_group =
+                (uint32_t)group_scale[(n / 16 * groups + k * groups / columns) * 16 + n % 16] << 16;
+            float s = scale[n];
+            if (groups > 1) memcpy(&s, &in_group, sizeof s);
             l.matrix[n * columns + k] = (codes[k] - zero) * s + offset[n];
             half += l.matrix[n * columns + k] / 2;
         }
@@ -111,7 +116,7 @@ static layer make(int32_t levels, int32_t bits, int64_t rows, int64_t columns, i
     }
     maqd_repack(all, rows, columns, levels, digits, bits, panels, 1 + (int)draw(2));
     const int has_constant = activation_levels && activation_levels % 2 == 0;
-    l.w = (maqd_weight){panels, scale, with ? offset : NULL, has_constant ? constant : NULL,
+    l.w = (maqd_weight){panels, groups > 1 ? (void *)group_scale : scale, with ? offset : NULL, has_constant ? constant : NULL,
                         with ? bias : NULL, rows, columns, groups, units, bits, levels > 128,
                         (float)zero};
     return l;
@@ -178,10 +183,10 @@ static void products(int path) {
     const struct { int32_t levels, bits; } storages[] = {
         {2, 2}, {3, TRITS}, {3, 2}, {4, 2}, {5, 3}, {8, 3}, {16, 4}, {15, 4}, {17, 8}, {255, 8}, {256, 8}};
     const int64_t widths[] = {1, 3, 19, 67, 129}, heights[] = {1, 15, 17, 33, 64};
-    const int64_t batches[] = {1, 2, 3, 4, 5, 12, 17}, activations[] = {0, 2, 15, 16, 255, 256};
+    const int64_t batches[] = {1, 2, 3, 4, 5, 7, 12, 17}, activations[] = {0, 2, 15, 16, 255, 256};
     int turn = 0;
     for (size_t s = 0; s < sizeof storages / sizeof *storages; ++s)
-        for (size_t b = 0; b < 7; ++b, ++turn)
+        for (size_t b = 0; b < 8; ++b, ++turn)
             for (int groups = 1; groups <= 3; groups += 2) {
                 if (groups > 1 && storages[s].bits == TRITS) continue;
                 const int64_t inputs = maqd_inputs(storages[s].bits);

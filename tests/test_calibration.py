@@ -29,7 +29,7 @@ from maqd_hf.calibration.compensation import (
     output_error,
     set_codes,
 )
-from maqd_hf.functional import dequantize, grid_center, quantize
+from maqd_hf.functional import dequantize, grid_center, quantize, stored_scale
 from maqd_hf.nn import ActivationQuantizer, LinearSpec, MaQDLinear
 from maqd_hf.nn.precision import fast_bf16
 from maqd_hf.search import search_step
@@ -70,7 +70,7 @@ def hooks_of(model: nn.Module) -> int:
 def searched_grid(weight: torch.Tensor, levels: int, groups: int) -> Grid:
     centre = weight.mean(1, keepdim=True)
     step = search_step((weight - centre).view(len(weight), groups, -1), levels)
-    return Grid(step, centre, levels)
+    return Grid(stored_scale(step), centre, levels)
 
 
 def squared_output_error(layer: MaQDLinear, weight: torch.Tensor, x: torch.Tensor) -> float:

@@ -221,6 +221,22 @@ def test_norms_whose_consumers_do_not_all_pack_stay_static() -> None:
     torch.testing.assert_close(output(model, inputs), before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_scales_of_groups_take_no_constant(activations: str) -> None:
+    """Rounded to 16 bits the product would differ by 1e-3; the norm keeps it, to float rounding."""
+    model = tiny("llama-tied")
+    quantize_model(model, weight_levels=15, group_size=8, **ACTIVATIONS[activations])
+    settle(model)
+    inputs = example(model, batch=3)
+    before = output(model, inputs)
+    report = pack_model(model)
+    assert report.norms["model.layers.0.input_layernorm"] == "static"
+    torch.testing.assert_close(output(model, inputs), before, rtol=1e-5, atol=1e-5)
+    norm, layer = model.model.layers[0].input_layernorm, model.model.layers[0].self_attn.q_proj
+    with pytest.raises(ValueError, match="one scale a row only"):
+        absorb_scale(norm, [layer])
+
+
 def test_static_affines_of_post_norm_models_do_not_look_at_the_token() -> None:
     model = tiny("bert")
     quantize_model(model, activation_levels=None, first_token="shared", lbn_final_norm=True)

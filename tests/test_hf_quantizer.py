@@ -25,6 +25,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from maqd_hf import MaQDConfig, pack_model, quantize_model, register
 from maqd_hf.building import modules_of
+from maqd_hf.functional import scale_dtype
+from maqd_hf.integrity import checksum
+from maqd_hf.matching import Names
 from maqd_hf.nn import (
     LayerBatchNorm,
     MaQDEmbedding,
@@ -157,6 +160,47 @@ def test_the_dtype_asked_for_is_that_of_the_rest(dtype: torch.dtype, tmp_path: P
     layer = again.model.layers[1].mlp.up_proj
     assert layer.weight.dtype == torch.int32 and layer.weight_scale.dtype == torch.float32
     assert output(again, example(again)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("device_map", [None, "auto"])
+def test_scales_of_groups_are_16_bit_in_the_file_and_whatever_dtype_is_asked_for(
+    device_map: str | None, dtype: torch.dtype, tmp_path: Path, load: Callable[..., Any]
+) -> None:
+    model = converted("llama-untied", "packed", group_size=8)
+    model.save_pretrained(tmp_path)
+    scales = {k: t for k, t in load_file(tmp_path / "model.safetensors").items() if "_scale" in k}
+    again = load(type(model), tmp_path, dtype=dtype, device_map=device_map)
+    for name, scale in scales.items():
+        one_a_row = scale.shape[1] == 1
+        assert scale.dtype == (torch.float32 if one_a_row else torch.bfloat16)
+        for other in (model, again):
+            tensor = other.get_parameter(name)
+            assert tensor.dtype == scale.dtype and torch.equal(tensor, scale)
+    assert sum(scale.dtype == torch.bfloat16 for scale in scales.values()) == 2 * 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_checkpoint_with_scales_of_groups_in_float32_is_rounded(
+    dtype: torch.dtype, tmp_path: Path, load: Callable[..., Any]
+) -> None:
+    """As all were saved once; their checksums are those of the float32 numbers."""
+    model = converted("llama-untied", "packed", group_size=8, activation_levels=None)
+    inputs, modules, given = example(model), model.config.quantization_config.modules, {}
+    for name, layer in modules_of(model, PackedLinear):
+        layer.widen_scale()
+        if layer.weight_scale.shape[1] > 1:
+            layer.weight_scale.data *= 1 + 1e-3 * torch.randn(layer.weight_scale.shape)
+        given[name] = layer.weight_scale.clone()
+        modules[Names(model).relative(name)]["crc32"] = checksum(layer)
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = load(type(model), tmp_path, dtype=dtype)
+    for name, layer in modules_of(again, PackedLinear):
+        assert torch.equal(layer.weight_scale, given[name].to(scale_dtype(given[name].shape[1])))
+    if dtype == torch.float32:
+        error = (output(again, inputs) - expected).norm() / expected.norm()
+        assert 0 < error < 0.004
 
 
 @pytest.mark.parametrize("state", ["qat", "packed"])

@@ -95,9 +95,12 @@ def packed_block(family: str, **settings: Any) -> tuple[nn.Module, dict[str, nn.
 
 
 @pytest.mark.parametrize("family", FUNCTIONS)
-@pytest.mark.parametrize("levels", [3, 16])
-def test_a_block_gives_the_codes_of_the_packed_one(family: str, levels: int) -> None:
-    model, parts = packed_block(family, weight_levels=levels)
+@pytest.mark.parametrize(("levels", "group"), [(3, None), (16, None), (16, 8)])
+def test_a_block_gives_the_codes_of_the_packed_one(
+    family: str, levels: int, group: int | None
+) -> None:
+    model, parts = packed_block(family, weight_levels=levels, group_size=group)
+    assert parts["norm"].spec.absorbed == (group is None)
     seen: dict[str, Tensor] = {}
     for name, module in parts.items():
         keep = lambda _m, args, out, name=name: seen.update({name: args[0], f"{name}.out": out})  # noqa: E731

@@ -38,14 +38,14 @@ def test_the_library_was_built():
     assert str(kernels.info()["available"]).count(",") == len(PATHS)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9, 12])
 @pytest.mark.parametrize("activation_levels", [None, 3, 15, 16, 255, 256])
 @pytest.mark.parametrize("weight_levels", [2, 3, 4, 5, 8, 15, 16, 17, 255, 256])
 def test_equals_the_reference(path, weight_levels, activation_levels, tokens, monkeypatch):
     for columns, rows, settings in [
         (64, 33, {}),
         (67, 5, {"bias": False, "weight_offset": False}),
-        (128, 48, {"group_size": 32}),
+        (96, 48, {"group_size": 32}),
         (1, 1, {}),
     ]:
         layer = packed(columns, rows, weight_levels, activation_levels, **settings)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from maqd_hf.functional import scaled_round_clip, token_step
+from maqd_hf.functional import scaled_round_clip, stored_scale, token_step
 from maqd_hf.nn import ActivationQuantizer, BatchContext, LinearSpec, MaQDLinear
 
 WEIGHT_ONLY = LinearSpec(activation_levels=None)
@@ -39,7 +39,7 @@ def test_weight_is_the_composed_formula_and_starts_near_the_float_one(
     spec = replace(WEIGHT_ONLY, weight_levels=levels, group_size=group_size)
     layer = MaQDLinear.from_linear(linear, spec, start=start)  # type: ignore[arg-type]
     slow = reference.fake_quantized_weight(
-        layer.weight, layer.weight_step, layer.weight_log_scale.exp(), layer.weight_offset, levels
+        layer.weight, layer.weight_step, layer.weight_scale(), layer.weight_offset, levels
     )
     torch.testing.assert_close(layer.quantized_weight(), slow, rtol=1e-5, atol=1e-7)
     # error of an ideal uniform quantiser of a Gaussian, relative to its variance, with a margin
@@ -72,12 +72,27 @@ def test_scale_fit_is_least_squares() -> None:
 
 def test_set_grid_speaks_in_units_of_the_weight() -> None:
     layer = MaQDLinear.from_linear(nn.Linear(12, 3), replace(WEIGHT_ONLY, group_size=4))
-    step = torch.rand(3, 3) * 0.02 + 0.01
+    step = stored_scale(torch.rand(3, 3) * 0.02 + 0.01)
     offset = torch.randn(3, 1)
     layer.set_grid(step, offset)
     centred = (layer.weight - layer.weight.mean(1, keepdim=True)).detach().view(3, 3, 4)
     expected = scaled_round_clip(centred, 16, step.unsqueeze(-1)).view(3, 12) + offset
     torch.testing.assert_close(layer.quantized_weight(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_training_sees_the_scales_that_will_be_stored() -> None:
+    """Values are codes times numbers of 16 bits; the gradient passes to the scale learned."""
+    layer = MaQDLinear.from_linear(
+        nn.Linear(36, 5), replace(WEIGHT_ONLY, group_size=12, weight_offset=False)
+    )
+    stored = layer.weight_log_scale.exp().bfloat16().float()
+    assert not torch.equal(stored, layer.weight_log_scale.exp())
+    units = layer.weight_units().view(5, 3, 12)
+    assert torch.equal(layer.quantized_weight(), (units * stored.unsqueeze(-1)).flatten(1))
+    incoming = torch.randn(5, 36)
+    (grad,) = torch.autograd.grad(layer.quantized_weight(), layer.weight_log_scale, incoming)
+    exact = (units * incoming.view(5, 3, 12)).sum(-1) * layer.weight_log_scale.exp()
+    torch.testing.assert_close(grad, exact)
 
 
 def test_broken_weights_are_refused() -> None:

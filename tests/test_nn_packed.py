@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -74,6 +76,44 @@ def test_groups_pack_exactly(levels: int, group_size: int) -> None:
     assert_agree(layer, packed, torch.randn(2, 3, 24))
 
 
+def test_groups_of_a_float64_layer_pack_exactly() -> None:
+    """Their scales are rounded in training already; only the offset becomes float32."""
+    layer = trained(LinearSpec(15, None, group_size=8, weight_offset=False)).double()
+    packed = PackedLinear.from_qat(layer)
+    assert torch.equal(packed.weight_scale.double(), layer.weight_scale())
+    assert torch.equal(packed.dequantized_weight().double(), layer.quantized_weight())
+
+
+CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "float": lambda module: module.float(),
+    "double": lambda module: module.double(),
+    "there and back": lambda module: module.half().float().to(torch.bfloat16),
+    "device": lambda module: module.to("cpu", torch.float16),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_no_cast_changes_what_a_packed_layer_computes(group_size: int | None, cast: str) -> None:
+    packed = PackedLinear.from_qat(trained(LinearSpec(7, 255, group_size=group_size)))
+    packed.weight_scale.data *= 1e-6  # beyond float16
+    x, scale = torch.randn(4, 24), packed.weight_scale.clone()
+    before, weight = packed(x), packed.dequantized_weight()
+    CASTS[cast](packed)
+    assert torch.equal(packed.weight_scale.double(), scale.double())
+    assert group_size is None or packed.weight_scale.dtype == torch.bfloat16
+    assert torch.equal(packed.dequantized_weight().float(), weight)
+    assert torch.equal(packed(x), before)
+
+
+def test_an_empty_copy_on_another_device_has_the_scales_dtype() -> None:
+    packed = PackedLinear.from_qat(trained(LinearSpec(7, 255, group_size=8)))
+    assert packed.to("meta").weight_scale.dtype == torch.bfloat16
+    assert packed.to_empty(device="cpu").weight_scale.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("first_token", ["own", "shared"])
 def test_first_token_and_later_masks_are_seen_by_both(first_token: str) -> None:
     layer = trained(LinearSpec(4, 255, first_token=first_token))  # type: ignore[arg-type]
@@ -105,7 +145,7 @@ def test_packed_parameters_are_frozen_words_named_weight() -> None:
     state = packed.state_dict()
     assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == {
         "weight": ((5, words_per_row(24, 3)), torch.int32),
-        "weight_scale": ((5, 3), torch.float32),
+        "weight_scale": ((5, 3), torch.bfloat16),
         "weight_offset": ((5, 1), torch.float32),
         "activation_step": ((1,), torch.float32),
         "bias": ((5,), torch.float32),

@@ -49,7 +49,7 @@ def test_the_file_weighs_words_scales_and_what_is_kept(
     layers = [(256, 256), (128, 256), (128, 256), (256, 256), (704, 256), (704, 256), (256, 704)]
     for rows, columns in layers * 4:
         words += 4 * rows * ceil(columns / codes_per_word(levels))
-        scales += 4 * rows * ((columns // group_size if group_size else 1) + 1)
+        scales += rows * (4 + (2 * columns // group_size if group_size else 4))
     kept = 4 * 256  # the final norm; the others went into the layers
     if embedding is None:
         kept += 4 * 2000 * 256

@@ -30,7 +30,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..functional import grid_center
+from ..functional import grid_center, scale_dtype
 from ..packing import unpack_codes
 from .reference import half_a_code
 
@@ -141,8 +141,8 @@ class GpuWeight:
         self.rows, self.columns, self.groups = words.shape[0], columns, scale.shape[1]
         self.levels, self.activation_levels = levels, activation_levels
         self.codes = repack(words, levels, columns)
-        self.scale = scale.detach().float().t().contiguous()
-        zeros = self.scale.new_zeros(self.rows)
+        scales = scale.detach().to(scale_dtype(self.groups)).t().contiguous()
+        zeros = torch.zeros(self.rows, device=scale.device)
         self.offset = None if offset is None else offset.detach().float().flatten()
         self.bias = zeros if bias is None else bias.detach().float()
         self.constant = zeros
@@ -151,7 +151,9 @@ class GpuWeight:
         self.times, self.plus, self.half = 1, -(levels // 2), levels % 2 == 0
         if self.activation_levels is not None and self.half and levels <= 128:
             self.times, self.plus, self.half = 2, 1 - levels, False
-            self.scale = self.scale / 2
+            scales = scales / 2
+        # their 16 bits as an integer: Triton's interpreter knows no bfloat16
+        self.scale = scales if self.groups == 1 else scales.view(torch.int16)
 
     def __call__(self, x: Tensor, step: Tensor | None, tiles: Tiles | None = None) -> Tensor:
         """``x`` (..., columns) times the weight -> (..., rows), in ``x``'s dtype.

@@ -65,7 +65,7 @@ def quantize_tokens(
 def multiply(
     x,  # (tokens, x_stride): codes from quantize_tokens, or float activations
     weight,  # (rows, weight_stride) bytes
-    scale,  # (groups, rows)
+    scale,  # (groups, rows): the bits of bfloat16, or float32 if GROUP is 0
     offset,  # (rows,), read if HAS_OFFSET
     constant,  # (rows,), read if INTEGER: what even activation levels add
     bias,  # (rows,)
@@ -129,7 +129,8 @@ def multiply(
             if GROUP > 0 and (plane + 1) % FLUSH == 0:
                 # beyond the columns there is no group, and nothing to multiply it with
                 group = tl.minimum((start * PLANES + plane * RUN) // GROUP, groups - 1)
-                worth = tl.load(scale + group * rows + n, some_n, 0.0)
+                half = tl.load(scale + group * rows + n, some_n, 0).to(tl.int32)
+                worth = (half << 16).to(tl.float32, bitcast=True)
                 part = inner.to(tl.float32)
                 if HALF:
                     part += 0.5 * tl.sum(x_parts, 1).to(tl.float32)[:, None]

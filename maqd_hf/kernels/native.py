@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..functional import grid_center
+from ..functional import grid_center, scale_dtype
 from ..packing import codes_per_word, words_per_row
 from .loader import arena, library, path_number, pointer
 from .reference import half_a_code
@@ -158,8 +158,8 @@ class NativeWeight:
             out[: self.rows] = values.detach().float().flatten()
             return out
 
-        scales = torch.zeros(blocks * _ROWS, self.groups)
-        scales[: self.rows] = scale.detach().float()
+        scales = torch.zeros(blocks * _ROWS, self.groups, dtype=scale_dtype(self.groups))
+        scales[: self.rows] = scale.detach()
         self.scale = scales.unflatten(0, (blocks, _ROWS)).transpose(1, 2).contiguous()
         self.offset, self.bias = padded(offset), padded(bias)
         even = activation_levels is not None and activation_levels % 2 == 0

@@ -21,8 +21,9 @@ def unpack_weight(
 
     The very expression the simulated layer uses, so both have equal values bit for bit.
     """
-    codes = unpack_codes(words, levels, columns).to(scale.dtype)
-    return weight_values(codes, scale, offset, levels)
+    dtype = torch.promote_types(torch.float32, scale.dtype if offset is None else offset.dtype)
+    codes = unpack_codes(words, levels, columns).to(dtype)
+    return weight_values(codes, scale.to(dtype), offset, levels)
 
 
 def half_a_code(
@@ -57,7 +58,7 @@ def packed_linear(
         x: input on its own grid already (or float, for weight-only models).
         words: packed codes, ``packing.pack_codes`` row by row.
         levels: M of the weight.
-        scale: (out, groups), what one code is worth.
+        scale: (out, groups), what one code is worth, of any float dtype.
         offset: (out, 1) or None.
         bias: (out,) or None.
     """

@@ -15,6 +15,7 @@ from ..functional import (
     get_surrogate,
     round_tokens,
     scaled_round_clip,
+    stored_scale,
     token_step,
     weight_codes,
     widen,
@@ -167,7 +168,8 @@ class MaQDLinear(nn.Linear):
 
     - ``weight`` (out, in): the latent, under the name the float layer had;
     - ``weight_step`` (out, groups): grid on the standardised rows, fixed by the start values;
-    - ``weight_log_scale`` (out, groups): log of what one code is worth, learned;
+    - ``weight_log_scale`` (out, groups): log of what one code is worth, learned; in force is what
+      ``weight_scale()`` makes of it;
     - ``weight_offset`` (out, 1): learned, or absent;
     - ``activation.log_step`` (1,): see ``ActivationQuantizer``.
 
@@ -273,6 +275,11 @@ class MaQDLinear(nn.Linear):
         assert self.spec.weight_levels is not None
         return self.weight_codes() - (self.spec.weight_levels - 1) / 2
 
+    def weight_scale(self) -> Tensor:
+        """What one code is worth, (out, groups), rounded as it is stored; differentiable."""
+        assert self.weight_log_scale is not None
+        return stored_scale(self.weight_log_scale.exp())
+
     def quantized_weight(self) -> Tensor:
         """The (out, in) weight in force; differentiable."""
         if self.weight_step is None or self.weight_log_scale is None:
@@ -281,7 +288,7 @@ class MaQDLinear(nn.Linear):
         return fake_quantize_weight(
             self.weight,
             self.weight_step,
-            self.weight_log_scale.exp(),
+            self.weight_scale(),
             self.weight_offset,
             self.spec.weight_levels,
         )

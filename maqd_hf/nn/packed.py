@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..functional import scaled_round_clip, widen
+from ..functional import scale_dtype, scaled_round_clip, widen
 from ..packing import pack_codes, words_per_row
 from .context import BatchContext
 from .embedding import MaQDEmbedding
@@ -38,8 +38,9 @@ class PackedLinear(nn.Module):
     """Linear layer on packed codes; the packed form of ``MaQDLinear``.
 
     Frozen parameters (parameters and not buffers, so that offloading moves them): ``weight``
-    (out, words) int32, ``weight_scale`` (out, groups), ``weight_offset`` (out, 1) or None,
-    ``activation_step`` (1,) or None, all float32; ``bias`` (out,) or None, float32.
+    (out, words) int32, ``weight_scale`` (out, groups) of ``functional.scale_dtype``,
+    ``weight_offset`` (out, 1) or None, ``activation_step`` (1,) or None and ``bias`` (out,) or
+    None, all float32.
 
     The compiled kernel sums integers, the torch reference floats: both use the same codes, and
     their outputs agree to float32 rounding (about 1e-6 of the output's norm).
@@ -63,7 +64,8 @@ class PackedLinear(nn.Module):
         words = words_per_row(in_features, self.levels)
         floats = torch.float32
         self.weight = _frozen((out_features, words), torch.int32, device)
-        self.weight_scale = _frozen((out_features, spec.groups(in_features)), floats, device)
+        groups = spec.groups(in_features)
+        self.weight_scale = _frozen((out_features, groups), scale_dtype(groups), device)
         self.weight_offset = (
             _frozen((out_features, 1), floats, device) if spec.weight_offset else None
         )
@@ -85,8 +87,7 @@ class PackedLinear(nn.Module):
             device=layer.weight.device,
         )
         packed.weight.copy_(pack_codes(layer.weight_codes(), packed.levels))
-        assert layer.weight_log_scale is not None
-        packed.weight_scale.copy_(layer.weight_log_scale.exp())
+        packed.weight_scale.copy_(layer.weight_scale())
         if packed.weight_offset is not None and layer.weight_offset is not None:
             packed.weight_offset.copy_(layer.weight_offset)
         if packed.bias is not None:
@@ -98,7 +99,15 @@ class PackedLinear(nn.Module):
         return packed
 
     def _apply(self, fn: Apply, recurse: bool = True) -> PackedLinear:
-        return super()._apply(without_narrowing(fn, self.parameters()), recurse)
+        return super()._apply(without_narrowing(fn, self.parameters(), self.weight_scale), recurse)
+
+    def widen_scale(self) -> None:
+        """Hold the scales in float32, for a loader; ``narrow_scale`` has the last word."""
+        self.weight_scale.data = self.weight_scale.data.float()
+
+    def narrow_scale(self) -> None:
+        """Hold the scales as they are stored; rounds those of a file that had them in float32."""
+        self.weight_scale.data = self.weight_scale.data.to(scale_dtype(self.weight_scale.shape[1]))
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """``x`` on the activation grid, or ``x`` itself for float activations."""
@@ -144,7 +153,7 @@ class PackedLinear(nn.Module):
         every token's own, or for float activations."""
         if self.activation_step is None:
             return None
-        own = self.weight_scale.new_zeros(1)
+        own = torch.zeros_like(self.activation_step)
         return activation_step(x, self.spec, self.activation_step, self.context, own)
 
     def product(self, x: Tensor, step: Tensor | None) -> Tensor:

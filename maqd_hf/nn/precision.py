@@ -2,7 +2,8 @@
 where bfloat16 products are worth asking for.
 
 All tensors of our layers stay float32: eight bits of mantissa would move every level of a grid.
-What they put out has the dtype of their input.
+Scales of groups are stored in 16 bits, which training knows of; they stay as they are. What the
+layers put out has the dtype of their input.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ _NARROW = (torch.float16, torch.bfloat16)
 Apply = Callable[[Tensor], Tensor]
 
 
-def without_narrowing(fn: Apply, protected: Iterable[Tensor | None]) -> Apply:
-    """``fn`` of ``nn.Module._apply``, except that it moves ``protected`` without narrowing them."""
+def without_narrowing(
+    fn: Apply, protected: Iterable[Tensor | None], scale: Tensor | None = None
+) -> Apply:
+    """``fn`` of ``nn.Module._apply``, except that it moves ``protected`` without narrowing them,
+    and a ``scale`` that is narrow already without casting it at all."""
     ids = {id(tensor) for tensor in protected if tensor is not None}
 
     def keep(tensor: Tensor) -> Tensor:
         new = fn(tensor)
-        narrowed = new.dtype in _NARROW and tensor.dtype not in _NARROW
-        return tensor.to(new.device) if narrowed and id(tensor) in ids else new
+        if new.dtype == tensor.dtype or id(tensor) not in ids:
+            return new
+        stays = tensor is scale if tensor.dtype in _NARROW else new.dtype in _NARROW
+        return tensor.to(new.device) if stays else new
 
     return keep
 

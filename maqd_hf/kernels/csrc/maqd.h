@@ -39,7 +39,7 @@
 
 typedef struct {
     const uint8_t *codes;  /* (row blocks, units, planes of a unit, 64) */
-    const float *scale;    /* (row blocks, groups, 16) */
+    const void *scale;     /* (row blocks, groups, 16): bfloat16, but float for one group */
     const float *offset;   /* (padded rows) or NULL, as the next two */
     const float *constant;
     const float *bias;

@@ -1,6 +1,8 @@
 /* The packed product and what prepares its inputs; a part of path.h. One token multiplies the codes
  * as they stand, many tokens a panel of bytes, float activations codes that became floats. */
 
+typedef uint16_t h16 __attribute__((vector_size(32)));
+
 /* One unit as planes of whole bytes, in the order of its inputs. */
 INLINE void unpack_unit(const uint8_t *unit, const int bits, uint8_t *panel) {
     b64 q, upper, high;
@@ -45,6 +47,14 @@ static const uint8_t *unpack(const maqd_weight *w, int64_t block, int64_t count,
     return panel;
 }
 
+/* Scales of a group of one row block; bfloat16 is the upper half of a float. */
+INLINE v16 scales_of(const maqd_weight *w, int64_t block, int64_t group) {
+    if (w->groups == 1) return load((const float *)w->scale + block * ROWS);
+    h16 half;
+    memcpy(&half, (const uint16_t *)w->scale + (block * w->groups + group) * ROWS, sizeof half);
+    return (v16)(__builtin_convertvector(half, i16) << 16);
+}
+
 /* Adds to the total of one token and row block what a group's sum of code * q is worth. */
 INLINE v16 add_group(v16 total, v16 scale, v16 zero_scale, i16 sum, float inputs) {
     return total + scale * __builtin_convertvector(sum, v16) - zero_scale * inputs;
@@ -73,7 +83,7 @@ INLINE void single(const maqd_weight *w, const maqd_input *x, int64_t block, int
     v16 total = {0};
     for (int64_t g = 0; g < groups; ++g, codes += units * size, q += units * maqd_inputs(bits)) {
         i16 out;
-        const v16 scale = load(w->scale + (block * groups + g) * ROWS);
+        const v16 scale = scales_of(w, block, g);
         dot(codes, units, bits, q, (int32_t *)&out);
         total = add_group(total, scale, scale * w->zero, out, sums[g]);
     }
@@ -95,7 +105,7 @@ INLINE void tile(const maqd_weight *w, const maqd_input *x, const uint8_t *panel
         dot_panel(panel, stride * ROWS, planes, blocks, tokens, wide, q, 4 * x->tile,
                   (int32_t *)out);
         for (int b = 0; b < blocks; ++b) {
-            const v16 scale = load(w->scale + ((block + b) * groups + g) * ROWS);
+            const v16 scale = scales_of(w, block + b, g);
             const v16 zero_scale = scale * w->zero;
             for (int t = 0; t < tokens; ++t) {
                 const int i = t * blocks + b;
@@ -115,9 +125,13 @@ INLINE void tiles(const maqd_weight *w, const maqd_input *x, const uint8_t *pane
     for (int64_t t = 0; t < tokens;) {
         const int64_t whole = t - t % x->tile + x->tile;
         const int64_t rest = (whole < tokens ? whole : tokens) - t;
-        if (TILE >= 12 && rest >= 12) {
+        /* by sixes where groups end: registers then hold a total beside every sum */
+        if (TILE >= 12 && rest >= 12 && w->groups == 1) {
             tile(w, x, panel, block, blocks, t, TILE >= 12 ? 12 : 1, wide, y, y_stride);
             t += 12;
+        } else if (TILE >= 12 && rest >= 6 && (rest == 12 || rest % 4 > 1)) {
+            tile(w, x, panel, block, blocks, t, TILE >= 12 ? 6 : 1, wide, y, y_stride);
+            t += 6;
         } else if (rest >= 4) {
             tile(w, x, panel, block, blocks, t, 4, wide, y, y_stride);
             t += 4;
@@ -148,7 +162,7 @@ INLINE void tile_float(const maqd_weight *w, const maqd_input *x, const uint8_t 
                 for (int t = 0; t < tokens; ++t) sum[t][j] += value * values[t * stride + j];
             }
         }
-        const v16 scale = load(w->scale + (block * groups + g) * ROWS);
+        const v16 scale = scales_of(w, block, g);
         for (int t = 0; t < tokens; ++t) {
             const v16 all_four = (sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3]);
             total[t] += scale * (all_four - w->zero * x->sums[(token + t) * (groups + 1) + g]);
