@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .loader import library, path_number, pointer
+from .loader import FLOATS, library, path_number, pointer
 from .native import NativeWeight, Table, TableStruct, WeightStruct
 
 _BLOCK = 16  # positions that keys are stored by
@@ -154,8 +154,8 @@ class KeyValues:
         self.head_dim, self.capacity = head_dim, 0
         self.lengths = [0] * blocks
         width = -(-head_dim // 16) * 16
-        self.keys = torch.empty(blocks, batch, kv_heads, 0, head_dim, _BLOCK)
-        self.values = torch.empty(blocks, batch, kv_heads, 0, width)
+        self.keys = torch.empty(blocks, batch, kv_heads, 0, head_dim, _BLOCK, **FLOATS)
+        self.values = torch.empty(blocks, batch, kv_heads, 0, width, **FLOATS)
 
     @property
     def batch(self) -> int:
@@ -285,8 +285,11 @@ class NativeDecoder:
             inputs = self.table.check(inputs)
         else:
             inputs = inputs.detach().float().clone(memory_format=torch.contiguous_format)
-        out = torch.empty(batch, tokens, self.hidden) if inputs.dim() == 2 else inputs
-        last = torch.empty(batch, 1, self.head.weight.rows) if logits and self.head else None
+        out, last = inputs, None
+        if inputs.dim() == 2:
+            out = torch.empty(batch, tokens, self.hidden, **FLOATS)
+        if logits and self.head:
+            last = torch.empty(batch, 1, self.head.weight.rows, **FLOATS)
         positions = positions.long().contiguous()
         first, mask = (None if t is None else t.bool().contiguous() for t in (first, mask))
         step = max(1, MAX_TOKENS // max(batch, 1))

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ..functional import grid_center
 from ..packing import codes_per_word, words_per_row
-from .loader import arena, library, path_number, pointer
+from .loader import FLOATS, arena, library, path_number, pointer
 from .reference import half_a_code
 
 _ROWS = 16  # rows of a block, as in maqd.h
-_PARALLEL = 1 << 17  # multiplications below which a second thread costs more than it brings
+# Multiplications below which a second thread costs more than it brings. Measured: waking it takes
+# some 2 us, and 10 where idle threads sleep (OMP_WAIT_POLICY=passive).
+_PARALLEL = 1 << 19
 
 
 class WeightStruct(ctypes.Structure):
@@ -148,17 +150,17 @@ class NativeWeight:
             codes_per_word(levels),
             chosen.bits,
             pointer(self.codes),
-            torch.get_num_threads() if words.numel() > _PARALLEL else 1,
+            torch.get_num_threads() if self.rows * columns >= _PARALLEL else 1,
         )
 
         def padded(values: Tensor | None) -> Tensor | None:
             if values is None:
                 return None
-            out = torch.zeros(blocks * _ROWS)
+            out = torch.zeros(blocks * _ROWS, **FLOATS)
             out[: self.rows] = values.detach().float().flatten()
             return out
 
-        scales = torch.zeros(blocks * _ROWS, self.groups)
+        scales = torch.zeros(blocks * _ROWS, self.groups, **FLOATS)
         scales[: self.rows] = scale.detach().float()
         self.scale = scales.unflatten(0, (blocks, _ROWS)).transpose(1, 2).contiguous()
         self.offset, self.bias = padded(offset), padded(bias)
@@ -188,12 +190,12 @@ class NativeWeight:
             ValueError: ``x`` is not that wide, or not on the CPU.
             MemoryError: no scratch memory.
         """
-        if x.shape[-1] != self.columns or x.device.type != "cpu":
+        if x.shape[-1] != self.columns or not x.is_cpu:
             raise ValueError(f"x {tuple(x.shape)} on {x.device}: want (..., {self.columns}), cpu")
-        out = torch.empty(*x.shape[:-1], self.rows)
         tokens = x.numel() // self.columns
         plain = x.dtype == torch.float32 and x.is_contiguous()
         flat = x if plain else x.detach().float().contiguous()
+        out = flat.new_empty(*x.shape[:-1], self.rows)  # whatever torch's default dtype is
         every = 0
         if step is not None:
             every = int(step.numel() > 1)
@@ -227,9 +229,9 @@ class NativeWeight:
         if self.activation_levels is None:
             raise ValueError("this weight meets float activations: nothing is quantised")
         taken = {
-            "codes": torch.empty(tokens, self.stride, dtype=torch.int8),
+            "codes": torch.empty(tokens, self.stride, dtype=torch.int8, device="cpu"),
             "step": step.detach().float().clone(),
-            "sums": torch.empty(tokens, self.groups + 1),
+            "sums": torch.empty(tokens, self.groups + 1, **FLOATS),
         }
         struct = _Input(*(pointer(tensor) for tensor in taken.values()), None, 1)
         x = x.detach().float().contiguous()
@@ -312,6 +314,6 @@ class Table:
         lib = library()
         assert lib is not None
         flat = self.check(ids)
-        out = torch.empty(*ids.shape, self.columns)
+        out = torch.empty(*ids.shape, self.columns, **FLOATS)
         lib.maqd_embedding(ctypes.byref(self.struct), pointer(flat), flat.numel(), pointer(out))
         return out

@@ -59,11 +59,12 @@ class PackedLinear(nn.Module):
             raise ValueError("a packed layer needs weight_levels; float weights are not packed")
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.levels: int = spec.weight_levels
+        self.groups = spec.groups(in_features)
         self.context = context or BatchContext()
         words = words_per_row(in_features, self.levels)
         floats = torch.float32
         self.weight = _frozen((out_features, words), torch.int32, device)
-        self.weight_scale = _frozen((out_features, spec.groups(in_features)), floats, device)
+        self.weight_scale = _frozen((out_features, self.groups), floats, device)
         self.weight_offset = (
             _frozen((out_features, 1), floats, device) if spec.weight_offset else None
         )
@@ -152,7 +153,7 @@ class PackedLinear(nn.Module):
         return self.native_weight()(x, step)
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.native_serves(x, self.weight, self.levels, self.weight_scale.shape[1]):
+        if kernels.native_serves(x, self.weight, self.levels, self.groups):
             step = self._native_step(x)
             if torch.compiler.is_compiling():
                 return kernels.packed_linear_op(x, step, self._number, self.out_features)
