@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..functional import grid_center
 from ..packing import codes_per_word, words_per_row
-from .loader import FLOATS, arena, library, path_number, pointer
+from .loader import FLOATS, arena, library, path_number, pointer, release
 from .reference import half_a_code
 
 _ROWS = 16  # rows of a block, as in maqd.h
 # Multiplications below which a second thread costs more than it brings. Measured: waking it takes
 # some 2 us, and 10 where idle threads sleep (OMP_WAIT_POLICY=passive).
 _PARALLEL = 1 << 19
+_PIECE = 1 << 20  # words that are repacked, and then released, at a time
 
 
 class WeightStruct(ctypes.Structure):
@@ -103,6 +104,9 @@ def fits(columns: int, groups: int, levels: int) -> bool:
 class NativeWeight:
     """One layer's weight in the kernel's layout, and its product with inputs.
 
+    ``words`` are read once, piece by piece, and released (``loader.release``): of a mapped file no
+    more than a piece is in memory beside the codes.
+
     Args:
         words, levels, scale, offset, bias: as in ``reference.packed_linear``, on the CPU.
         columns: input width.
@@ -141,17 +145,26 @@ class NativeWeight:
         blocks = -(-self.rows // _ROWS)
         self.stride = units * chosen.inputs
         self.codes = arena.zeros(blocks * units * chosen.planes * 64)
-        words = words.contiguous()
-        lib.maqd_repack(
-            pointer(words),
-            self.rows,
-            columns,
-            levels,
-            codes_per_word(levels),
-            chosen.bits,
-            pointer(self.codes),
-            torch.get_num_threads() if self.rows * columns >= _PARALLEL else 1,
-        )
+        even = activation_levels is not None and activation_levels % 2 == 0
+        halves = []
+        step = max(1, _PIECE // words.shape[1] // _ROWS) * _ROWS
+        for start in range(0, self.rows, step):
+            piece = slice(start, start + step)
+            part = words[piece].contiguous()
+            lib.maqd_repack(
+                pointer(part),
+                len(part),
+                columns,
+                levels,
+                codes_per_word(levels),
+                chosen.bits,
+                pointer(self.codes[start // _ROWS * units * chosen.planes * 64 :]),
+                torch.get_num_threads() if len(part) * columns >= _PARALLEL else 1,
+            )
+            if even:
+                offsets = None if offset is None else offset[piece]
+                halves.append(half_a_code(part, levels, columns, scale[piece], offsets))
+            release(words[piece])
 
         def padded(values: Tensor | None) -> Tensor | None:
             if values is None:
@@ -164,9 +177,7 @@ class NativeWeight:
         scales[: self.rows] = scale.detach().float()
         self.scale = scales.unflatten(0, (blocks, _ROWS)).transpose(1, 2).contiguous()
         self.offset, self.bias = padded(offset), padded(bias)
-        even = activation_levels is not None and activation_levels % 2 == 0
-        half = half_a_code(words, levels, columns, scale, offset) if even else None
-        self.constant = padded(half)
+        self.constant = padded(torch.cat(halves) if even else None)
         tensors = (self.codes, self.scale, self.offset, self.constant, self.bias)
         self.struct = WeightStruct(
             *(pointer(tensor) for tensor in tensors),

@@ -59,12 +59,11 @@ class PackedLinear(nn.Module):
             raise ValueError("a packed layer needs weight_levels; float weights are not packed")
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.levels: int = spec.weight_levels
-        self.groups = spec.groups(in_features)
         self.context = context or BatchContext()
         words = words_per_row(in_features, self.levels)
         floats = torch.float32
         self.weight = _frozen((out_features, words), torch.int32, device)
-        self.weight_scale = _frozen((out_features, self.groups), floats, device)
+        self.weight_scale = _frozen((out_features, spec.groups(in_features)), floats, device)
         self.weight_offset = (
             _frozen((out_features, 1), floats, device) if spec.weight_offset else None
         )
@@ -130,7 +129,6 @@ class PackedLinear(nn.Module):
                 self.spec.activation_levels,
             )
             self._native = (Stamp(tensors), weight)
-            kernels.release(self.weight)  # from now on only saving and copying read it
         return self._native[1]
 
     def __getstate__(self) -> dict[str, object]:
@@ -153,7 +151,7 @@ class PackedLinear(nn.Module):
         return self.native_weight()(x, step)
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.native_serves(x, self.weight, self.levels, self.groups):
+        if kernels.native_serves(x, self.weight, self.levels, self.weight_scale.shape[1]):
             step = self._native_step(x)
             if torch.compiler.is_compiling():
                 return kernels.packed_linear_op(x, step, self._number, self.out_features)
