@@ -25,6 +25,12 @@ of ten times it, 116.03 becomes 120.20.
 
 from __future__ import annotations
 
+from collections import Counter
+
+from torch import nn
+
+from .nn import MaQDLinear
+
 # Of the latents, up to so many levels.
 _LEARNING_RATES = ((8, 2e-4), (16, 1e-4))
 _FINER = 3e-5
@@ -41,3 +47,12 @@ def learning_rate(levels: int) -> float:
     True
     """
     return next((rate for most, rate in _LEARNING_RATES if levels <= most), _FINER)
+
+
+def weight_levels(model: nn.Module) -> int:
+    """Those that most of the quantised weights of ``model`` have; 256 where none is quantised."""
+    counts: Counter[int] = Counter({256: 0})
+    for module in model.modules():
+        if isinstance(module, MaQDLinear) and module.weight_levels is not None:
+            counts[module.weight_levels] += module.weight.numel()
+    return counts.most_common(1)[0][0]

@@ -15,7 +15,6 @@ What it adds to ``transformers.Trainer``, and why a plain one will not do:
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -32,6 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
+from . import recipes
 from .calibration import calibrate_activations
 from .callbacks import GateSchedule, QuantizerMonitor, RankAgreement
 from .checkpoints import first_interrupt, is_complete, last_complete_checkpoint
@@ -126,7 +126,7 @@ class MaQDTrainer(Trainer):
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
-        args.fill_rates(_weight_levels(self.model))
+        args.fill_rates(recipes.weight_levels(self.model))
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
             if plugin.fsdp_version != 2:
@@ -422,15 +422,6 @@ class MaQDTrainer(Trainer):
 def _shift(labels: Tensor) -> Tensor:
     """Labels (batch, tokens) moved to the position that predicts them; -100 for the last."""
     return nn.functional.pad(labels, (0, 1), value=IGNORE)[..., 1:]
-
-
-def _weight_levels(model: nn.Module) -> int:
-    """Those that most of the quantised weights have; 256 where nothing is quantised."""
-    counts: Counter[int] = Counter({256: 0})
-    for module in model.modules():
-        if isinstance(module, MaQDLinear) and module.weight_levels is not None:
-            counts[module.weight_levels] += module.weight.numel()
-    return counts.most_common(1)[0][0]
 
 
 def _is_packed(model: nn.Module) -> bool:

@@ -4,17 +4,18 @@
     python scripts/benchmark_speed.py --threads 1 2 --busy 2 --large
 
 Tables. `matrices`: one packed layer against torch in bfloat16, torch's int4 product, onnxruntime's
-MatMulNBits and llama.cpp's product, for 1, 8 and 512 tokens, with the bandwidth and the
-multiplications the machine reaches in the same run (`--plot` draws the roofline). `models`:
-SmolLM2-135M (random codes of the same shapes cost the same, so no calibration is done) through
-`generate()`, one stream and eight, and in one prefill of 512 tokens, against transformers in
-bfloat16 and llama.cpp. `compiled`: decoding under torch.compile with a static cache. `large`: a
+MatMulNBits, OpenVINO, auto-round-lib and llama.cpp's product, for 1, 8 and 512 tokens, with the
+bandwidth and the multiplications the machine reaches in the same run (`--plot` draws the roofline).
+`models`: SmolLM2-135M (random codes of the same shapes cost the same, so no calibration is done)
+through `generate()`, one stream and eight, and in one prefill of 512 tokens, against transformers
+in bfloat16 and llama.cpp. `compiled`: decoding under torch.compile with a static cache. `large`: a
 random Llama of 1 B parameters. `agreement`: what the native decode step and the model's own forward
 write after 50 prompts. All competitors of a table take turns in one run, and medians and ratios are
 printed: the machine may be shared. `--busy N` runs the native decode step and llama.cpp once more,
 with the last thread count and half the rounds, beside N processes that compute without end (torch's
 own threads spin there, and are not waited for). Tables that are not asked for stay in the output as
-they are. Rivals come with `pip install maqd_hf[bench]`; a missing one is named.
+they are. Rivals come with `pip install maqd_hf[bench]`; one that is missing, or computes something
+else, is named.
 """
 
 import copy
@@ -36,6 +37,7 @@ from typing import Any
 
 import torch
 from speed_kernels import matrices, plot_roofline
+from speed_rivals import PACKAGES, unavailable
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -51,7 +53,6 @@ from maqd_hf import MaQDConfig, kernels, pack_model, quantize_model, use_native
 from maqd_hf.embedded import SMOLLM2, embedded_gguf, embedded_text, resolve_model
 from maqd_hf.versions import package_versions
 
-RIVALS = {"llama_cpp": "llama-cpp-python", "onnxruntime": "onnxruntime", "onnx": "onnx"}
 LLAMA_CPP = {"Q8_0": 7, "Q4_0": 2, "TQ2_0": 37}  # llama.cpp's numbers of its file types
 PROMPT, NEW, PREFILL, BATCH = 16, 64, 512, 8
 MIB = 2**20
@@ -135,12 +136,27 @@ def rss(which: str) -> int:
     return int(status.read_text().split(f"{which}:")[1].split()[0]) * 1024 if status.exists() else 0
 
 
+def warm_up(kind: str) -> None:
+    """Import what the first model of a process makes its framework import, by loading a tiny float
+    one and letting it write: seconds and memory are then those of the model that is measured."""
+    if kind == "llama.cpp":
+        import llama_cpp  # noqa: F401
+
+        return
+    sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(folder)
+        TransformersModel(folder, None, "float32").decode(2)
+
+
 def serve(kind: str, source: str, options: dict[str, Any], pipe: Connection) -> None:
     """A competitor in a process of its own: does what the pipe asks, answers with seconds."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     threads = options.pop("threads")
     torch.set_num_threads(threads)
+    warm_up(kind)
     before = rss("VmRSS")
     if kind == "llama.cpp":
         runner: Any = LlamaCpp(source, threads)
@@ -386,9 +402,9 @@ def large_config() -> LlamaConfig:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser(Arguments, description=__doc__)  # type: ignore[arg-type]
     (args,) = parser.parse_args_into_dataclasses(argv)
-    missing = [package for module, package in RIVALS.items() if not find_spec(module)]
-    for package in missing:
-        print(f"rival missing: {package} (pip install maqd_hf[bench])")
+    missing = {package: why for package in PACKAGES if (why := unavailable(package))}
+    for package, why in missing.items():
+        print(f"rival missing: {package}, {why}")
     output = Path(args.output) if args.output else None
     report: dict[str, Any] = json.loads(output.read_text()) if output and output.exists() else {}
     report |= {

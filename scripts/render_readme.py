@@ -308,6 +308,7 @@ def ceilings(result: dict[str, Any]) -> list[str]:
         if row["name"].startswith("maqd") and "groups" not in row["name"]:
             share = row["bytes_per_second"] / found["bytes_per_second"]
             shares.append(f"{row['name'].removeprefix('maqd ')} {share:.0%}")
+    absent = "; ".join(f"{name} ({why})" for name, why in found.get("missing", {}).items())
     plot = "results/plots/roofline.png"
     picture = f"\n\n![Roofline]({plot})" if (ROOT / plot).exists() else ""
     return [
@@ -315,7 +316,7 @@ def ceilings(result: dict[str, Any]) -> list[str]:
         f"{found['bytes_per_second'] / 1e9:.0f} GB/s and multiply 8-bit numbers at "
         f"{found['operations_per_second'] / 2e9:.0f} billion a second. One token at 11008 x 4096 "
         f"uses of that bandwidth (above 100 %: weights stay in the cache): {', '.join(shares)}."
-        f"{picture}"
+        f"{' Not timed: ' * bool(absent)}{absent}{picture}"
     ]
 
 

@@ -87,6 +87,20 @@ def test_a_storage_that_does_not_fit_is_refused():
         native.NativeWeight(*arguments)(torch.ones(2, 7), torch.ones(1))
 
 
+@pytest.mark.parametrize("storage", list(native.STORAGES))
+def test_repacked_piece_by_piece(path, storage, monkeypatch):
+    """All words are released, a piece of 16 rows at a time, and the pieces change nothing."""
+    levels = native.STORAGES[storage].levels
+    words = pack_codes(torch.randint(0, levels, (50, 96)), levels)
+    given = (words, levels, 96, torch.rand(50, 1) + 0.5, torch.randn(50, 1), torch.randn(50), 16)
+    x, released = torch.randn(2, 96), []
+    expected = native.NativeWeight(*given, storage)(x, None)
+    monkeypatch.setattr(native, "_PIECE", 16 * words.shape[1])
+    monkeypatch.setattr(native, "release", released.append)
+    assert torch.equal(native.NativeWeight(*given, storage)(x, None), expected)
+    assert torch.equal(torch.cat(released), words) and max(map(len, released)) == 16
+
+
 def test_against_float64(path):
     layer = packed(1536, 576, 4)
     x = torch.randn(3, 1536)

@@ -167,7 +167,7 @@ def test_strides_do_not_matter(path, activations):
 
 
 def test_threads_do_not_change_a_bit(path):
-    layer = layer_of(512, 300, 4)
+    layer = layer_of(512, 1037, 4)  # enough for one token to be shared out
     for tokens in (1, 2, 5, 40):
         x = torch.randn(tokens, 512)
         results = []
@@ -440,6 +440,29 @@ def test_a_step_of_another_dtype_is_converted(dtype, path):
     layer = layer_of(static=True)
     expected = layer(x)
     torch.testing.assert_close(layer.double()(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_torchs_defaults_do_not_matter(dtype, best):
+    """The library writes float32 on the CPU, also where torch would make something else."""
+    x, ids = torch.randn(3, COLUMNS), torch.tensor([[3, 5, 7]])
+    given = arguments()
+    table = {"words": given["words"], "levels": LEVELS, "columns": COLUMNS}
+    table |= {"scale": given["scale"], "offset": given["offset"]}
+    expected, rows = NativeWeight(**given)(x, None), Table(**table)(ids)
+    model = model_of()
+    embedded = model.get_input_embeddings()(ids)
+    states = model.model(inputs_embeds=embedded).last_hidden_state
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found, taken = NativeWeight(**given)(x, None), Table(**table)(ids)
+        again = model.model(inputs_embeds=embedded, use_cache=True).last_hidden_state
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected) and torch.equal(taken, rows)
+    assert torch.equal(again, states)
 
 
 def test_what_is_taken_of_inputs_is_checked_too(best):

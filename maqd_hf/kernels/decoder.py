@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .key_values import KeyValues, KeyValueType
-from .loader import library, path_number, pointer
+from .loader import FLOATS, library, path_number, pointer
 from .native import NativeWeight, Table, TableStruct, WeightStruct
 
 MAX_TOKENS = 512  # of a call: scratch memory grows with them
@@ -268,8 +268,11 @@ class NativeDecoder:
             inputs = self.table.check(inputs)
         else:
             inputs = inputs.detach().float().clone(memory_format=torch.contiguous_format)
-        out = torch.empty(batch, tokens, self.hidden) if inputs.dim() == 2 else inputs
-        last = torch.empty(batch, 1, self.head.weight.rows) if logits and self.head else None
+        out, last = inputs, None
+        if inputs.dim() == 2:
+            out = torch.empty(batch, tokens, self.hidden, **FLOATS)
+        if logits and self.head:
+            last = torch.empty(batch, 1, self.head.weight.rows, **FLOATS)
         positions = positions.long().contiguous()
         first, mask = (None if t is None else t.bool().contiguous() for t in (first, mask))
         step = max(1, MAX_TOKENS // max(batch, 1))

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .loader import FLOATS
+
 _BLOCK = 16  # positions that keys are stored by
 
 KeyValueType = Literal["float32", "int8"]
@@ -43,9 +45,10 @@ class KeyValues:
         width = -(-head_dim // _BLOCK) * _BLOCK
         dtype = torch.int8 if kind == "int8" else torch.float32
         shape = (blocks, batch, kv_heads)
-        self.keys = torch.empty(*shape, 0, head_dim, _BLOCK, dtype=dtype)
-        self.values = torch.empty(*shape, 0, width, dtype=dtype)
-        self.scales = torch.empty(2, *shape, 0) if kind == "int8" else None
+        options = {**FLOATS, "dtype": dtype}
+        self.keys = torch.empty(*shape, 0, head_dim, _BLOCK, **options)
+        self.values = torch.empty(*shape, 0, width, **options)
+        self.scales = torch.empty(2, *shape, 0, **FLOATS) if kind == "int8" else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,7 +138,7 @@ class FixedKeyValues(KeyValues):
     def empty(cls, like: KeyValues, limit: int) -> FixedKeyValues:
         """For ``limit`` positions; ``like``: an empty store, taken over."""
         like.reserve(limit)
-        length = torch.zeros((), dtype=torch.int64)
+        length = torch.zeros((), dtype=torch.int64, device="cpu")
         return cls(like.keys.zero_(), like.values, like.scales, length, limit)
 
     @property

@@ -12,12 +12,15 @@ import os
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PATH_VARIABLE = "MAQD_KERNEL"
 LIBRARY_VARIABLE = "MAQD_LIBRARY"  # another build of the library, as `.ci/sanitize` makes one
+# Of tensors the library reads and writes, whatever torch's own defaults are.
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 @lru_cache(maxsize=1)
@@ -91,7 +94,7 @@ class _Arena:
     _huge = 1 << 21
 
     def __init__(self) -> None:
-        self._rest = torch.empty(0, dtype=torch.uint8)
+        self._rest = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._lock = Lock()
 
     def zeros(self, count: int) -> Tensor:
@@ -100,7 +103,7 @@ class _Arena:
         with self._lock:
             if count > len(self._rest):
                 size = max(count, self.piece)
-                memory = torch.empty(size + self._huge, dtype=torch.uint8)
+                memory = torch.empty(size + self._huge, dtype=torch.uint8, device="cpu")
                 skip = -memory.data_ptr() % self._huge
                 self._rest = memory[skip : skip + size]
                 _advise(self._rest, 14)  # Linux: MADV_HUGEPAGE

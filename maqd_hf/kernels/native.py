@@ -14,11 +14,14 @@ from torch import Tensor
 
 from ..functional import grid_center, scale_dtype
 from ..packing import codes_per_word, words_per_row
-from .loader import arena, library, path_number, pointer
+from .loader import FLOATS, arena, library, path_number, pointer, release
 from .reference import half_a_code
 
 _ROWS = 16  # rows of a block, as in maqd.h
-_PARALLEL = 1 << 17  # multiplications below which a second thread costs more than it brings
+# Multiplications below which a second thread costs more than it brings. Measured: waking it takes
+# some 2 us, and 10 where idle threads sleep (OMP_WAIT_POLICY=passive).
+_PARALLEL = 1 << 19
+_PIECE = 1 << 20  # words that are repacked, and then released, at a time
 
 
 class WeightStruct(ctypes.Structure):
@@ -101,6 +104,9 @@ def fits(columns: int, groups: int, levels: int) -> bool:
 class NativeWeight:
     """One layer's weight in the kernel's layout, and its product with inputs.
 
+    ``words`` are read once, piece by piece, and released (``loader.release``): of a mapped file no
+    more than a piece is in memory beside the codes.
+
     Args:
         words, levels, scale, offset, bias: as in ``reference.packed_linear``, on the CPU.
         columns: input width.
@@ -139,32 +145,40 @@ class NativeWeight:
         blocks = -(-self.rows // _ROWS)
         self.stride = units * chosen.inputs
         self.codes = arena.zeros(blocks * units * chosen.planes * 64)
-        words = words.contiguous()
-        lib.maqd_repack(
-            pointer(words),
-            self.rows,
-            columns,
-            levels,
-            codes_per_word(levels),
-            chosen.bits,
-            pointer(self.codes),
-            torch.get_num_threads() if words.numel() > _PARALLEL else 1,
-        )
+        even = activation_levels is not None and activation_levels % 2 == 0
+        halves = []
+        step = max(1, _PIECE // words.shape[1] // _ROWS) * _ROWS
+        for start in range(0, self.rows, step):
+            piece = slice(start, start + step)
+            part = words[piece].contiguous()
+            lib.maqd_repack(
+                pointer(part),
+                len(part),
+                columns,
+                levels,
+                codes_per_word(levels),
+                chosen.bits,
+                pointer(self.codes[start // _ROWS * units * chosen.planes * 64 :]),
+                torch.get_num_threads() if len(part) * columns >= _PARALLEL else 1,
+            )
+            if even:
+                offsets = None if offset is None else offset[piece]
+                halves.append(half_a_code(part, levels, columns, scale[piece], offsets))
+            release(words[piece])
 
         def padded(values: Tensor | None) -> Tensor | None:
             if values is None:
                 return None
-            out = torch.zeros(blocks * _ROWS)
+            out = torch.zeros(blocks * _ROWS, **FLOATS)
             out[: self.rows] = values.detach().float().flatten()
             return out
 
-        scales = torch.zeros(blocks * _ROWS, self.groups, dtype=scale_dtype(self.groups))
+        options = {**FLOATS, "dtype": scale_dtype(self.groups)}
+        scales = torch.zeros(blocks * _ROWS, self.groups, **options)
         scales[: self.rows] = scale.detach()
         self.scale = scales.unflatten(0, (blocks, _ROWS)).transpose(1, 2).contiguous()
         self.offset, self.bias = padded(offset), padded(bias)
-        even = activation_levels is not None and activation_levels % 2 == 0
-        half = half_a_code(words, levels, columns, scale, offset) if even else None
-        self.constant = padded(half)
+        self.constant = padded(torch.cat(halves) if even else None)
         tensors = (self.codes, self.scale, self.offset, self.constant, self.bias)
         self.struct = WeightStruct(
             *(pointer(tensor) for tensor in tensors),
@@ -188,12 +202,12 @@ class NativeWeight:
             ValueError: ``x`` is not that wide, or not on the CPU.
             MemoryError: no scratch memory.
         """
-        if x.shape[-1] != self.columns or x.device.type != "cpu":
+        if x.shape[-1] != self.columns or not x.is_cpu:
             raise ValueError(f"x {tuple(x.shape)} on {x.device}: want (..., {self.columns}), cpu")
-        out = torch.empty(*x.shape[:-1], self.rows)
         tokens = x.numel() // self.columns
         plain = x.dtype == torch.float32 and x.is_contiguous()
         flat = x if plain else x.detach().float().contiguous()
+        out = flat.new_empty(*x.shape[:-1], self.rows)  # whatever torch's default dtype is
         every = 0
         if step is not None:
             every = int(step.numel() > 1)
@@ -227,9 +241,9 @@ class NativeWeight:
         if self.activation_levels is None:
             raise ValueError("this weight meets float activations: nothing is quantised")
         taken = {
-            "codes": torch.empty(tokens, self.stride, dtype=torch.int8),
+            "codes": torch.empty(tokens, self.stride, dtype=torch.int8, device="cpu"),
             "step": step.detach().float().clone(),
-            "sums": torch.empty(tokens, self.groups + 1),
+            "sums": torch.empty(tokens, self.groups + 1, **FLOATS),
         }
         struct = _Input(*(pointer(tensor) for tensor in taken.values()), None, 1)
         x = x.detach().float().contiguous()
@@ -312,6 +326,6 @@ class Table:
         lib = library()
         assert lib is not None
         flat = self.check(ids)
-        out = torch.empty(*ids.shape, self.columns)
+        out = torch.empty(*ids.shape, self.columns, **FLOATS)
         lib.maqd_embedding(ctypes.byref(self.struct), pointer(flat), flat.numel(), pointer(out))
         return out

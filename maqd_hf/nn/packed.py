@@ -138,7 +138,6 @@ class PackedLinear(nn.Module):
                 self.spec.activation_levels,
             )
             self._native = (Stamp(tensors), weight)
-            kernels.release(self.weight)  # from now on only saving and copying read it
         return self._native[1]
 
     def __getstate__(self) -> dict[str, object]:

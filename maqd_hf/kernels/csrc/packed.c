@@ -89,7 +89,8 @@ static void product_share(void *argument, maqd_team *team, int thread, int threa
     const maqd_weight *w = p->weight;
     uint8_t *panel = p->panels + thread * maqd_panel(maqd_stride(w));
     int64_t from, to;
-    maqd_share(p->tokens, thread, threads, &from, &to);
+    /* backwards: a single token belongs to the caller's thread, which is there first */
+    maqd_share(p->tokens, threads - 1 - thread, threads, &from, &to);
     for (int64_t t = from; t < to; ++t) {
         p->input.step[t] = p->step ? p->step[t * p->step_every] : 0;
         maqd_take(p->path, w, p->x + t * w->columns, p->levels, &p->input, t);

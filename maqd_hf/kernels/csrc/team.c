@@ -22,7 +22,7 @@
 
 /* A cache line each: a waiting thread reads `passed` while the others count themselves in. */
 struct maqd_team {
-    int threads;
+    _Atomic int threads;
     _Alignas(64) _Atomic uint32_t arrived;
     _Alignas(64) _Atomic uint32_t passed;
     _Atomic uint32_t sleepers;
@@ -53,9 +53,10 @@ static void await(maqd_team *team, uint32_t round) {
 }
 
 void maqd_barrier(maqd_team *team) {
-    if (team->threads < 2) return;
+    const int threads = atomic_load_explicit(&team->threads, memory_order_relaxed);
+    if (threads < 2) return;
     const uint32_t round = atomic_load_explicit(&team->passed, memory_order_relaxed);
-    if (atomic_fetch_add(&team->arrived, 1) != (uint32_t)team->threads - 1) {
+    if (atomic_fetch_add(&team->arrived, 1) != (uint32_t)threads - 1) {
         await(team, round);
         return;
     }
@@ -63,7 +64,7 @@ void maqd_barrier(maqd_team *team) {
     atomic_store(&team->passed, round + 1);
 #ifdef __linux__
     if (atomic_load(&team->sleepers))
-        syscall(SYS_futex, &team->passed, FUTEX_WAKE_PRIVATE, team->threads, NULL, NULL, 0);
+        syscall(SYS_futex, &team->passed, FUTEX_WAKE_PRIVATE, threads, NULL, NULL, 0);
 #endif
 }
 
@@ -80,9 +81,10 @@ void maqd_run(maqd_work work, void *argument, int threads) {
     if (threads > 1 && !forked && !omp_in_parallel()) {
 #pragma omp parallel num_threads(threads)
         {
-#pragma omp single
-            team.threads = omp_get_num_threads();
-            work(argument, &team, omp_get_thread_num(), team.threads);
+            /* may be fewer than asked for; all write the same, so nobody waits for another's */
+            const int got = omp_get_num_threads();
+            atomic_store_explicit(&team.threads, got, memory_order_relaxed);
+            work(argument, &team, omp_get_thread_num(), got);
             maqd_barrier(&team); /* that of OpenMP below would spin for long */
         }
         return;
