@@ -243,13 +243,24 @@ INLINE v16 gelu_tanh(v16 x) {
     return x - x / (exponential(u) + 1.0f);
 }
 
-static void activate(int32_t kind, float *x, const float *up, int64_t count) {
+INLINE void activate_as(const int kind, float *x, const float *up, int64_t count) {
     for (int64_t k = 0; k < count; k += 16) {
         const int64_t some = count - k < 16 ? count - k : 16;
         const v16 v = load_some(x + k, some, 0);
-        v16 y = kind == RELU ? choose(v > 0, v, all(0)) : gelu_tanh(v);
-        if (kind == SWIGLU) y = v / (exponential(-v) + 1.0f) * load_some(up + k, some, 0);
+        v16 y;
+        if (kind == SWIGLU)
+            y = v / (exponential(-v) + 1.0f) * load_some(up + k, some, 0);
+        else
+            y = kind == RELU ? choose(v > 0, v, all(0)) : gelu_tanh(v);
         memcpy(x + k, &y, (size_t)some * sizeof *x);
+    }
+}
+
+static void activate(int32_t kind, float *x, const float *up, int64_t count) {
+    switch (kind) {
+        case SWIGLU: activate_as(SWIGLU, x, up, count); break;
+        case RELU: activate_as(RELU, x, up, count); break;
+        default: activate_as(GELU_TANH, x, up, count);
     }
 }
 
