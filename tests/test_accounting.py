@@ -44,7 +44,12 @@ class ReducedRows(TorchDispatchMode):
         self.rows = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        of = {aten.mean.dim: 1, aten.amax.default: 1, aten.native_layer_norm.default: 2}
+        of = {
+            aten.mean.dim: 1,
+            aten.amax.default: 1,
+            aten.linalg_vector_norm.default: 1,
+            aten.native_layer_norm.default: 2,
+        }
         if func in of:
             self.rows += of[func] * args[0].numel() // args[0].shape[-1]
         return func(*args, **(kwargs or {}))

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -437,6 +438,14 @@ def test_resume_equals_uninterrupted_bit_for_bit(
     assert resumed.state.global_step == STEPS
     assert_equal_states(whole.model, resumed.model)
     assert_equal_optimizers(whole, resumed)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell starts what runs in its background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class InterruptAt(TrainerCallback):
