@@ -408,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     output = Path(args.output) if args.output else None
     report: dict[str, Any] = json.loads(output.read_text()) if output and output.exists() else {}
     report |= {
-        "arguments": asdict(args),
+        "arguments": asdict(replace(args, output=None, plot=None)),  # places mean nothing elsewhere
         "kernels": kernels.info(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "missing_rivals": missing,

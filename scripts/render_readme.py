@@ -138,7 +138,8 @@ def batch_sizes(result: list[dict[str, Any]]) -> str:
         f"Small models from scratch, held-out loss in nats, {', '.join(samples.values())} samples; "
         "each batch size sees the same samples in the same order. LBN is evaluated with constants."
     )
-    return f"{text}\n\n" + table(("model", "norms", *(f"{size} a step" for size in sizes)), rows)
+    numbers = table(("model", "norms", *(f"{size} a step" for size in sizes)), rows)
+    return f"{text}\n\n{numbers}\n\n![loss against batch size](results/plots/lbn_batch.png)"
 
 
 def pretrained_norms(result: list[dict[str, Any]]) -> str:
