@@ -209,7 +209,12 @@ def tokenize_blocks(
             f"The text has {len(ids)} tokens, less than one block of {block_size}: give more "
             f"text, or a block_size of at most {len(ids)}."
         )
-    rows = pa.FixedSizeListArray.from_arrays(ids[: blocks * block_size], block_size)
+    return cut_blocks(ids[: blocks * block_size], block_size)
+
+
+def cut_blocks(ids: pa.Array, block_size: int) -> Dataset:
+    """A row of tokens, as long as some blocks, as the dataset that `tokenize_blocks` describes."""
+    rows = pa.FixedSizeListArray.from_arrays(ids, block_size)
     return Dataset(pa.table({"input_ids": rows, "labels": rows}))
 
 

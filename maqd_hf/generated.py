@@ -16,6 +16,8 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .data import cut_blocks
+
 GENERATED = "generated"
 
 
@@ -59,10 +61,8 @@ def generated_blocks(
     settings.pad_token_id = special[0] if isinstance(special, list) else special
     blocks = -(-tokens // block_size)
     rows: list[list[int]] = []
-    own, model.generation_config = (
-        model.generation_config,
-        settings,
-    )  # generate() fills None from it
+    own = model.generation_config
+    model.generation_config = settings  # where generate() looks up what it is given as None
     try:
         with (
             torch.random.fork_rng(devices=[]),
@@ -78,5 +78,4 @@ def generated_blocks(
     finally:
         model.generation_config = own
     flat = pa.array([token for row in rows for token in row], pa.int32())
-    column = pa.FixedSizeListArray.from_arrays(flat, block_size)
-    return Dataset(pa.table({"input_ids": column, "labels": column}))
+    return cut_blocks(flat, block_size)
