@@ -163,7 +163,7 @@ def _norm_text(norm: LayerBatchNorm, reason: str) -> str:
     statistics = {
         "token": "per token",
         "gated": "layer-batch norm, gate " + ("closed" if float(norm.gate) == 0 else "open"),
-        "static": "static, folded into its consumers" if norm.spec.absorbed else "static",
+        "static": "static, folded into its consumers" if norm.spec.folded else "static",
     }[norm.spec.statistics]
     return f"{statistics} ({reason})" if reason else statistics
 

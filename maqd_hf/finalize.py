@@ -38,8 +38,9 @@ from .report import ConversionReport
 def pack_model(model: nn.Module) -> ConversionReport:
     """Replace every trained layer by its packed form, in place; static norms are folded.
 
-    A norm whose gate is open (1) becomes static and its constant moves into its consumers; one
-    whose gate is closed (0) stays per token. The output is the same up to float rounding.
+    A norm whose gate is open (1) becomes static and its constant moves into its gamma or its
+    consumers; one whose gate is closed (0) stays per token. The output is the same up to float
+    rounding.
 
     Raises:
         ValueError: not a QAT model, activations not calibrated, a weight not finite, or a gate
@@ -109,7 +110,8 @@ def _freeze_norm(norm: LayerBatchNorm, consumers: list[nn.Module]) -> None:
         norm.spec = replace(norm.spec, statistics="token")
         return
     norm.spec = replace(norm.spec, statistics="static")
-    if consumers and all(takes_scale(consumer) for consumer in consumers):
+    takers = bool(consumers) and all(takes_scale(layer) for layer in consumers)
+    if norm.weight is not None or takers:
         absorb_scale(norm, consumers)  # type: ignore[arg-type]
 
 

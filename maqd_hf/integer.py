@@ -153,8 +153,8 @@ class IntegerMLP(nn.Module):
     """The feed-forward half of a packed block, from integer residual to what is added to it.
 
     Args:
-        norm: static and without affine: absorbed by ``up`` and ``gate`` (``pack_model`` did it), or
-            a constant that goes into the rescaling of their inputs.
+        norm: static; its constant and affine, where ``up`` and ``gate`` have not absorbed them, go
+            into the rescaling of their inputs, which then has a multiplier for every feature.
         up, down: packed, with static steps and odd activation levels.
         function: the activation function, applied to the output of ``gate`` or else of ``up``.
         gate: of a gated block (Llama): ``down(function(gate(x)) * up(x))``.
@@ -174,10 +174,9 @@ class IntegerMLP(nn.Module):
         fraction_bits: int = 20,
     ) -> None:
         super().__init__()
-        if norm.spec.statistics != "static" or norm.spec.weight or norm.spec.bias:
+        if norm.spec.statistics != "static":
             raise ValueError(
-                f"the norm is not static and folded into its consumers ({norm.spec}; of a static "
-                "one only the constant may be left): open its gate, then pack_model"
+                f"the norm is not static ({norm.spec}): open its gate, then pack_model"
             )
         for name, layer in (("up", up), ("down", down), ("gate", gate)):
             if layer is not None:
@@ -193,10 +192,14 @@ class IntegerMLP(nn.Module):
         width = up.in_features if self.centered else 1  # the mean is not divided out
         residual_bits = 31 + math.ceil(math.log2(2 * width))
         factor = 1.0 if norm.spec.absorbed else math.exp(-float(norm.running_log_ms) / 2)
-        in_unit = factor * 2.0**-fraction_bits / width
-        self._in = [_Rescale(in_unit, residual_bits, reader) for reader in readers]
-        hidden = (unit, VALUE_BITS) if gate is None else (unit * unit, 2 * VALUE_BITS)
-        self._hidden = _Rescale(*hidden, down)
+        in_unit = torch.tensor(factor * 2.0**-fraction_bits / width, dtype=torch.float64)
+        if norm.weight is not None:
+            in_unit = in_unit * norm.weight.detach().double()
+        self.inputs = nn.ModuleList(
+            _Rescale(in_unit, residual_bits, reader, norm.bias) for reader in readers
+        )
+        factors = 1 if gate is None else 2
+        self.hidden = _Rescale(torch.tensor(unit).double() ** factors, factors * VALUE_BITS, down)
 
     def to_fixed(self, residual: Tensor) -> Tensor:
         """Float residual stream -> int32, the one rounding that no layer of the model does."""
@@ -207,13 +210,13 @@ class IntegerMLP(nn.Module):
         x = residual.long()
         if self.centered:
             x = x * x.shape[-1] - x.sum(-1, keepdim=True)
-        return [rescale(x) for rescale in self._in]
+        return [rescale(x) for rescale in self.inputs]
 
     def hidden_codes(self, inputs: list[Tensor]) -> Tensor:
         """int8 codes that down reads, from those ``input_codes`` gave."""
         first, *rest = (reader(codes) for reader, codes in zip(self.readers, inputs, strict=True))
         hidden = self.activation(first)
-        return self._hidden(hidden * rest[0] if rest else hidden)
+        return self.hidden(hidden * rest[0] if rest else hidden)
 
     def forward(self, residual: Tensor) -> Tensor:
         """(..., width) int32 -> int32 of the same shape and unit."""
@@ -221,16 +224,31 @@ class IntegerMLP(nn.Module):
         return added.to(torch.int32)
 
 
-class _Rescale:
-    """Integers of ``bits`` bits in ``unit`` -> ``layer``'s int8 codes: multiply, shift and clip."""
+class _Rescale(nn.Module):
+    """Integers of ``bits`` bits in ``unit`` -> ``layer``'s int8 codes: multiply, add, shift, clip.
 
-    def __init__(self, unit: float, bits: int, layer: PackedLinear) -> None:
+    ``unit``: one number or one for every feature; ``bias``: what is added then, by feature.
+    """
+
+    multiplier: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, unit: Tensor, bits: int, layer: PackedLinear, bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
         assert layer.activation_step is not None and layer.spec.activation_levels is not None
         self.limit = (layer.spec.activation_levels - 1) // 2
-        factor = unit / float(layer.activation_step)
-        self.shift = _shift_for(factor, min(62 - bits, MULTIPLIER_BITS))
-        self.multiplier = round(factor * 2.0**self.shift)
+        step = float(layer.activation_step)
+        factor = unit.detach().double() / step
+        added = factor.new_zeros(()) if bias is None else bias.detach().double() / step
+        room = min(62 - bits, MULTIPLIER_BITS)
+        self.shift = _shift_for(float(factor.abs().max()), room)
+        if bool(added.any()):  # the sum has to fit as well
+            self.shift = min(self.shift, _shift_for(float(added.abs().max()), 61))
+        self.register_buffer("multiplier", (factor * 2.0**self.shift).round().long())
+        self.register_buffer("bias", (added * 2.0**self.shift).round().long())
 
-    def __call__(self, value: Tensor) -> Tensor:
-        codes = shift_right(value * self.multiplier, self.shift)
+    def forward(self, value: Tensor) -> Tensor:
+        codes = shift_right(value * self.multiplier + self.bias, self.shift)
         return codes.clamp(-self.limit, self.limit).to(torch.int8)

@@ -59,7 +59,7 @@ class NormPlan:
 
     kind: NormKind
     absorbed_by: list[str] = field(default_factory=list)  # full names; empty: keeps its affine
-    not_absorbed: str = ""
+    not_absorbed: str = ""  # why not, where it was wanted
     gated: bool = True
     not_gated: str = ""
 
@@ -258,9 +258,9 @@ def _plan_norms(config: MaQDConfig, names: Names, plan: ConversionPlan, found: _
     in_base = [n for n in found.trace.order or found.norms if not names.relative(n).startswith("/")]
     for name, kind in found.norms.items():
         norm = plan.norms[name] = NormPlan(kind)
-        norm.not_absorbed = _refuse_absorption(name, plan, found.trace)
-        if not norm.not_absorbed:
-            norm.absorbed_by = list(found.trace.uses[name].consumers)
+        if config.norm_affine == "absorb":
+            norm.not_absorbed = _refuse_absorption(name, plan, found.trace)
+            norm.absorbed_by = [] if norm.not_absorbed else list(found.trace.uses[name].consumers)
         if _QK_NORM.search(name) and not config.lbn_qk_norm:
             norm.gated, norm.not_gated = False, "q/k norm (lbn_qk_norm switches it on)"
         elif in_base and name == in_base[-1] and not config.lbn_final_norm:

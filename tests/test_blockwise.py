@@ -110,7 +110,9 @@ def test_what_is_trained_and_what_is_not(tiny_llama, ids):
     }
     layers = {n for n, m in model.named_modules() if isinstance(m, MaQDLinear) and "layers" in n}
     learned = ("weight", "weight_log_scale", "weight_offset", "activation.log_step")
-    assert changed == {f"{layer}.{name}" for layer in layers for name in learned}
+    norms = {n for n, m in model.named_modules() if n.endswith("layernorm")}
+    expected = {f"{layer}.{name}" for layer in layers for name in learned}
+    assert changed == expected | {f"{norm}.weight" for norm in norms}
 
 
 def test_a_block_that_does_not_get_better_stays_as_it_was(tiny_llama, ids):

@@ -45,11 +45,11 @@ def test_absorb_affine_is_exact(bias: bool, beta: bool) -> None:
         assert (layer(norm(x)) - expected).abs().max() < 1e-12
 
 
-def test_absorb_scale_wants_a_static_norm_without_affine() -> None:
+def test_absorb_scale_wants_a_static_norm_that_has_a_constant() -> None:
     spec = LinearSpec(activation_levels=None)
     packed = PackedLinear.from_qat(MaQDLinear(8, 5, True, spec))
-    for wrong in (NormSpec(weight=False), NormSpec(statistics="static")):
-        with pytest.raises(ValueError, match="only a static norm without affine"):
+    for wrong in (NormSpec(weight=False), NormSpec(statistics="static", absorbed=True)):
+        with pytest.raises(ValueError, match="only a static norm has a constant"):
             absorb_scale(LayerBatchNorm(8, wrong), [packed])
 
 
@@ -81,7 +81,7 @@ NOT_ABSORBED = {  # what the report says, by the end of the norm's name
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_affine_goes_into_the_consumers_or_the_refusal_is_named(family: str) -> None:
     model = tiny(family)
-    report = quantize_model(model, MaQDConfig(**FLOAT))
+    report = quantize_model(model, MaQDConfig(**FLOAT, norm_affine="absorb"))
     norms = dict(modules_of(model, LayerBatchNorm))
     assert set(norms) == set(report.norms) and len(norms) >= 4
     for name, norm in norms.items():
@@ -101,7 +101,7 @@ def test_the_final_norm_keeps_its_affine_because_the_base_model_returns_it() -> 
     inputs = example(model)
     with torch.no_grad():
         before = model.model(**inputs).last_hidden_state
-        report = quantize_model(model, **FLOAT)
+        report = quantize_model(model, **FLOAT, norm_affine="absorb")
         after = model.model(**inputs).last_hidden_state
     assert "the model's output" in report.not_absorbed["model.norm"]
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
@@ -125,7 +125,7 @@ def test_a_consumer_called_twice_or_by_keyword_is_seen() -> None:
             layer.mlp = Block(layer.mlp, again)
         inputs = example(model)
         before = output(model, inputs)
-        report = quantize_model(model, MaQDConfig(**FLOAT))
+        report = quantize_model(model, MaQDConfig(**FLOAT, norm_affine="absorb"))
         reason = report.not_absorbed.get("model.layers.0.post_attention_layernorm")
         assert (reason is not None and "is called 2 times" in reason) if again else reason is None
         torch.testing.assert_close(output(model, inputs), before, rtol=1e-5, atol=1e-5)
@@ -163,11 +163,12 @@ ACTIVATIONS = {
 }
 
 
+@pytest.mark.parametrize("norm_affine", ["keep", "absorb"])
 @pytest.mark.parametrize("first_token", ["own", "shared"])
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folded_at_packing_output_before_is_output_after(
-    family: str, activations: str, first_token: str
+    family: str, activations: str, first_token: str, norm_affine: str
 ) -> None:
     """Float rounding only: 1e-5 of the largest logit.
 
@@ -176,7 +177,8 @@ def test_folded_at_packing_output_before_is_output_after(
     and 2 % at most.
     """
     model = tiny(family)
-    quantize_model(model, weight_levels=15, first_token=first_token, **ACTIVATIONS[activations])
+    settings = ACTIVATIONS[activations] | {"norm_affine": norm_affine}
+    quantize_model(model, weight_levels=15, first_token=first_token, **settings)
     settle(model)
     inputs = example(model, batch=3)
     before = output(model, inputs)
@@ -190,13 +192,16 @@ def test_folded_at_packing_output_before_is_output_after(
     else:
         assert error.mean() < 1e-4 and error.max() < 0.02
     folded = [n for n, text in report.norms.items() if "folded" in text]
+    assert not folded or norm_affine == "absorb"
     for name, norm in modules_of(model, LayerBatchNorm):
-        assert norm.spec.absorbed == (name in folded)
+        assert (norm.spec.absorbed and norm.weight is None) == (name in folded)
+        if name in static and norm.weight is not None:
+            assert norm.spec.absorbed  # its constant went into gamma
 
 
 def test_a_folded_rms_norm_passes_its_input_through() -> None:
     model = tiny("llama-tied")
-    quantize_model(model, activation_levels=None, first_token="shared")
+    quantize_model(model, activation_levels=None, first_token="shared", norm_affine="absorb")
     settle(model)
     pack_model(model)
     norm = model.model.layers[1].input_layernorm
@@ -210,6 +215,7 @@ def test_norms_whose_consumers_do_not_all_pack_stay_static() -> None:
     quantize_model(
         model,
         activation_levels=None,
+        norm_affine="absorb",
         overrides={"*.up_proj": {"weight_levels": None}},
     )
     settle(model)
@@ -225,7 +231,8 @@ def test_norms_whose_consumers_do_not_all_pack_stay_static() -> None:
 def test_scales_of_groups_take_no_constant(activations: str) -> None:
     """Rounded to 16 bits the product would differ by 1e-3; the norm keeps it, to float rounding."""
     model = tiny("llama-tied")
-    quantize_model(model, weight_levels=15, group_size=8, **ACTIVATIONS[activations])
+    settings = ACTIVATIONS[activations] | {"norm_affine": "absorb"}
+    quantize_model(model, weight_levels=15, group_size=8, **settings)
     settle(model)
     inputs = example(model, batch=3)
     before = output(model, inputs)
@@ -233,7 +240,7 @@ def test_scales_of_groups_take_no_constant(activations: str) -> None:
     assert report.norms["model.layers.0.input_layernorm"] == "static"
     torch.testing.assert_close(output(model, inputs), before, rtol=1e-5, atol=1e-5)
     norm, layer = model.model.layers[0].input_layernorm, model.model.layers[0].self_attn.q_proj
-    with pytest.raises(ValueError, match="one scale a row only"):
+    with pytest.raises(ValueError, match="one scale a row"):
         absorb_scale(norm, [layer])
 
 

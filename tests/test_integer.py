@@ -80,6 +80,9 @@ def packed_block(family: str, **settings: Any) -> tuple[nn.Module, dict[str, nn.
     """A packed tiny model with static norms, and the modules of its second block's MLP."""
     model = tiny(family)
     quantize_model(model, MaQDConfig(first_token="shared", **settings))
+    for norm in gated_norms(model).values():
+        for affine in norm.parameters():
+            nn.init.uniform_(affine, 0.2, 2)
     ids = torch.randint(2, 60, (8, 12))
     calibrate_activations(model, ids, progress=False)
     calibrate_norm_statistics(model, ids)
@@ -95,12 +98,16 @@ def packed_block(family: str, **settings: Any) -> tuple[nn.Module, dict[str, nn.
 
 
 @pytest.mark.parametrize("family", FUNCTIONS)
+@pytest.mark.parametrize("norm_affine", ["keep", "absorb"])
 @pytest.mark.parametrize(("levels", "group"), [(3, None), (16, None), (16, 8)])
 def test_a_block_gives_the_codes_of_the_packed_one(
-    family: str, levels: int, group: int | None
+    family: str, levels: int, group: int | None, norm_affine: str
 ) -> None:
-    model, parts = packed_block(family, weight_levels=levels, group_size=group)
-    assert parts["norm"].spec.absorbed == (group is None)
+    model, parts = packed_block(
+        family, weight_levels=levels, group_size=group, norm_affine=norm_affine
+    )
+    assert parts["norm"].spec.absorbed == (group is None or norm_affine == "keep")
+    assert (parts["norm"].weight is None) == (norm_affine == "absorb")
     seen: dict[str, Tensor] = {}
     for name, module in parts.items():
         keep = lambda _m, args, out, name=name: seen.update({name: args[0], f"{name}.out": out})  # noqa: E731
@@ -139,7 +146,7 @@ def test_what_is_not_integer_is_refused() -> None:
     with pytest.raises(ValueError, match="not ReLU beyond"):
         IntegerMLP(function=torch.tanh, **parts)
     _, bert = packed_norm_and_layers()
-    with pytest.raises(ValueError, match="not static and folded"):
+    with pytest.raises(ValueError, match="the norm is not static"):
         IntegerMLP(function=silu, **bert)
 
 

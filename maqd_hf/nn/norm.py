@@ -54,7 +54,7 @@ class NormSpec:
         momentum: weight of a batch of ``MOMENTUM_BATCH`` samples in the running average. n samples
             weigh 1 - (1 - momentum) ** (n / MOMENTUM_BATCH): the average spans the same samples at
             every batch size.
-        absorbed: static only: the scalar lives in the consumers, this module passes x through.
+        absorbed: static only: the scalar lives in ``weight`` or in the consumers, here it is 1.
     """
 
     centered: bool = False
@@ -65,6 +65,11 @@ class NormSpec:
     pooling: Literal["mean", "geometric"] = "mean"
     momentum: float = 0.05
     absorbed: bool = False
+
+    @property
+    def folded(self) -> bool:
+        """Whether nothing is left to multiply with."""
+        return self.absorbed and not self.weight
 
 
 def _recomputing() -> bool:
