@@ -63,6 +63,7 @@ def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
             activation_levels=row.activations,
             activation_scaling=row.scaling,
             layer_batch_norm=False,
+            norm_affine=row.norm_affine,
         )
         key = (config, row.start)
         if task.started is None or task.started[0] != key:

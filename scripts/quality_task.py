@@ -34,6 +34,7 @@ class Row:
         activations: levels of the inputs, None: float.
         scaling: of the inputs, "token" or "static".
         start: MaQD only: "range" (round to nearest, nothing clipped), "search", "gptq".
+        norm_affine: MaQD only, as in ``MaQDConfig``.
         learning_rates: of the distillation, the best one counts; none: not trained.
     """
 
@@ -44,6 +45,7 @@ class Row:
     activations: int | None = None
     scaling: Literal["token", "static"] = "token"
     start: Literal["range", "search", "gptq"] = "gptq"
+    norm_affine: Literal["keep", "absorb"] = "keep"
     learning_rates: tuple[float, ...] = ()
 
     @property
@@ -56,6 +58,11 @@ def _llm_rows() -> list[Row]:
     for levels in (16, 8, 4, 3):
         rows.append(Row(f"round to nearest M={levels} g64", "MaQD", levels, 64, 255, start="range"))
         rows.append(Row(f"MaQD start M={levels} g64", "MaQD", levels, 64, 255))
+    absorbed = Row("", "MaQD", 16, 64, 255, norm_affine="absorb")
+    rows += [
+        replace(absorbed, name="round to nearest M=16 g64, gamma absorbed", start="range"),
+        replace(absorbed, name="MaQD start M=16 g64, gamma absorbed"),
+    ]
     rates = {levels: (learning_rate(levels),) for levels in (16, 8, 4, 3)}
     for levels in (4, 16, 8, 3):
         rows.append(

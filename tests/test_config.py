@@ -21,6 +21,7 @@ OTHER: dict[str, Any] = {  # every field away from its default
     "surrogate": "arctan",
     "first_token": "shared",
     "layer_batch_norm": False,
+    "norm_affine": "absorb",
     "lbn_final_norm": True,
     "lbn_qk_norm": True,
     "lbn_pooling": "mean",

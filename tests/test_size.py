@@ -50,7 +50,7 @@ def test_the_file_weighs_words_scales_and_what_is_kept(
     for rows, columns in layers * 4:
         words += 4 * rows * ceil(columns / codes_per_word(levels))
         scales += rows * (4 + (2 * columns // group_size if group_size else 4))
-    kept = 4 * 256  # the final norm; the others went into the layers
+    kept = 9 * 4 * 256  # gamma of every norm
     if embedding is None:
         kept += 4 * 2000 * 256
     else:
