@@ -200,7 +200,10 @@ def train_row(row: Row, task: Task, steps: int, seed: int) -> dict[str, float]:
     """Train ``row`` and return its losses in nats: ``trained``, ``static`` and their ``gap``."""
     torch.manual_seed(seed)
     model = task.build()
-    quantize_model(model, MaQDConfig(weight_levels=None, activation_levels=None, **row.config))
+    config = MaQDConfig(
+        weight_levels=None, activation_levels=None, norm_affine="absorb", **row.config
+    )
+    quantize_model(model, config)
     norms = gated_norms(model)
     schedules = {
         norm: GateSchedule(*fractions)

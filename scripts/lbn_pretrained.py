@@ -60,7 +60,11 @@ from maqd_hf.embedded import MINILM, SMOLLM2, resolve_model
 from maqd_hf.sensitivity import NormSelection, calibrate_norm_statistics, select_static_norms
 from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments
 
-GRID: dict[str, Any] = {"weight_levels": 16, "activation_levels": 255}
+GRID: dict[str, Any] = {
+    "weight_levels": 16,
+    "activation_levels": 255,
+    "norm_affine": "absorb",  # a static norm then leaves nothing at all
+}
 
 
 @dataclass
