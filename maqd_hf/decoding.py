@@ -26,6 +26,7 @@ from .kernels.key_values import FixedKeyValues, KeyValues, KeyValueType
 from .native_cache import NativeStaticLayer, adopt, cache_problem
 from .native_plan import FAMILIES, UnsupportedError, build, check_model
 from .nn import BatchContext, Stamp
+from .nn.context import CACHE_NAMES, given_cache
 
 logger = logging.get_logger(__name__)
 
@@ -127,8 +128,8 @@ class NativeForward:
     def _traced(self, given: dict[str, Any]) -> CausalLMOutputWithPast | None:
         """A step as one operator of a graph, or None where a graph needs the model's own forward:
         the cache is not (yet) the library's, or the call wants more than the last logits."""
-        cache, ids = given.get("past_key_values"), given.get("input_ids")
-        others = {"past_key_values", "input_ids", "position_ids", "attention_mask", *_IGNORED}
+        cache, ids = given_cache(given), given.get("input_ids")
+        others = {*CACHE_NAMES, "input_ids", "position_ids", "attention_mask", *_IGNORED}
         if (
             self._decoder is None
             or self._decoder.head is None
@@ -145,7 +146,7 @@ class NativeForward:
         vocabulary = self._decoder.head.weight.rows
         store = cache.layers[0].store
         logits = ops.decode(ids, positions, mask, store, self.number, vocabulary)
-        return CausalLMOutputWithPast(logits=logits.to(self._dtype), past_key_values=cache)
+        return _output(logits.to(self._dtype), cache)
 
     def step(
         self, ids: Tensor, positions: Tensor | None, mask: Tensor | None, store: FixedKeyValues
@@ -180,6 +181,14 @@ class NativeForward:
         return self._decoder
 
 
+_CACHE_FIELD = next(n for n in CACHE_NAMES if n in CausalLMOutputWithPast.__dataclass_fields__)
+
+
+def _output(logits: Tensor, cache: Any) -> CausalLMOutputWithPast:
+    fields: dict[str, Any] = {"logits": logits, _CACHE_FIELD: cache}
+    return CausalLMOutputWithPast(**fields)
+
+
 def _exporting() -> bool:
     """torch.export: its graph leaves this process, where nobody knows our models."""
     exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
@@ -203,7 +212,9 @@ class _Call:
         self.embeds: Tensor | None = rest.pop("inputs_embeds", None)
         self.mask: Tensor | None = rest.pop("attention_mask", None)
         self.positions: Tensor | None = rest.pop("position_ids", None)
-        self.cache: Any = rest.pop("past_key_values", None)
+        self.cache: Any = given_cache(rest)
+        for name in CACHE_NAMES:
+            rest.pop(name, None)
         self.use_cache = rest.get("use_cache")
         self.keep: int | Tensor = rest.get("logits_to_keep", 0)
         self.return_dict = rest.get("return_dict")
@@ -255,10 +266,7 @@ class _Call:
             store = decoder.store(self.batch, kv_cache)
         else:
             store = adopt(self.cache, decoder, self.batch, kv_cache)
-        return CausalLMOutputWithPast(
-            logits=self.logits(decoder, store),
-            past_key_values=self.cache if self.use_cache else None,
-        )
+        return _output(self.logits(decoder, store), self.cache if self.use_cache else None)
 
     def logits(self, decoder: NativeDecoder, store: KeyValues) -> Tensor:
         """Of the tokens asked for, (batch, tokens, vocabulary); ``store`` holds theirs after it."""

@@ -29,7 +29,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .functional import widen
+from .kernels.divergence import kl_divergence
 from .nn import MaQDLinear
+from .nn.precision import product_dtype
 
 IGNORE = -100
 """The label of a token that does not count."""
@@ -48,11 +51,11 @@ class Logits(NamedTuple):
         return Logits(self.hidden, weight, bias)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Logits of the rows ``start:stop``, at least float32."""
+        """Logits of the rows ``start:stop``, at least float32, in memory of their own."""
         chunk = self.hidden[start:stop]
-        if self.weight is not None:
-            chunk = nn.functional.linear(chunk.to(self.weight.dtype), self.weight, self.bias)
-        return chunk if chunk.dtype == torch.float64 else chunk.float()
+        if self.weight is None:
+            return chunk.to(torch.promote_types(chunk.dtype, torch.float32), copy=True)
+        return widen(nn.functional.linear(chunk.to(self.weight.dtype), self.weight, self.bias))
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class _DistillationLoss(torch.autograd.Function):
         labels: Tensor,
         objective: Objective,
     ) -> Tensor:
-        dtype = _matmul_dtype(hidden)
+        dtype = product_dtype(hidden)
         student = Logits(hidden, weight, bias).cast(dtype)
         target = None if teacher is None else teacher.cast(dtype)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -143,11 +146,6 @@ class _DistillationLoss(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def _add_outer(total: Tensor, rows: Tensor, columns: Tensor) -> None:
     """``total += rows.T @ columns``, without a temporary where the dtypes allow it."""
     if total.dtype == rows.dtype:
@@ -159,17 +157,17 @@ def _add_outer(total: Tensor, rows: Tensor, columns: Tensor) -> None:
 def _token_losses(
     logits: Tensor, expected: Tensor | None, labels: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss of some rows and its gradient in ``logits`` (whose memory it may take)."""
+    """The summed loss of some rows and its gradient in ``logits``; takes the memory of both."""
     share = 0.0 if expected is None else objective.weight
     loss = torch.zeros((), dtype=torch.float64, device=logits.device)
     grad = None
     if expected is not None and share > 0:
         heat = objective.temperature
-        log_p = (logits / heat).log_softmax(dim=-1)
-        log_q = (expected / heat).log_softmax(dim=-1)
-        q = log_q.exp()
-        loss += (log_q.sub_(log_p).mul_(q)).sum(dtype=torch.float64) * (share * heat**2)
-        grad = log_p.exp_().sub_(q).mul_(share * heat)
+        kept = logits if share == 1 else logits.clone()
+        divergence, grad = kl_divergence(kept, expected, heat)
+        loss += divergence * (share * heat**2)
+        if share * heat**2 != 1:
+            grad.mul_(share * heat**2)
     if share < 1:
         log_p = logits.log_softmax(dim=-1)
         column = labels.unsqueeze(-1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2LMHeadModel, LlamaForCausalLM
 
 from maqd_hf.nn import BatchContext, LayerBatchNorm, LinearSpec, MaQDLinear, NormSpec
+from maqd_hf.nn.context import CACHE_NAMES
 
 
 class Base(nn.Module):
@@ -86,15 +87,16 @@ def test_positions_decide_where_they_are_given() -> None:
     assert seen_by(IDS, LEFT, position_ids=padded) == (LEFT.tolist(), [[0, 0, 1, 0], [1, 0, 0, 0]])
 
 
-def test_a_continued_cache_has_no_first_token() -> None:
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_continued_cache_has_no_first_token(name: str) -> None:
     none = [[0, 0, 0, 0]] * 2
-    assert seen_by(IDS, past_key_values=cache_of(3)) == (None, none)
+    assert seen_by(IDS, **{name: cache_of(3)}) == (None, none)
     longer = torch.ones(2, 7, dtype=torch.long)
-    assert seen_by(IDS, longer, past_key_values=cache_of(3)) == (longer[:, 3:].tolist(), none)
+    assert seen_by(IDS, longer, **{name: cache_of(3)}) == (longer[:, 3:].tolist(), none)
     one_token = torch.ones(2, 1, dtype=torch.long)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    assert seen_by(one_token, mask, past_key_values=cache_of(2)) == ([[1]] * 2, [[0]] * 2)
-    assert seen_by(IDS, past_key_values=DynamicCache())[1] == [[1, 0, 0, 0]] * 2
+    assert seen_by(one_token, mask, **{name: cache_of(2)}) == ([[1]] * 2, [[0]] * 2)
+    assert seen_by(IDS, **{name: DynamicCache()})[1] == [[1, 0, 0, 0]] * 2
 
 
 def test_a_sample_still_in_its_padding_is_first_when_its_text_begins() -> None:

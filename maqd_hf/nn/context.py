@@ -8,7 +8,7 @@ the next forward, because gradient checkpointing runs layers again during backwa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,16 @@ from torch import Tensor, nn
 FirstToken = Literal["own", "shared"]
 """Whether the first token of a sequence keeps statistics and steps of its own. Pretrained models
 park a massive activation there, which would own every shared scale; decoding never meets it."""
+
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a model's ``forward`` calls its cache of keys and values: transformers 5.24 and newer, and
+before."""
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model's ``forward``, or None."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 class BatchContext:
@@ -29,14 +39,15 @@ class BatchContext:
     def __init__(self) -> None:
         self.valid: Tensor | None = None
         self.first: Tensor | None = None
-        self._last: tuple[weakref.ref[Tensor], int, int, bool, Tensor] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, int, tuple[bool, bool], Tensor] | None = None
 
     def once(self, x: Tensor, levels: int, quantize: Callable[[Tensor, int], Tensor]) -> Tensor:
         """``quantize(x, levels)``, computed once where several layers follow one another on the
         same ``x``, as q, k and v do."""
         if torch.compiler.is_compiling():  # finds common expressions itself
             return quantize(x, levels)
-        key = (x._version, levels, torch.is_grad_enabled())
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+        key = (x._version, levels, modes)
         if self._last is None or self._last[0]() is not x or self._last[1:4] != key:
             self._last = (weakref.ref(x), *key, quantize(x, levels))
         return self._last[4]
@@ -75,7 +86,7 @@ class BatchContext:
         position = kwargs.get("position_ids")
         if isinstance(position, Tensor) and position.dim() == 2 and position.shape[1] == length:
             return (position == 0) & valid
-        past = kwargs.get("past_key_values")
+        past = given_cache(kwargs)
         seen = past.get_seq_length() if past is not None else 0
         uncovered = max(seen + length - mask.shape[1], 0)  # cached tokens, taken as text
         return (mask.cumsum(dim=1)[:, -length:] + uncovered == 1) & valid

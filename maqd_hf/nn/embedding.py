@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..functional import check_levels, fake_quantize_weight, weight_codes
+from ..functional import check_levels
+from ..kernels.fake_quantize import fake_quantize_weight, weight_codes
 from .linear import LinearSpec, MaQDLinear, Start
 from .precision import Apply, mark_output_dtype, without_narrowing
 

@@ -10,19 +10,17 @@ from torch import Tensor, nn
 
 from ..functional import (
     check_levels,
-    fake_quantize_weight,
     gaussian_step,
     get_surrogate,
-    round_tokens,
     scaled_round_clip,
     stored_scale,
     token_step,
-    weight_codes,
     widen,
 )
+from ..kernels.fake_quantize import fake_quantize_weight, round_tokens, weight_codes
 from ..search import full_range_step, search_step
 from .context import BatchContext, FirstToken
-from .precision import Apply, without_narrowing
+from .precision import Apply, product_dtype, without_narrowing
 
 Start = Literal["search", "range", "gaussian"]
 """Where a grid starts: "search", the step of least squared error per group; "range", the step that
@@ -111,6 +109,10 @@ def activation_step(
     return torch.where(first.unsqueeze(-1), of_token(), static)
 
 
+def _round_for_product(x: Tensor, levels: int) -> Tensor:
+    return round_tokens(x, levels, product_dtype(x))
+
+
 class ActivationQuantizer(nn.Module):
     """The round-clip on a layer's input; static steps are learned as their logarithm.
 
@@ -151,7 +153,7 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.log_step is None and self.spec.surrogate == "clip":
-            return self.context.once(x, self.levels, round_tokens)
+            return self.context.once(x, self.levels, _round_for_product)
         step = self.step_for(x)
         return scaled_round_clip(widen(x), self.levels, step, self.spec.surrogate).to(x.dtype)
 
@@ -280,10 +282,10 @@ class MaQDLinear(nn.Linear):
         assert self.weight_log_scale is not None
         return stored_scale(self.weight_log_scale.exp())
 
-    def quantized_weight(self) -> Tensor:
-        """The (out, in) weight in force; differentiable."""
+    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The (out, in) weight in force, in ``dtype`` (None: the latent's); differentiable."""
         if self.weight_step is None or self.weight_log_scale is None:
-            return self.weight
+            return self.weight.to(dtype or self.weight.dtype)
         assert self.spec.weight_levels is not None
         return fake_quantize_weight(
             self.weight,
@@ -291,12 +293,13 @@ class MaQDLinear(nn.Linear):
             self.weight_scale(),
             self.weight_offset,
             self.spec.weight_levels,
+            dtype,
         )
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.activation(input)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.quantized_weight().to(x.dtype), bias)
+        return nn.functional.linear(x, self.quantized_weight(product_dtype(x)), bias)
 
     @classmethod
     def from_linear(

@@ -34,6 +34,14 @@ def without_narrowing(
     return keep
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of ``x`` and a weight before it multiplies them; ``x``'s own without."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def mark_output_dtype(module: nn.Module, dtype: torch.dtype | None) -> None:
     """Give an embedding an empty first parameter ``output_like``, of the dtype it puts out.
 

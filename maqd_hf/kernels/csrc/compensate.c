@@ -14,13 +14,6 @@
 
 #define STRIPE 64
 
-/* Loops below compiled for several instruction sets, chosen when the library is loaded. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define CLONES
-#endif
-
 /* A stripe: `width` <= STRIPE rows of matrices with `rows` rows. */
 typedef struct {
     int64_t columns, rows, width;

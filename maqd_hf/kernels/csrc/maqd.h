@@ -37,6 +37,14 @@
 #define BLOCKS 2 /* row blocks of a panel */
 #define HIDDEN __attribute__((visibility("hidden")))
 
+/* A function compiled for several instruction sets, chosen when the library is loaded: for loops
+ * that the compiler vectorises by itself. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define CLONES
+#endif
+
 typedef struct {
     const uint8_t *codes;  /* (row blocks, units, planes of a unit, 64) */
     const void *scale;     /* (row blocks, groups, 16): bfloat16, but float for one group */

@@ -1,0 +1,177 @@
+"""Fake quantisation in training: compiled passes, or functional's in torch.
+
+In torch every operation of it is a pass over a matrix in new memory; compiled (``csrc/
+fake_quantize.c``) a row goes through all of them in the cache. ``functional`` holds the equations,
+is the oracle, and serves everywhere else: other devices and dtypes, tracing, no compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from . import loader
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_CODES = 2
+
+
+def weight_codes(weight: Tensor, step: Tensor, levels: int) -> Tensor:
+    """Codes (out, in), float in 0..M-1: see ``functional.weight_codes``.
+
+    Packing and training both come here, so that they agree in every code.
+    """
+    if not _serves(weight, step):
+        return functional.weight_codes(weight, step, levels)
+    return _forward(weight, step, None, None, levels, torch.empty_like(weight), _CODES)
+
+
+def fake_quantize_weight(
+    weight: Tensor,
+    step: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    levels: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The weight in force, in ``dtype`` (None: its own): see ``functional.fake_quantize_weight``.
+
+    A product in bfloat16 rounds its weight to it anyway; asked for here, that costs no pass.
+
+    >>> w, step, scale = torch.randn(4, 8), torch.ones(4, 1), torch.full((4, 1), 0.5)
+    >>> fake_quantize_weight(w, step, scale, None, 3).unique().abs()
+    tensor([0.5000, 0.0000, 0.5000])
+    """
+    dtype = dtype or weight.dtype
+    tables = (step, scale) if offset is None else (step, scale, offset)
+    if not _serves(weight, *tables):
+        return functional.fake_quantize_weight(weight, step, scale, offset, levels).to(dtype)
+    inner = dtype if dtype in _KINDS else torch.float32
+    result: Tensor = _FakeQuantizeWeight.apply(weight, step, scale, offset, levels, inner)
+    return result.to(dtype)
+
+
+def round_tokens(x: Tensor, levels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Every token of ``x`` (..., D) on its own grid, in ``dtype`` (None: ``x``'s): see
+    ``functional.round_tokens``.
+
+    >>> round_tokens(torch.tensor([[0.1, -1.5, 0.6]]), levels=4)
+    tensor([[ 0.5000, -1.5000,  0.5000]])
+    """
+    dtype = dtype or x.dtype
+    serves = (
+        not torch.compiler.is_compiling()
+        and loader.chosen_path() is not None
+        and type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and {x.dtype, dtype} <= _KINDS.keys()
+        and x.dim() > 0
+        and x.numel() > 0
+    )
+    if not serves:
+        return functional.round_tokens(x, levels).to(dtype)
+    result: Tensor = _RoundTokens.apply(x, functional.check_levels(levels), dtype)
+    return result
+
+
+def _serves(weight: Tensor, *tables: Tensor) -> bool:
+    """Whether the library can read these. Shapes that do not fit are left to torch's errors."""
+    if torch.compiler.is_compiling() or loader.chosen_path() is None or weight.dim() != 2:
+        return False
+    rows, columns = weight.shape
+    groups = tables[0].shape[-1]
+    return (
+        groups > 0
+        and columns > 0
+        and columns % groups == 0
+        and all(t.shape in ((rows, groups), (rows, 1)) for t in tables)
+        and all(t.shape == (rows, groups) for t in tables[:2])
+        and all(
+            type(t) in (Tensor, nn.Parameter)
+            and t.device.type == "cpu"
+            and t.dtype == torch.float32
+            and t.is_contiguous()
+            for t in (weight, *tables)
+        )
+    )
+
+
+def _forward(
+    weight: Tensor,
+    step: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    levels: int,
+    out: Tensor,
+    kind: int,
+) -> Tensor:
+    _run("maqd_fake_quantize", (weight, step, scale, offset, out), step, (levels, kind))
+    return out
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    """Keeps the latent, which is alive anyway, and nothing of its size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        step: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        levels: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, step, scale)
+        ctx.levels, ctx.offset = levels, offset is not None
+        out = torch.empty_like(weight, dtype=dtype)
+        return _forward(weight, step, scale, offset, levels, out, _KINDS[dtype])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, step, scale = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_weight, grad_scale = torch.empty_like(weight), torch.empty_like(scale)
+        grad_offset = weight.new_empty(len(weight), 1) if ctx.offset else None
+        tensors = (weight, step, scale, grad, grad_weight, grad_scale, grad_offset)
+        narrow = int(grad.dtype == torch.bfloat16)
+        _run("maqd_fake_quantize_backward", tensors, step, (ctx.levels, narrow))
+        return grad_weight, None, grad_scale, grad_offset, None, None
+
+
+class _RoundTokens(torch.autograd.Function):
+    """Nothing lies outside a token's own grid: all of the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = x.dtype
+        rows = x.contiguous()
+        out = torch.empty_like(rows, dtype=dtype)
+        width = rows.shape[-1]
+        function = loader.library().maqd_round_tokens  # type: ignore[union-attr]
+        function.restype = None
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (rows, out)]
+        sizes = [ctypes.c_int64(n) for n in (rows.numel() // width, width)]
+        options = (levels, _KINDS[rows.dtype], _KINDS[dtype], torch.get_num_threads())
+        function(*pointers, *sizes, *(ctypes.c_int32(n) for n in options))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.to(ctx.dtype), None, None
+
+
+def _run(
+    name: str, tensors: tuple[Tensor | None, ...], step: Tensor, last: tuple[int, int]
+) -> None:
+    weight = tensors[0]
+    assert weight is not None
+    function = getattr(loader.library(), name)
+    function.restype = None
+    sizes = [ctypes.c_int64(n) for n in (*weight.shape, step.shape[1])]
+    options = [ctypes.c_int32(n) for n in (*last, torch.get_num_threads())]
+    function(*(ctypes.c_void_p(loader.pointer(t)) for t in tensors), *sizes, *options)
