@@ -11,11 +11,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+_NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 _DEFAULT_THRESHOLD = 128 << 10
 _KEPT = 1 << 30
+
+
+@contextmanager
+def economy(teacher: nn.Module | None, accelerator: Accelerator) -> Iterator[None]:
+    """Both savings, as far as ``accelerator``'s device and mixed precision have them."""
+    dtype = _NARROW.get(accelerator.mixed_precision)
+    with narrow_products(teacher, dtype), kept_memory(accelerator.device.type == "cpu"):
+        yield
 
 
 @contextmanager

@@ -48,7 +48,7 @@ from .distillation import (
     last_hidden_states,
     teacher_output,
 )
-from .economy import kept_memory, narrow_products
+from .economy import economy
 from .nn import (
     ActivationQuantizer,
     LayerBatchNorm,
@@ -170,7 +170,7 @@ class MaQDTrainer(Trainer):
         self._probe_heads()
         self.ranks.stop_requested, self.ranks.between_steps = False, True
         try:
-            with first_interrupt(self._request_stop), self._economy():
+            with first_interrupt(self._request_stop), economy(self.teacher, self.accelerator):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
         except KeyboardInterrupt:  # raised by someone's code, or by a second Ctrl-C
             if self.ranks.between_steps and self.args.world_size == 1 and self.state.global_step:
@@ -179,15 +179,6 @@ class MaQDTrainer(Trainer):
         if self.ranks.stop_requested:
             raise KeyboardInterrupt
         return output
-
-    @contextmanager
-    def _economy(self) -> Iterator[None]:
-        """Steps without casts and page faults that repeat themselves."""
-        narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = narrow.get(self.accelerator.mixed_precision)
-        on_cpu = self.args.device.type == "cpu"
-        with narrow_products(self.teacher, dtype), kept_memory(on_cpu):
-            yield
 
     def _request_stop(self) -> None:
         self.ranks.stop_requested = True

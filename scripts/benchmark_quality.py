@@ -65,12 +65,14 @@ def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
             layer_batch_norm=False,
             norm_affine=row.norm_affine,
         )
-        key = (config, row.start)
+        key = (config, row.start, row.smoothing)
         if task.started is None or task.started[0] != key:
             model = copy.deepcopy(task.teacher)
             quantize_model(model, config, start="search" if row.start == "search" else "range")
             if row.start == "gptq" or row.scaling == "static":
-                calibrate(model, task.calibration_ids(), gptq_weights=row.start == "gptq")
+                gptq = row.start == "gptq"
+                ids = task.calibration_ids()
+                calibrate(model, ids, gptq_weights=gptq, smoothing=gptq and row.smoothing)
             task.started = (key, model)
         model = copy.deepcopy(task.started[1])
         return model, {"bits_per_weight": model_size(model).bits_per_quantized_weight}

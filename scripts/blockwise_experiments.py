@@ -173,7 +173,7 @@ def start(row: Row, task: Task, levels: int) -> PreTrainedModel:
     if key not in task.starts:
         model = copy.deepcopy(task.teacher)
         quantize_model(model, MaQDConfig(**config), start="range" if row.gptq else "search")
-        calibrate(model, task.calibration_ids(), gptq_weights=row.gptq)
+        calibrate(model, task.calibration_ids(), gptq_weights=row.gptq, smoothing=False)
         task.starts = {key: model}
     return copy.deepcopy(task.starts[key])
 

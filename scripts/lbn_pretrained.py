@@ -125,7 +125,7 @@ def stories(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
     student = copy.deepcopy(teacher)
     quantize_model(student, MaQDConfig(**GRID), start="range")
     sample = train[torch.randperm(len(train))[:32]]
-    calibrate(student, sample, progress=False)
+    calibrate(student, sample, smoothing=False, progress=False)
     start = token_loss(student, held_out)
     chosen = selected_norms(student, norms, sample[:8], arguments.tolerance)
     with tempfile.TemporaryDirectory() as scratch:
@@ -174,7 +174,7 @@ def smollm2(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
     held_out, sample = windows("eval", 4), windows("train", 16)
     losses = {"float": token_loss(model, held_out)}
     quantize_model(model, MaQDConfig(**GRID, group_size=64), start="range")
-    calibrate(model, sample, progress=False)
+    calibrate(model, sample, smoothing=False, progress=False)
     losses["start"] = token_loss(model, held_out)
     chosen = selected_norms(model, norms, sample[:2], arguments.tolerance)
     if norms.startswith("static"):
@@ -207,7 +207,7 @@ def minilm(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
     student = copy.deepcopy(teacher)
     quantize_model(student, config, start="range")
     batches = work.calibration_batches()
-    calibrate(student, batches, progress=False)
+    calibrate(student, batches, smoothing=False, progress=False)
     chosen = selected_norms(student, norms, batches, arguments.tolerance)
     losses = {"float": text_loss(work, teacher), "start": text_loss(work, student)}
     work.distil(student, teacher, GRID["weight_levels"], chosen["static"])

@@ -35,6 +35,7 @@ class Row:
         scaling: of the inputs, "token" or "static".
         start: MaQD only: "range" (round to nearest, nothing clipped), "search", "gptq".
         norm_affine: MaQD only, as in ``MaQDConfig``.
+        smoothing: MaQD only, with start "gptq": whether channels are smoothed first.
         learning_rates: of the distillation, the best one counts; none: not trained.
     """
 
@@ -46,6 +47,7 @@ class Row:
     scaling: Literal["token", "static"] = "token"
     start: Literal["range", "search", "gptq"] = "gptq"
     norm_affine: Literal["keep", "absorb"] = "keep"
+    smoothing: bool = True
     learning_rates: tuple[float, ...] = ()
 
     @property
@@ -58,10 +60,18 @@ def _llm_rows() -> list[Row]:
     for levels in (16, 8, 4, 3):
         rows.append(Row(f"round to nearest M={levels} g64", "MaQD", levels, 64, 255, start="range"))
         rows.append(Row(f"MaQD start M={levels} g64", "MaQD", levels, 64, 255))
-    absorbed = Row("", "MaQD", 16, 64, 255, norm_affine="absorb")
+    absorbed = Row("", "MaQD", 16, 64, 255, norm_affine="absorb", smoothing=False)
     rows += [
         replace(absorbed, name="round to nearest M=16 g64, gamma absorbed", start="range"),
         replace(absorbed, name="MaQD start M=16 g64, gamma absorbed"),
+    ]
+    plain = Row("", "MaQD", 16, 64, 255, smoothing=False)
+    few = replace(plain, activations=15)
+    rows += [
+        replace(plain, name="MaQD start M=16 g64, not smoothed"),
+        replace(plain, name="MaQD start M=4 g64, not smoothed", levels=4),
+        replace(few, name="MaQD start M=16 g64, 4-bit inputs", smoothing=True),
+        replace(few, name="MaQD start M=16 g64, 4-bit inputs, not smoothed"),
     ]
     rates = {levels: (learning_rate(levels),) for levels in (16, 8, 4, 3)}
     for levels in (4, 16, 8, 3):
@@ -221,6 +231,9 @@ class Task:
         """What makes two runs the same run."""
         settings = asdict(row)
         del settings["learning_rates"]
+        if row.method != "MaQD":
+            for ours in ("start", "norm_affine", "smoothing"):
+                del settings[ours]
         args = self.args
         key: dict[str, Any] = {"table": self.table, "model": self.name, **settings}
         key["data"] = "embedded" if self.data is None else self.data.name

@@ -1,0 +1,335 @@
+"""Start values before rounding: every channel's spread shared out between inputs and weights.
+
+What a norm or a layer puts out in channel j may be divided by any s_j > 0 if the layers that read
+it multiply their column j by s_j: the model stays the same. But what rounding loses does not. An
+input channel that is fifty times the others coarsens the step of all inputs; moved into the weights
+it coarsens their groups instead. s is chosen here for the least sum of both errors, in expectation:
+
+    inputs    sum_j s_j^2 |W_j|^2 * E[step_x(x / s)^2] / 12
+    weights   sum_groups (sum_j E[x_j^2] / s_j^2) * E[error of a weight of that group]
+
+where step_x is what the layer's input quantiser would take, and tokens count relative to their own
+size (a first token's massive activations would own the mean otherwise). Not in the paper, which
+trains from scratch. SmoothQuant (arXiv:2211.10438) and AWQ (arXiv:2306.00978) move one power of the
+channel maxima; here both terms have a gradient, so s is simply optimised.
+
+Which channels may move is found without a table of families: norms and their readers by the traced
+forward that conversion uses, pairs of layers (up and down of a gated feed-forward part, value and
+output of attention) by scaling one against the other and seeing that nothing changes.
+
+RESULTS_TABLE
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..building import modules_of
+from ..functional import gaussian_step, grid_center, quantize
+from ..nn import LayerBatchNorm, MaQDEmbedding, MaQDLinear, Start
+from ..probing import example_inputs, trace_norms
+from .blocks import (
+    Batches,
+    as_batches,
+    counted_tokens,
+    evaluating,
+    find_blocks,
+    float_activations,
+    float_weights,
+    rows_of,
+    run_body,
+    watching,
+)
+
+_TOKENS, _ROWS = 1024, 512  # of a layer's inputs and weights that the choice looks at
+_STEPS, _RATE = 80, 0.1  # of Adam on log factors: moves them by up to 4
+_CLOSE = 1e-3  # of the largest output: float rounding of a forward, not a changed function
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Channels that ``producer`` puts out and ``consumers`` read as columns; ``reads`` (in,) says
+    which channel a column is, where not each is its own (heads that share a value)."""
+
+    name: str
+    producer: LayerBatchNorm | MaQDLinear
+    consumers: tuple[MaQDLinear, ...]
+    reads: Tensor | None = None
+
+    @property
+    def channels(self) -> int:
+        if isinstance(self.producer, LayerBatchNorm):
+            return self.producer.features
+        return self.producer.out_features
+
+    def columns(self, factors: Tensor) -> Tensor:
+        """Factors (channels,) as the consumers' columns see them, (in,)."""
+        return factors if self.reads is None else factors[self.reads]
+
+    @torch.no_grad()
+    def apply(self, factors: Tensor) -> None:
+        """Divide what is put out by ``factors`` (channels,), multiply what reads it."""
+        producer = self.producer
+        shape = (-1,) if isinstance(producer, LayerBatchNorm) else (-1, 1)
+        assert producer.weight is not None
+        producer.weight.div_(factors.view(shape).to(producer.weight))
+        if producer.bias is not None:
+            producer.bias.div_(factors.to(producer.bias))
+        for layer in self.consumers:
+            layer.weight.mul_(self.columns(factors).to(layer.weight))
+
+
+@dataclass
+class SmoothingReport:
+    """Expected squared error of the layers' outputs, relative to them, by edge: before and after.
+
+    ``inputs``, ``weights``: the two terms of the module's docstring.
+    """
+
+    inputs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    weights: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        def mean(found: dict[str, tuple[float, float]]) -> str:
+            before, after = (sum(v[i] for v in found.values()) / len(found) for i in (0, 1))
+            return f"{before:.2e} -> {after:.2e}"
+
+        if not self.weights:
+            return "smoothing: no channels that may move"
+        return (
+            f"smoothing: {len(self.weights)} sets of channels, expected relative error from inputs "
+            f"{mean(self.inputs)}, from weights {mean(self.weights)}"
+        )
+
+
+def smooth(
+    model: nn.Module, data: Batches, *, start: Start = "search", progress: bool = True
+) -> SmoothingReport:
+    """Move channels' spread between inputs and weights of a freshly converted model, in place.
+
+    Args:
+        model: converted by ``quantize_model``; its latents are taken as the float weights. Its
+            float function stays the same up to rounding; its grids start anew.
+        data: token ids (samples, tokens), or batches.
+        start: where the grids of the layers start anew (``nn.Start``); "range" is enough before
+            ``gptq``, which searches again.
+
+    A norm whose gamma is narrower than float32 stays: it would be rounded by every factor.
+    """
+    batches = as_batches(data, model)
+    report = SmoothingReport()
+    with evaluating(model), float_activations(model), float_weights(model):
+        edges = find_edges(model)
+        inputs = _sample_inputs(model, batches, edges)
+    for edge in tqdm(edges, desc="smoothing", unit="edge", disable=not progress):
+        x = inputs.pop(edge.consumers[0])
+        factors, before, after = choose_factors(edge, x)
+        edge.apply(factors)
+        report.inputs[edge.name] = (before[0], after[0])
+        report.weights[edge.name] = (before[1], after[1])
+    touched = {m for e in edges for m in (e.producer, *e.consumers) if isinstance(m, MaQDLinear)}
+    for layer in touched:
+        layer.reset_quantizer(start)
+    return report
+
+
+# --------------------------------------------------------------------------------- which channels
+
+
+def find_edges(model: nn.Module) -> list[Edge]:
+    """Channels that may move, in the order of the model: norms' first, then pairs of layers."""
+    linears: dict[str, nn.Module] = dict(modules_of(model, nn.Linear))
+    norms = {
+        n: m for n, m in modules_of(model, LayerBatchNorm) if m.weight is not None and _wide(m)
+    }
+    tied = {id(m.weight) for _, m in modules_of(model, MaQDEmbedding)}
+    free = {
+        n: m
+        for n, m in linears.items()
+        if isinstance(m, MaQDLinear) and m.weight_levels is not None and id(m.weight) not in tied
+    }
+    trace = trace_norms(model, dict(norms), linears)
+    edges, behind_norms = [], set()
+    for name, use in trace.uses.items():
+        readers = [n for n in use.consumers if n in free and trace.calls[n] == 1]
+        behind_norms.update(use.consumers)
+        if readers and len(readers) == len(use.consumers) and not use.others and use.runs == 1:
+            edges.append(Edge(name, norms[name], tuple(free[n] for n in readers)))
+    return edges + _pairs(model, free, behind_norms)
+
+
+def _wide(norm: LayerBatchNorm) -> bool:
+    """A narrower gamma would be rounded by every factor."""
+    return norm.weight is not None and norm.weight.dtype in (torch.float32, torch.float64)
+
+
+def _pairs(model: nn.Module, free: dict[str, MaQDLinear], behind_norms: set[str]) -> list[Edge]:
+    """Pairs inside a block, tried in all blocks at once: blocks of a list are alike."""
+    blocks = list(find_blocks(model).values())
+    inside: dict[str, dict[str, MaQDLinear]] = {}  # name in the block -> block -> layer
+    for name, layer in free.items():
+        block = next((b for b in blocks if name.startswith(f"{b}.")), None)
+        if block is not None:
+            inside.setdefault(name[len(block) + 1 :], {})[block] = layer
+    edges: list[Edge] = []
+    for reader, consumers in inside.items():
+        if any(f"{block}.{reader}" in behind_norms for block in consumers):
+            continue
+        for maker, producers in inside.items():
+            if maker == reader or producers.keys() != consumers.keys():
+                continue
+            found = [
+                Edge(f"{b}.{maker}", producers[b], (consumers[b],), reads)
+                for b in consumers
+                for reads in [_reads(model, producers[b], consumers[b])]
+                if reads is None or len(reads)
+            ]
+            if len(found) == len(consumers) and _unchanged(model, found):
+                edges += found
+                break
+    return edges
+
+
+def _reads(model: Any, producer: MaQDLinear, consumer: MaQDLinear) -> Tensor | None:
+    """Which channel a column would be: None: its own; empty: the sizes do not fit."""
+    made, read = producer.out_features, consumer.in_features
+    if made == read:
+        return None
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    size = getattr(config, "head_dim", None) or read // heads
+    if read % made or made % size:
+        return torch.empty(0, dtype=torch.long)
+    channel = torch.arange(made, device=producer.weight.device).view(-1, size)
+    return channel.repeat_interleave(read // made, dim=0).flatten()
+
+
+def _unchanged(model: nn.Module, edges: list[Edge]) -> bool:
+    """Whether scaling all these channels by chance leaves the model's output as it is."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = example_inputs(model)
+    before = _first_output(model, inputs)
+    with _scaled(edges, generator):
+        after = _first_output(model, inputs)
+    return float((after - before).abs().max()) <= _CLOSE * float(before.abs().max())
+
+
+@contextmanager
+def _scaled(edges: list[Edge], generator: torch.Generator) -> Iterator[None]:
+    with ExitStack() as stack:
+        for edge in edges:
+            (consumer,) = edge.consumers
+            factors = torch.rand(edge.channels, generator=generator).add(0.5).to(consumer.weight)
+            columns = edge.columns(factors)
+
+            def less(_m: Any, _a: Any, output: Tensor, by: Tensor = factors) -> Tensor:
+                return output / by
+
+            def more(_m: Any, args: tuple[Tensor, ...], by: Tensor = columns) -> Tensor:
+                return args[0] * by
+
+            stack.callback(edge.producer.register_forward_hook(less).remove)
+            stack.callback(consumer.register_forward_pre_hook(more).remove)
+        yield
+
+
+def _first_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    found: Tensor = model(**inputs)[0]
+    return found.double()
+
+
+# -------------------------------------------------------------------------------- which factors
+
+
+def _sample_inputs(
+    model: nn.Module, batches: list[dict[str, Tensor]], edges: list[Edge]
+) -> dict[MaQDLinear, Tensor]:
+    """Some inputs (tokens, in) of every edge's consumers in the float model."""
+    found: dict[MaQDLinear, list[Tensor]] = {edge.consumers[0]: [] for edge in edges}
+    counted: Tensor | None = None
+    share = -(-_TOKENS // len(batches))
+
+    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(layer, MaQDLinear)
+        rows = rows_of(args[0] if args else kwargs["input"], counted)
+        found[layer].append(rows[:: max(1, len(rows) // share)].clone())
+
+    static = any(layer.spec.static_activations for layer in found)
+    with watching(found, see):
+        for batch in batches:
+            counted = counted_tokens(batch, skip_first=static)
+            run_body(model, batch)
+    return {layer: torch.cat(rows) for layer, rows in found.items()}
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """The two terms as functions of log factors, relative to the layers' output."""
+
+    x: Tensor  # (tokens, in)
+    weight: Tensor  # (rows, in)
+    edge: Edge
+
+    def __call__(self, log_factors: Tensor) -> tuple[Tensor, Tensor]:
+        spec = self.edge.consumers[0].spec
+        factors = self.edge.columns(log_factors).exp()
+        size = self.x.square().mean(0)
+        scaled = self.weight * factors
+        total = (self.weight.square() * size).sum()
+        inputs = total.new_zeros(())
+        if spec.activation_levels is not None:
+            most = (self.x / factors).abs().amax(-1)
+            if spec.static_activations:
+                most = most.amax()
+            step = most / grid_center(spec.activation_levels)
+            inputs = scaled.square().sum() * step.square().mean() / 12
+        groups = spec.groups(self.weight.shape[1])
+        reach = (size / factors.square()).view(groups, -1).sum(-1)
+        assert spec.weight_levels is not None
+        spread = scaled.view(len(scaled), groups, -1).square().mean(-1)
+        return inputs / total, (reach * spread).sum() * _gaussian_error(spec.weight_levels) / total
+
+
+def _gaussian_error(levels: int) -> float:
+    """Mean squared error of N(0,1) on its best grid."""
+    x = torch.linspace(-6, 6, 4001, dtype=torch.float64)
+    step = gaussian_step(levels)
+    gap = x - (quantize(x, levels, step) - grid_center(levels)) * step
+    density = (-x.square() / 2).exp()
+    return float((gap.square() * density).sum() / density.sum())
+
+
+@torch.enable_grad()
+def choose_factors(
+    edge: Edge, x: Tensor
+) -> tuple[Tensor, tuple[float, float], tuple[float, float]]:
+    """Factors (channels,) of least expected error for inputs ``x`` (tokens, in), and the errors
+    (from inputs, from weights) before and after."""
+    if not edge.consumers[0].spec.static_activations:
+        x = x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    weight = torch.cat([layer.weight.detach().float() for layer in edge.consumers])
+    errors = _Errors(x, weight[:: -(-len(weight) // _ROWS)], edge)
+    log_factors = torch.zeros(edge.channels, device=x.device, requires_grad=True)
+    optimizer = torch.optim.Adam([log_factors], lr=_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _STEPS)
+    before: tuple[float, float] | None = None
+    for _ in range(_STEPS):
+        inputs, weights = errors(log_factors)
+        before = before or (float(inputs.detach()), float(weights.detach()))
+        optimizer.zero_grad()
+        (inputs + weights).log().backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        after = tuple(float(e) for e in errors(log_factors))
+    assert before is not None
+    if not sum(after) < sum(before):  # silent channels, or NaN
+        return torch.ones_like(log_factors), before, before
+    return log_factors.detach().exp(), before, (after[0], after[1])
