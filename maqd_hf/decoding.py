@@ -181,11 +181,12 @@ class NativeForward:
         return self._decoder
 
 
-_CACHE_FIELD = next(n for n in CACHE_NAMES if n in CausalLMOutputWithPast.__dataclass_fields__)
+CACHE_NAME = next(n for n in CACHE_NAMES if n in CausalLMOutputWithPast.__dataclass_fields__)
+"""What the installed transformers calls the cache that a model takes and returns."""
 
 
 def _output(logits: Tensor, cache: Any) -> CausalLMOutputWithPast:
-    fields: dict[str, Any] = {"logits": logits, _CACHE_FIELD: cache}
+    fields: dict[str, Any] = {"logits": logits, CACHE_NAME: cache}
     return CausalLMOutputWithPast(**fields)
 
 

@@ -50,6 +50,7 @@ from transformers import (
 from transformers.utils import logging
 
 from maqd_hf import MaQDConfig, kernels, pack_model, quantize_model, use_native
+from maqd_hf.decoding import CACHE_NAME
 from maqd_hf.embedded import SMOLLM2, embedded_gguf, embedded_text, resolve_model
 from maqd_hf.versions import package_versions
 
@@ -313,9 +314,7 @@ def compiled_decoding(source: str, dtype: str, threads: int, pipe: Connection) -
     seconds = []
     with torch.no_grad():
         ids = torch.randint(5, 1000, (1, PROMPT))
-        options: dict[str, Any] = {
-            "past_key_values": StaticCache(config=model.config, max_cache_len=128)
-        }
+        options: dict[str, Any] = {CACHE_NAME: StaticCache(config=model.config, max_cache_len=128)}
         options |= {"use_cache": True, "logits_to_keep": 1}
         token = model(ids, **options).logits[:, -1:].argmax(-1)
         step = torch.compile(model.forward, fullgraph=True, dynamic=False)

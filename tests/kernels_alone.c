@@ -16,6 +16,13 @@ void maqd_compensate(float *, const float *, const float *, const float *, float
                      int64_t, int64_t, int64_t, int64_t);
 void maqd_descend(float *, float *, const float *, const float *, const float *, float *, float *,
                   float *, int64_t, int64_t, int64_t, int64_t);
+void maqd_fake_quantize(const float *, const float *, const float *, const float *, void *, int64_t,
+                        int64_t, int64_t, int32_t, int32_t, int32_t);
+void maqd_fake_quantize_backward(const float *, const float *, const float *, const void *, float *,
+                                 float *, float *, int64_t, int64_t, int64_t, int32_t, int32_t,
+                                 int32_t);
+void maqd_round_tokens(const void *, void *, int64_t, int64_t, int32_t, int32_t, int32_t, int32_t);
+void maqd_divergence(float *, float *, double *, int64_t, int64_t, float, float, int32_t);
 
 static int failures, checks;
 static void expect(int fine, const char *what, int a, int b, int c, int d) {
@@ -352,6 +359,50 @@ static void columns_of(int64_t columns, int64_t rows, int threads) {
     drop();
 }
 
+/* -------------------------------------------------------------------------------------- training */
+
+static void training_of(int64_t rows, int64_t columns, int64_t groups, int levels, int threads) {
+    float *w = reals(rows * columns), *step = get(rows * groups * 4), *scale = get(rows * groups * 4);
+    float *offset = reals(rows), *values = get(rows * columns * 4), *codes = get(rows * columns * 4);
+    uint16_t *narrow = get(rows * columns * 2);
+    for (int64_t i = 0; i < rows * groups; ++i) step[i] = 0.5f, scale[i] = 0.25f;
+    maqd_fake_quantize(w, step, scale, offset, values, rows, columns, groups, levels, 0, threads);
+    maqd_fake_quantize(w, step, scale, NULL, narrow, rows, columns, groups, levels, 1, threads);
+    maqd_fake_quantize(w, step, NULL, NULL, codes, rows, columns, groups, levels, 2, threads);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+        const float plain = (codes[i] - (float)(levels - 1) / 2) * 0.25f;
+        const uint32_t bits = (uint32_t)narrow[i] << 16;
+        float read;
+        memcpy(&read, &bits, 4);
+        expect(codes[i] >= 0 && codes[i] < levels, "weight code", (int)i, levels, 0, 0);
+        expect(fabsf(values[i] - plain - offset[i / columns]) < 1e-5f, "value", (int)i, levels, 0, 0);
+        expect(fabsf(read - plain) <= fabsf(plain) / 256, "bfloat16", (int)i, levels, 0, 0);
+    }
+    float *grad = reals(rows * columns), *to_weight = get(rows * columns * 4);
+    float *to_scale = get(rows * groups * 4), *to_offset = get(rows * 4);
+    maqd_fake_quantize_backward(w, step, scale, grad, to_weight, to_scale, to_offset, rows, columns,
+                                groups, levels, 0, threads);
+    maqd_fake_quantize_backward(w, step, scale, narrow, to_weight, to_scale, NULL, rows, columns,
+                                groups, levels, 1, threads);
+    for (int64_t r = 0; r < rows; ++r) {
+        double sum = 0, along = 0; /* of a gradient that a row's mean and size do not feel */
+        for (int64_t k = 0; k < columns; ++k) {
+            sum += to_weight[r * columns + k];
+            along += to_weight[r * columns + k] * w[r * columns + k];
+        }
+        expect(columns == 1 || (fabs(sum) < 1e-3 && fabs(along) < 1e-3), "gradient", (int)r, 0, 0, 0);
+    }
+    maqd_round_tokens(w, values, rows, columns, levels, 0, 0, threads);
+    maqd_round_tokens(w, narrow, rows, columns, levels, 0, 1, threads);
+    maqd_round_tokens(narrow, values, rows, columns, levels, 1, 0, threads);
+    double *loss = get(rows * 8);
+    memcpy(values, w, (size_t)(rows * columns) * 4);
+    maqd_divergence(values, w, loss, rows, columns, 1, 1, threads);
+    for (int64_t r = 0; r < rows; ++r)
+        expect(fabs(loss[r]) < 1e-5 && fabsf(values[r * columns]) < 1e-6f, "divergence", (int)r, 0, 0, 0);
+    drop();
+}
+
 int main(void) {
     for (int path = 0; path < maqd_paths(); ++path) {
         if (!maqd_supported(path)) {
@@ -372,6 +423,10 @@ int main(void) {
     columns_of(7, 1, 1);
     columns_of(5, 67, 1);
     columns_of(3, 130, 2);
+    training_of(1, 1, 1, 2, 1);
+    training_of(5, 39, 3, 16, 2);
+    training_of(3, 130, 1, 3, 1);
+    training_of(33, 192, 3, 256, 2);
     printf("%d of %d checks failed\n", failures, checks);
     return failures > 0;
 }

@@ -18,7 +18,7 @@ from transformers import (
 import maqd_hf
 from maqd_hf import MaQDConfig, pack_model, quantize_model, use_native
 from maqd_hf.calibration import calibrate_activations
-from maqd_hf.decoding import NativeForward, unsupported
+from maqd_hf.decoding import CACHE_NAME, NativeForward, unsupported
 from maqd_hf.native_cache import NativeLayer
 from maqd_hf.nn import LayerBatchNorm
 
@@ -39,9 +39,7 @@ def both(model, *args, **kwargs):
     assert isinstance(native_forward, NativeForward)
     got = model(*args, **kwargs)
     assert native_forward._decoder is not None and native_forward._problem is None
-    assert kwargs.get("past_key_values") is not None or isinstance(
-        got.past_key_values.layers[0], NativeLayer
-    )
+    assert kwargs.get(CACHE_NAME) is not None or isinstance(got[CACHE_NAME].layers[0], NativeLayer)
     use_native(model, False)
     expected = model(*args, **kwargs)
     use_native(model)
@@ -94,7 +92,7 @@ def test_token_by_token_equals_at_once(path, family):
         once = model(ids).logits
         cache, steps = DynamicCache(config=model.config), []
         for part in ids.split([1, 1, 5, 62, 1], dim=1):
-            steps.append(model(part, past_key_values=cache, use_cache=True).logits)
+            steps.append(model(part, **{CACHE_NAME: cache}, use_cache=True).logits)
     assert cache.get_seq_length() == 70
     assert_equal(torch.cat(steps, 1), once)
 
@@ -121,7 +119,7 @@ def test_own_forward_and_native_share_a_cache(best, family):
             cache = DynamicCache(config=model.config)
             for part, turn in zip(ids.split(4, dim=1), range(3), strict=True):
                 use_native(model, (turn % 2 == 0) == native_first)
-                last = model(part, past_key_values=cache, use_cache=True).logits[:, -1]
+                last = model(part, **{CACHE_NAME: cache}, use_cache=True).logits[:, -1]
             use_native(model)
             assert_equal(last, whole)
 
@@ -172,13 +170,13 @@ def test_which_calls_are_left_to_the_model(best, caplog):
         mask = torch.ones(1, 1, 5, 5).tril().log()
         assert_equal(model(ids, attention_mask=mask).logits, model(ids).logits)
         static = StaticCache(config=model.config, max_cache_len=8)
-        assert_equal(model(ids, past_key_values=static).logits, model(ids).logits)
+        assert_equal(model(ids, **{CACHE_NAME: static}).logits, model(ids).logits)
         assert model(ids, logits_to_keep=2).logits.shape == (1, 2, 259)
         keep = model(ids, logits_to_keep=torch.tensor([0, 3])).logits
         assert_equal(keep, model(ids).logits[:, [0, 3]])
         embeds = model.get_input_embeddings()(ids)
         assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
-        assert model(ids, use_cache=False).past_key_values is None
+        assert CACHE_NAME not in model(ids, use_cache=False)
     with pytest.raises(ValueError, match="specify exactly one"):
         model(input_ids=ids, inputs_embeds=embeds)
     assert model(ids).logits.shape == (1, 5, 259)  # with gradients switched on

@@ -10,7 +10,7 @@ from decoders import assert_equal, packed
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from maqd_hf import use_native
-from maqd_hf.decoding import NativeForward
+from maqd_hf.decoding import CACHE_NAME, NativeForward
 from maqd_hf.kernels.key_values import FixedKeyValues, KeyValues
 from maqd_hf.native_cache import NativeStaticLayer
 
@@ -46,7 +46,7 @@ def test_own_forward_and_native_share_a_static_cache(best, native_first):
     cache = static(model)
     for part, turn in zip(IDS.split(4, dim=1), range(3), strict=True):
         use_native(model, (turn % 2 == 0) == native_first)
-        last = model(part, past_key_values=cache, use_cache=True).logits[:, -1]
+        last = model(part, **{CACHE_NAME: cache}, use_cache=True).logits[:, -1]
     assert isinstance(cache.layers[0], NativeStaticLayer) and cache.get_seq_length() == 12
     assert_equal(last, whole)
 
@@ -55,14 +55,14 @@ def test_own_forward_and_native_share_a_static_cache(best, native_first):
 def test_a_static_cache_is_reset_and_copied(best):
     model = packed()
     cache, empty = static(model), model(IDS[:, :4]).logits
-    model(IDS[:, :7], past_key_values=cache, use_cache=True)
+    model(IDS[:, :7], **{CACHE_NAME: cache}, use_cache=True)
     for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-        last = model(IDS[:, 7:], past_key_values=other, use_cache=True).logits[:, -1]
+        last = model(IDS[:, 7:], **{CACHE_NAME: other}, use_cache=True).logits[:, -1]
         assert_equal(last, model(IDS).logits[:, -1])
     assert cache.get_seq_length() == 7
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert_equal(model(IDS[:, :4], past_key_values=cache, use_cache=True).logits, empty)
+    assert_equal(model(IDS[:, :4], **{CACHE_NAME: cache}, use_cache=True).logits, empty)
 
 
 @torch.no_grad()
@@ -92,12 +92,12 @@ def test_masks_that_are_not_causal_are_the_models(best, caplog):
 def test_static_caches_the_library_leaves_alone(best, caplog):
     model = packed()
     cache = static(model)
-    model(IDS, past_key_values=cache, use_cache=True)
+    model(IDS, **{CACHE_NAME: cache}, use_cache=True)
     with pytest.raises(ValueError, match="21 positions: this static cache holds 20"):
-        model(IDS[:, :9], past_key_values=cache, use_cache=True)
+        model(IDS[:, :9], **{CACHE_NAME: cache}, use_cache=True)
     assert "21 positions in a static cache of 20" in caplog.text
     with pytest.raises(ValueError, match="1 sequences in a cache for 2"):
-        model(IDS[:1, :1], past_key_values=cache, use_cache=True)
+        model(IDS[:1, :1], **{CACHE_NAME: cache}, use_cache=True)
     assert "a static cache for 2 sequences, not 1" in caplog.text
     with pytest.raises(TypeError, match="update"):
         cache.layers[0].keys = torch.zeros(2, 2, 20, 16)
@@ -120,12 +120,12 @@ def test_a_compiled_step_is_one_operator(best, steps, kv_cache):
     use_native(model, kv_cache=kv_cache)
     whole = model(IDS).logits
     cache = static(model)
-    model(IDS[:, :4], past_key_values=cache, use_cache=True)
+    model(IDS[:, :4], **{CACHE_NAME: cache}, use_cache=True)
     run = torch.compile(model, fullgraph=True, backend="aot_eager")
     for position in range(4, 12):
         logits = run(
             IDS[:, position : position + 1],
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             use_cache=True,
             position_ids=torch.tensor([[position]]),
         ).logits
@@ -137,11 +137,11 @@ def test_a_compiled_step_is_one_operator(best, steps, kv_cache):
 def test_a_graph_outlives_neither_its_model_nor_foreign_caches(best, steps):
     model = packed(embedding_levels=255)
     run = torch.compile(model, fullgraph=True, backend="eager")
-    fresh = run(IDS, past_key_values=static(model), use_cache=True)  # no step has filled it
+    fresh = run(IDS, **{CACHE_NAME: static(model)}, use_cache=True)  # no step has filled it
     assert_equal(fresh.logits, model(IDS).logits)
     assert not steps
     cache = static(model)
-    model(IDS, past_key_values=cache, use_cache=True)
+    model(IDS, **{CACHE_NAME: cache}, use_cache=True)
     twin = copy.deepcopy(model)
     assert twin.forward.number != model.forward.number
     number = twin.forward.number
@@ -178,7 +178,7 @@ def test_bytes_are_within_half_a_step_of_the_floats(path, family):
     for kind in ("float32", "int8"):
         use_native(model, kv_cache=kind)
         caches[kind] = DynamicCache(config=model.config)
-        model(IDS, past_key_values=caches[kind], use_cache=True)
+        model(IDS, **{CACHE_NAME: caches[kind]}, use_cache=True)
     # the first block's inputs do not depend on the cache
     for name in ("keys", "values"):
         plain, coarse = (getattr(caches[kind].layers[0], name) for kind in caches)
@@ -195,13 +195,13 @@ def test_the_library_reads_bytes_as_it_writes_them(path, shape):
     use_native(model, kv_cache="int8")
     ids, follow = torch.randint(3, 250, shape), torch.randint(3, 250, (shape[0], 1))
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, use_cache=True)
+    model(ids, **{CACHE_NAME: cache}, use_cache=True)
     floats = DynamicCache(config=model.config)
     for index, layer in enumerate(cache.layers):
         floats.update(layer.keys, layer.values, index)
-    got = model(follow, past_key_values=cache, use_cache=True).logits
+    got = model(follow, **{CACHE_NAME: cache}, use_cache=True).logits
     use_native(model, False)
-    expected = model(follow, past_key_values=floats, use_cache=True).logits
+    expected = model(follow, **{CACHE_NAME: floats}, use_cache=True).logits
     # the new position itself is bytes in one and floats in the other
     error = (got - expected).norm() / expected.norm()
     assert float(error) < 0.01
@@ -215,11 +215,11 @@ def test_torch_and_library_store_the_same_bytes(path):
     for native in (True, False):
         use_native(model, kv_cache="int8")
         cache = DynamicCache(config=model.config)
-        model(IDS[:, :2], past_key_values=cache, use_cache=True)
+        model(IDS[:, :2], **{CACHE_NAME: cache}, use_cache=True)
         store = cache.layers[0]._store
         if not native:
             use_native(model, False)
-        model(IDS[:, 2:3], past_key_values=cache, use_cache=True)
+        model(IDS[:, 2:3], **{CACHE_NAME: cache}, use_cache=True)
         states.append((store.values.read(0, 3), store.values.keys.dtype))
     (ours, dtype), (theirs, _) = states
     assert dtype == torch.int8
