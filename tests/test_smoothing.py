@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from maqd_hf import MaQDConfig, quantize_model
 from maqd_hf.calibration import calibrate_activations, smooth
 from maqd_hf.calibration.blocks import float_activations, float_weights
-from maqd_hf.calibration.smoothing import choose_factors, find_edges
+from maqd_hf.calibration.smoothing import Errors, choose_factors, find_edges
 from maqd_hf.nn import MaQDLinear
 
 BLOCK = "model.layers.0."
@@ -104,21 +104,27 @@ def test_an_outlier_channel_is_shared_out(scaling: str) -> None:
     assert after < 0.2 * before and "smoothing: 8 sets" in str(report)
 
 
-def test_factors_balance_one_channel() -> None:
-    """Weights alone: the error is least where every channel's input and column weigh the same."""
+@pytest.mark.parametrize("settings", [{"activation_levels": None}, {"activation_levels": 15}])
+def test_no_power_of_the_channels_maxima_is_better(settings: dict[str, int | None]) -> None:
+    """SmoothQuant's and AWQ's rule, at the best of eleven powers."""
     model = tiny("llama-tied")
-    quantize_model(model, weight_levels=4, activation_levels=None, embedding_levels=None)
-    with float_weights(model):
+    scaling = {"activation_scaling": "token", "embedding_levels": None}
+    quantize_model(model, weight_levels=16, **settings, **scaling)
+    with float_weights(model), float_activations(model):
         edge = find_edges(model)[0]
-    x = torch.randn(4000, edge.channels)
-    x[:, 0] *= 16
-    x /= x.square().mean(-1, keepdim=True).sqrt()  # tokens count relative to their size
-    factors, before, after = choose_factors(edge, x)
-    assert sum(after) < sum(before) and after[0] == 0
+    torch.manual_seed(0)
+    x = torch.randn(500, edge.channels) * torch.randn(edge.channels).exp()
+    x /= x.square().mean(-1, keepdim=True).sqrt()
+    reach = x.square().mean(0)
+    factors, before, after = choose_factors(edge, x, reach)
+    assert sum(after) < sum(before)
     weight = torch.cat([layer.weight for layer in edge.consumers]).detach()
-    reach, spread = x.square().mean(0) / factors**2, weight.square().mean(0) * factors**2
-    ratio = (reach / reach.mean()) / (spread / spread.mean())
-    assert 0.7 < float(ratio[0] / ratio.median()) < 1.4
+    errors = Errors(x, reach, weight, edge)
+    found = float(sum(errors(factors.log())))
+    assert found == pytest.approx(sum(after), rel=1e-4)
+    for power in torch.linspace(0, 1, 11).tolist():
+        rule = x.abs().amax(0) ** power / weight.abs().amax(0) ** (1 - power)
+        assert found < 1.01 * float(sum(errors(rule.log())))
 
 
 def test_silent_inputs_move_nothing() -> None:
@@ -126,7 +132,8 @@ def test_silent_inputs_move_nothing() -> None:
     quantize_model(model, embedding_levels=None)
     with float_weights(model), float_activations(model):
         edge = find_edges(model)[0]
-    factors, _, _ = choose_factors(edge, torch.zeros(5, edge.channels))
+    silent = torch.zeros(5, edge.channels)
+    factors, _, _ = choose_factors(edge, silent, silent[0])
     assert torch.equal(factors, torch.ones(edge.channels))
 
 
