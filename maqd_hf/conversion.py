@@ -139,7 +139,8 @@ def _convert_norm(
     if not plan.gated:
         spec = replace(spec, statistics="token")
     gamma = kind.gamma(norm)
-    new = LayerBatchNorm(kind.features, spec, kind.eps, context, gamma.device, gamma.dtype)
+    dtype = torch.promote_types(gamma.dtype, torch.float32)
+    new = LayerBatchNorm(kind.features, spec, kind.eps, context, gamma.device, dtype)
     with torch.no_grad():
         assert new.weight is not None
         new.weight.copy_(gamma)

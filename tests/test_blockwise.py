@@ -31,10 +31,10 @@ def ids() -> torch.Tensor:
 
 
 def student(teacher: nn.Module, data: object, **config: object) -> nn.Module:
-    """A calibrated quantised copy, without GPTQ: random tokens leave nothing to gain after it."""
+    """A calibrated quantised copy, without what random tokens leave little to gain after."""
     model = copy.deepcopy(teacher)
     quantize_model(model, **{"weight_levels": 4, **WEIGHTS_ONLY, **config})
-    calibrate(model, data, gptq_weights=False, progress=False)
+    calibrate(model, data, gptq_weights=False, smoothing=False, progress=False)
     return model.eval()
 
 

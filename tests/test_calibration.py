@@ -16,7 +16,7 @@ from transformers import BertForMaskedLM, GPT2LMHeadModel, LlamaForCausalLM, T5C
 from transformers import T5ForConditionalGeneration as T5
 
 from maqd_hf import quantize_model
-from maqd_hf.calibration import best_step, blocks, calibrate, calibrate_activations, gptq
+from maqd_hf.calibration import best_step, blocks, calibrate, calibrate_activations, gptq, smooth
 from maqd_hf.calibration.blocks import as_batches, counted_tokens, find_segments
 from maqd_hf.calibration.compensation import (
     Grid,
@@ -522,10 +522,11 @@ def test_per_token_scaling_needs_no_calibration(tiny_llama, ids):
     assert calibrate_activations(tiny_llama, ids, progress=False) == {}
 
 
-def test_calibrate_does_both_in_order(tiny_llama, ids):
+def test_calibrate_does_all_three_in_order(tiny_llama, ids):
     quantize_model(tiny_llama, weight_levels=8, activation_levels=255, layer_batch_norm=False)
     twin = copy.deepcopy(tiny_llama)
     report = calibrate(tiny_llama, ids, progress=False)
+    smooth(twin, ids, start="range", progress=False)
     gptq(twin, ids, progress=False)
     calibrate_activations(twin, ids, progress=False)
     for a, b in zip(tiny_llama.parameters(), twin.parameters(), strict=True):

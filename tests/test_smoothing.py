@@ -59,6 +59,22 @@ def test_the_float_function_stays(family: str) -> None:
         )
 
 
+@pytest.mark.parametrize("family", ["llama-tied", "bert"])
+def test_half_precision_moves_the_same_channels(family: str) -> None:
+    reports = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(family).to(dtype)
+        inputs = example(model)
+        quantize_model(model, MaQDConfig(embedding_levels=None))
+        plain = {n: p.dtype for n, p in model.named_parameters()}
+        before = float_output(model, inputs)
+        reports.append(smooth(model, [inputs], progress=False))
+        assert {n: p.dtype for n, p in model.named_parameters()} == plain
+        change = float((float_output(model, inputs) - before).norm() / before.norm())
+        assert change < torch.finfo(dtype).eps * 5
+    assert reports[0].weights.keys() == reports[1].weights.keys()
+
+
 @pytest.mark.parametrize("family", EXPECTED)
 def test_which_channels_may_move(family: str) -> None:
     model = tiny(family)

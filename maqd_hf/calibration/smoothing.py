@@ -128,12 +128,13 @@ def smooth(
         start: where the grids of the layers start anew (``nn.Start``); "range" is enough before
             ``gptq``, which searches again.
 
-    A norm whose gamma is narrower than float32 stays: it would be rounded by every factor.
+    Tensors of converted layers are float32 in a model of any dtype, so factors do not round them.
     """
     batches = as_batches(data, model)
     report = SmoothingReport()
     with evaluating(model), float_activations(model), float_weights(model):
-        edges = find_edges(model)
+        with _widened(model):
+            edges = find_edges(model)
         inputs = _sample_inputs(model, batches, edges)
     for edge in tqdm(edges, desc="smoothing", unit="edge", disable=not progress):
         factors, before, after = choose_factors(edge, *inputs.pop(edge.consumers[0]))
@@ -152,9 +153,7 @@ def smooth(
 def find_edges(model: nn.Module) -> list[Edge]:
     """Channels that may move, in the order of the model: norms' first, then pairs of layers."""
     linears: dict[str, nn.Module] = dict(modules_of(model, nn.Linear))
-    norms = {
-        n: m for n, m in modules_of(model, LayerBatchNorm) if m.weight is not None and _wide(m)
-    }
+    norms = {n: m for n, m in modules_of(model, LayerBatchNorm) if m.weight is not None}
     tied = {id(m.weight) for _, m in modules_of(model, MaQDEmbedding)}
     free = {
         n: m
@@ -171,9 +170,18 @@ def find_edges(model: nn.Module) -> list[Edge]:
     return edges + _pairs(model, free, behind_norms)
 
 
-def _wide(norm: LayerBatchNorm) -> bool:
-    """A narrower gamma would be rounded by every factor."""
-    return norm.weight is not None and norm.weight.dtype in (torch.float32, torch.float64)
+@contextmanager
+def _widened(model: nn.Module) -> Iterator[None]:
+    """Everything in float32: what rounding of half precision changes looks like another function."""
+    tensors = (*model.parameters(), *model.buffers())
+    narrow = {t: t.dtype for t in tensors if t.dtype in (torch.float16, torch.bfloat16)}
+    for tensor in narrow:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in narrow.items():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _pairs(model: nn.Module, free: dict[str, MaQDLinear], behind_norms: set[str]) -> list[Edge]:
@@ -246,6 +254,7 @@ def _scaled(edges: list[Edge], generator: torch.Generator) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def _first_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     found: Tensor = model(**inputs)[0]
     return found.double()
