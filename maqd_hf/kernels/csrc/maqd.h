@@ -138,7 +138,7 @@ typedef struct {
     float (*keep)(const float *x, int64_t count, int8_t *bytes, int64_t every);
 } maqd_path;
 
-extern HIDDEN const maqd_path maqd_path_portable, maqd_path_avx2, maqd_path_vnni;
+extern HIDDEN const maqd_path maqd_path_portable, maqd_path_avx2, maqd_path_vnni, maqd_path_neon;
 HIDDEN const maqd_path *maqd_get_path(int32_t path);
 
 HIDDEN void maqd_look_up(const maqd_table *table, int64_t id, float *y);

@@ -8,6 +8,8 @@ static const maqd_path *const PATHS[] = {
 #if defined(__x86_64__)
     &maqd_path_avx2,
     &maqd_path_vnni,
+#elif defined(__aarch64__)
+    &maqd_path_neon,
 #endif
 };
 
