@@ -258,7 +258,7 @@ def main(args: Arguments) -> Results:
         rows = TABLES[table]
         chosen = [r for pattern in args.rows for r in rows if fnmatchcase(r.name, pattern)]
         task = Task(table, args)
-        for row in dict.fromkeys(chosen):
+        for row in dict.fromkeys([rows[0], *chosen]):  # float always: the others are read beside it
             try:
                 run_all_of(row, task, results)
             except Exception as error:

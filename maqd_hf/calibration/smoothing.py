@@ -19,10 +19,13 @@ Which channels may move is found without a table of families: norms and their re
 forward that conversion uses, pairs of layers (up and down of a gated feed-forward part, value and
 output of attention) by scaling one against the other and seeing that nothing changes.
 
-What did not help (SmolLM2-135M, 4 levels, groups of 64, 8-bit inputs, start values by GPTQ,
-perplexity of 24 windows of WikiText-2; 136.9 without smoothing, 138.4 as it is): E[x_j^2] in the
-place of d_j 149.5; mean squares of a group in the place of its maximum 176.7, and both 232.1. GPTQ
-lives on channels that differ, so evening them out without regard to it does harm.
+What it is worth (SmolLM2-135M, groups of 64, start values by GPTQ, perplexity of 24 windows of
+WikiText-2, float 32.3): 16 levels with 8-bit inputs 36.7 -> 35.4, with 4-bit inputs 8800 -> 148;
+4 levels 136.9 -> 137.7. After training on 16,384 tokens 16 levels have 35.3 -> 34.6.
+
+What did not help (4 levels): E[x_j^2] in the place of d_j 149.5; mean squares of a group in the
+place of its maximum 176.7, and both 232.1. GPTQ lives on channels that differ, so evening them out
+without regard to it does harm.
 """
 
 from __future__ import annotations
@@ -172,7 +175,7 @@ def find_edges(model: nn.Module) -> list[Edge]:
 
 @contextmanager
 def _widened(model: nn.Module) -> Iterator[None]:
-    """Everything in float32: what rounding of half precision changes looks like another function."""
+    """All in float32: half precision rounds so much that the same looks like another function."""
     tensors = (*model.parameters(), *model.buffers())
     narrow = {t: t.dtype for t in tensors if t.dtype in (torch.float16, torch.bfloat16)}
     for tensor in narrow:
