@@ -89,7 +89,5 @@ def _call(
         return False
     columns, rows = step.shape
     sizes = [ctypes.c_int64(n) for n in (levels, columns, rows, torch.get_num_threads())]
-    function = getattr(loader.library(), name)
-    function.restype = None
-    function(*(ctypes.c_void_p(t.data_ptr()) for t in tensors), *sizes)
+    loader.run(name, tensors, *sizes)
     return True

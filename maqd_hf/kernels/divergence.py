@@ -25,12 +25,10 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple
     """
     if _serves(student, teacher):
         loss = torch.empty(len(student), dtype=torch.float64)
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (student, teacher, loss)]
         sizes = [ctypes.c_int64(n) for n in student.shape]
         cooling, threads = ctypes.c_float(1 / temperature), ctypes.c_int32(torch.get_num_threads())
-        function = loader.library().maqd_divergence  # type: ignore[union-attr]
-        function.restype = None
-        function(*pointers, *sizes, cooling, cooling, threads)
+        tensors = (student, teacher, loss)
+        loader.run("maqd_divergence", tensors, *sizes, cooling, cooling, threads)
         return loss.sum(), student
     log_p = (student / temperature).log_softmax(dim=-1)
     log_q = (teacher / temperature).log_softmax(dim=-1)

@@ -152,12 +152,10 @@ class _RoundTokens(torch.autograd.Function):
         rows = x.contiguous()
         out = torch.empty_like(rows, dtype=dtype)
         width = rows.shape[-1]
-        function = loader.library().maqd_round_tokens  # type: ignore[union-attr]
-        function.restype = None
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (rows, out)]
         sizes = [ctypes.c_int64(n) for n in (rows.numel() // width, width)]
         options = (levels, _KINDS[rows.dtype], _KINDS[dtype], torch.get_num_threads())
-        function(*pointers, *sizes, *(ctypes.c_int32(n) for n in options))
+        numbers = [ctypes.c_int32(n) for n in options]
+        loader.run("maqd_round_tokens", (rows, out), *sizes, *numbers)
         return out
 
     @staticmethod
@@ -170,8 +168,6 @@ def _run(
 ) -> None:
     weight = tensors[0]
     assert weight is not None
-    function = getattr(loader.library(), name)
-    function.restype = None
     sizes = [ctypes.c_int64(n) for n in (*weight.shape, step.shape[1])]
     options = [ctypes.c_int32(n) for n in (*last, torch.get_num_threads())]
-    function(*(ctypes.c_void_p(loader.pointer(t)) for t in tensors), *sizes, *options)
+    loader.run(name, tensors, *sizes, *options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -81,6 +82,13 @@ def path_number() -> int:
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a contiguous tensor's data."""
     return None if tensor is None else int(tensor.data_ptr())
+
+
+def run(name: str, tensors: Sequence[Tensor | None], *numbers: Any) -> None:
+    """Call an entry that returns nothing: data of contiguous ``tensors``, then ctypes numbers."""
+    function = getattr(library(), name)
+    function.restype = None
+    function(*(ctypes.c_void_p(pointer(t)) for t in tensors), *numbers)
 
 
 class _Arena:
