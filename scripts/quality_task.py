@@ -170,7 +170,8 @@ class Task:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.train, self.texts = self._texts()
-        parts = [tokenize_blocks(text, self.tokenizer, args.block_size) for text in self.train]
+        blocks = (tokenize_blocks(t, self.tokenizer, args.block_size) for t in self.train.values())
+        parts = list(blocks)
         # As much of each, or all of it where less is wanted than there is.
         size = min(map(len, parts))
         parts = [part.shuffle(seed=0).select(range(size)) for part in parts]
@@ -178,28 +179,31 @@ class Task:
         self.said: dict[bytes, Tensor] = {}
         self.started: tuple[Any, PreTrainedModel] | None = None
 
-    def _texts(self) -> tuple[list[Dataset], list[Text]]:
+    def _texts(self) -> tuple[dict[str, Dataset], list[Text]]:
         if self.small:
             assert self.data is not None
             stories = load_text(str(self.data / "tinystories"))
             held_out = stories.select(range(len(stories) - 200, len(stories)))
-            return [stories.select(range(len(stories) - 200))], [
-                Text("tinystories", held_out["text"], None)
-            ]
+            train = {"tinystories": stories.select(range(len(stories) - 200))}
+            return train, [Text("tinystories", held_out["text"], None)]
         if self.data is None:
-            return [load_text(EMBEDDED)], [
-                Text("embedded", load_text(EMBEDDED, split="test")["text"])
-            ]
+            held_out = load_text(EMBEDDED, split="test")
+            return {"embedded": load_text(EMBEDDED)}, [Text("embedded", held_out["text"])]
         wiki = self.data / "wikitext-2"
         imdb = load_text(str(self.data / "imdb" / "train.parquet")).shuffle(seed=0)
-        return [
-            load_text(str(wiki / "wikitext-2-tokens-validation.parquet"), join=""),
-            load_text(
-                str(self.data / "wiki-sample" / "enwiki-2016-105-articles.parquet"), column="text"
+        measured = min(200, len(imdb) // 2)
+        rest = range(measured, min(measured + 2000, len(imdb)))
+        articles = str(self.data / "wiki-sample" / "enwiki-2016-105-articles.parquet")
+        train = {
+            "wikitext-2 validation": load_text(
+                str(wiki / "wikitext-2-tokens-validation.parquet"), join=""
             ),
-        ], [
+            "wikipedia": load_text(articles, column="text"),
+            "imdb, other reviews": imdb.select(rest),
+        }
+        return train, [
             Text("wikitext", load_text(str(wiki / "wikitext-2-raw-test.parquet"))["text"], ""),
-            Text("imdb", imdb.select(range(min(200, len(imdb))))["text"]),
+            Text("imdb", imdb.select(range(measured))["text"]),
         ]
 
     def calibration_ids(self) -> Tensor:
@@ -240,6 +244,7 @@ class Task:
         key |= {"window": args.window, "windows": args.windows}
         if row.method != "float":
             key |= {"block_size": args.block_size, "samples": args.samples}
+            key["train"] = "; ".join(self.train)
         if rate is not None:
             key |= {"tokens": self.tokens, "batch_size": args.batch_size}
             key |= {"learning_rate": rate, "seed": seed}
