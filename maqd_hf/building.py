@@ -74,7 +74,7 @@ def tie_head(
     """Replace the layer ``head`` by one that shares the grid of the converted ``embedding``."""
     table, bias = model.get_submodule(embedding), model.get_submodule(head).bias
     levels: int = table.levels  # type: ignore[assignment]
-    spec = replace(spec, weight_levels=levels, group_size=None, weight_offset=True)
+    spec = spec.on_table(levels)
     if isinstance(table, MaQDEmbedding):
         tied: nn.Module = table.as_linear(spec)
         if spec.activation_levels is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from .nn import FirstToken, LinearSpec, NormSpec
 QUANT_METHOD = "maqd"
 FORMAT_VERSION = 1
 
+_FEW, _ROTATION = 16, 512  # levels of inputs up to which "auto" rotates, and how many of them
 _LINEAR_FIELDS = tuple(f.name for f in fields(LinearSpec))
 
 
@@ -23,6 +24,14 @@ def _patterns(value: Any, what: str) -> list[str]:
     if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
         raise ValueError(f"{what}={value!r}: give a list of glob patterns, e.g. ['*.down_proj']")
     return list(value)
+
+
+def _settle(settings: dict[str, Any]) -> LinearSpec:
+    """A layer's settings with "auto" decided."""
+    if settings["rotation"] == "auto":
+        few = settings["activation_levels"] is not None and settings["activation_levels"] <= _FEW
+        settings = {**settings, "rotation": _ROTATION if few else None}
+    return LinearSpec(**settings)
 
 
 @dataclass(eq=True, kw_only=True)
@@ -37,6 +46,9 @@ class MaQDConfig(QuantizationConfigMixin):
         weight_offset: learned offset per row (keeps the row mean standardisation removes).
         embedding_levels: levels of the token embedding and of the output head, None = float.
         surrogate: gradient of the activation staircase, see ``functional.SURROGATES``.
+        rotation: neighbouring inputs that a Hadamard transform mixes before they are quantised, a
+            power of two (``LinearSpec.rotation_size``); None: not rotated; "auto": 512 for layers
+            whose inputs have at most 16 levels, as ``functional.hadamard`` says why.
         first_token: "own": the first token of a sequence keeps its own step and statistic
             (pretrained decoders need it); "shared": it is treated like any other.
         layer_batch_norm: replace norms by Layer-Batch Normalization with its gate closed.
@@ -69,6 +81,7 @@ class MaQDConfig(QuantizationConfigMixin):
     weight_offset: bool = True
     embedding_levels: int | None = None
     surrogate: str = "clip"
+    rotation: int | Literal["auto"] | None = "auto"
     first_token: FirstToken = "own"
     layer_batch_norm: bool = True
     norm_affine: Literal["keep", "absorb"] = "keep"
@@ -104,6 +117,8 @@ class MaQDConfig(QuantizationConfigMixin):
             check_levels(self.embedding_levels, "embedding_levels")
         self.targets = None if self.targets is None else _patterns(self.targets, "targets")
         self.exclude = _patterns(self.exclude, "exclude")
+        if self.modules is not None and self.rotation == "auto":  # written before there was one
+            self.rotation = None
         self.overrides = dict(self.overrides)
         for pattern, settings in self.overrides.items():
             unknown = sorted(set(settings) - set(_LINEAR_FIELDS))
@@ -112,24 +127,24 @@ class MaQDConfig(QuantizationConfigMixin):
                     f"overrides[{pattern!r}] has unknown settings {unknown}; "
                     f"allowed are {sorted(_LINEAR_FIELDS)}"
                 )
-        plain = self.plain_linear_spec()
+        plain = asdict(self.plain_linear_spec())
         for settings in self.overrides.values():
-            replace(plain, **settings)
+            _settle(plain | settings)
 
     def plain_linear_spec(self) -> LinearSpec:
         """The settings of a layer that no override matches."""
-        return LinearSpec(**{key: getattr(self, key) for key in _LINEAR_FIELDS})
+        return _settle({key: getattr(self, key) for key in _LINEAR_FIELDS})
 
     def linear_spec(self, name: str, **defaults: Any) -> LinearSpec:
         """The settings in force for the layer called ``name``.
 
         ``defaults`` replace plain settings; what an override says still wins over them.
         """
-        settings = asdict(self.plain_linear_spec()) | defaults
+        settings = {key: getattr(self, key) for key in _LINEAR_FIELDS} | defaults
         for pattern, changes in self.overrides.items():
             if fnmatchcase(name, pattern):
                 settings.update(changes)
-        return LinearSpec(**settings)
+        return _settle(settings)
 
     def norm_spec(self, centered: bool, bias: bool) -> NormSpec:
         """The settings of a converted norm whose affine is still its own."""

@@ -26,7 +26,6 @@ from .matching import ConversionPlan, NormPlan, plan_conversion
 from .nn import (
     BatchContext,
     LayerBatchNorm,
-    LinearSpec,
     MaQDEmbedding,
     MaQDLinear,
     PackedEmbedding,
@@ -95,7 +94,8 @@ def quantize_model(
     attach_context(model, context)
     absorbed_by = {name: norm.absorbed_by for name, norm in plan.norms.items()}
     tied_to = {plan.head: plan.embedding} if plan.head and plan.embedding and plan.head_tied else {}
-    config = replace(config, modules=describe(model, config, absorbed_by, tied_to))
+    config = replace(config, rotation=config.plain_linear_spec().rotation)  # "auto" is settled
+    config.modules = describe(model, config, absorbed_by, tied_to)
     model.config.quantization_config = config  # type: ignore[union-attr]
     return make_report(model, config, plan)
 
@@ -152,12 +152,15 @@ def _convert_norm(
     replace_module(model, name, new)
 
 
-def _levels_text(spec: LinearSpec) -> str:
+def _levels_text(layer: MaQDLinear | PackedLinear) -> str:
+    spec, turned = layer.spec, layer.spec.rotation_size(layer.in_features)
     weight = "float weights" if spec.weight_levels is None else f"{spec.weight_levels} levels"
     group = f", groups of {spec.group_size}" if spec.group_size else ""
+    rotation = f", {turned} rotated" if turned > 1 else ""
     if spec.activation_levels is None:
-        return f"{weight}{group}, float activations"
-    return f"{weight}{group}, {spec.activation_levels}-level {spec.activation_scaling} activations"
+        return f"{weight}{group}, float activations{rotation}"
+    inputs = f"{spec.activation_levels}-level {spec.activation_scaling} activations"
+    return f"{weight}{group}, {inputs}{rotation}"
 
 
 def _norm_text(norm: LayerBatchNorm, reason: str) -> str:
@@ -174,7 +177,7 @@ def make_report(
 ) -> ConversionReport:
     report = ConversionReport(config.state, size=model_size(model))
     for name, layer in modules_of(model, MaQDLinear, PackedLinear):
-        report.linears[name] = _levels_text(layer.spec)
+        report.linears[name] = _levels_text(layer)
     for name, table in modules_of(model, MaQDEmbedding, PackedEmbedding):
         report.embeddings[name] = f"{table.levels} levels, a scale a row"
     for name, norm in modules_of(model, LayerBatchNorm):

@@ -30,6 +30,7 @@ from .nn import (
     PackedEmbedding,
     PackedLinear,
 )
+from .nn.linear import rotate
 from .nn.packed import check_calibrated
 from .probing import probe_norm
 from .report import ConversionReport
@@ -169,6 +170,8 @@ def _plain_layer(original: nn.Module, layer: Any) -> nn.Module:
     """The float layer of ``layer``'s weight: ``original`` filled, or a float ``MaQDLinear``."""
     packed = isinstance(layer, (PackedLinear, PackedEmbedding))
     weight = (layer.dequantized_weight() if packed else layer.quantized_weight()).clone()
+    if isinstance(layer, (PackedLinear, MaQDLinear)):
+        weight = rotate(weight, layer.spec)
     bias = getattr(layer, "bias", None)
     if bias is not None and getattr(original, "bias", None) is None:
         spec = LinearSpec(weight_levels=None, activation_levels=None)

@@ -47,12 +47,12 @@ def absorb_affine(norm: LayerBatchNorm, consumers: Sequence[MaQDLinear]) -> None
     """Move ``norm``'s weight and bias into ``consumers``, before their grids are chosen."""
     for layer in consumers:
         if norm.bias is not None:
-            shift = layer.weight.double() @ norm.bias.double()
+            shift = layer.input_weight().double() @ norm.bias.double()
             if layer.bias is None:
                 layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0]))
             layer.bias.add_(shift.to(layer.bias))
         if norm.weight is not None:
-            layer.weight.copy_(layer.weight.double() * norm.weight.double())
+            layer.set_input_weight(layer.input_weight().double() * norm.weight.double())
     norm.weight = norm.bias = None
     norm.spec = replace(norm.spec, weight=False, bias=False)
 

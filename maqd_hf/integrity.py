@@ -29,7 +29,8 @@ def _meaning(module: nn.Module) -> str:
         spec = module.spec
         grid = f"{spec.weight_levels}/{spec.group_size}/{module.in_features}"
         inputs = f"{spec.activation_levels}/{spec.activation_scaling}/{spec.first_token}"
-        return f"linear {grid} {inputs}"
+        turned = f" {spec.rotation}" if spec.rotation else ""
+        return f"linear {grid} {inputs}{turned}"
     if isinstance(module, (PackedEmbedding, MaQDEmbedding)):
         return f"embedding {module.levels}/{module.embedding_dim} {module.output_scale!r}"
     assert isinstance(module, LayerBatchNorm)

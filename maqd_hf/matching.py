@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -205,9 +205,9 @@ def _plan_head(
         plan.kept[head] = reason
         return
     levels = config.embedding_levels
-    spec = config.linear_spec(relative, weight_levels=levels, group_size=None)
+    spec = config.linear_spec(relative, weight_levels=levels, group_size=None, rotation=None)
     if tied:
-        spec = replace(spec, weight_levels=levels, group_size=None, weight_offset=True)
+        spec = spec.on_table(levels)
     plan.head, plan.head_tied, plan.linears[head] = head, tied, spec
 
 

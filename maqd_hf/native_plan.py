@@ -219,6 +219,8 @@ def _linear(layer: Any, where: str) -> LinearStep:
     groups = layer.weight_scale.shape[1]
     if not native.fits(layer.in_features, groups, layer.levels):
         raise UnsupportedError(f"{where}: groups of {layer.in_features // groups} inputs")
+    if layer.spec.rotation_size(layer.in_features) > 1:
+        raise UnsupportedError(f"{where}: a layer rotates its input")
     static = layer.activation_step
     own_first = static is not None and layer.spec.first_token == "own"
     return LinearStep(layer.native_weight(), 0.0 if static is None else float(static), own_first)

@@ -19,6 +19,7 @@ OTHER: dict[str, Any] = {  # every field away from its default
     "weight_offset": False,
     "embedding_levels": 255,
     "surrogate": "arctan",
+    "rotation": 64,
     "first_token": "shared",
     "layer_batch_norm": False,
     "norm_affine": "absorb",

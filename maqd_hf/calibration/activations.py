@@ -24,7 +24,7 @@ from .blocks import (
     counted_tokens,
     evaluating,
     float_activations,
-    rows_of,
+    input_rows,
     run_body,
     watching,
 )
@@ -147,7 +147,7 @@ def _observe(
             leader[layer] = first if first is not None and _same_input(first, layer) else layer
         last = (x, leader[layer])
         if leader[layer] is layer:
-            rows = rows_of(x, counted_tokens(batch, layer.spec.first_token == "own"))
+            rows = input_rows(layer, x, counted_tokens(batch, layer.spec.first_token == "own"))
             chosen = torch.linspace(0, len(rows) - 1, min(per_batch, len(rows))).long()
             samples.setdefault(layer, []).append(rows[chosen.to(rows.device)])
 
@@ -163,7 +163,8 @@ def _observe(
 
 def _same_input(a: MaQDLinear, b: MaQDLinear) -> bool:
     """Whether one step can serve both layers when they read the same tensor."""
-    return (a.spec.activation_levels, a.spec.first_token) == (
+    return (a.spec.activation_levels, a.spec.first_token, a.spec.rotation) == (
         b.spec.activation_levels,
         b.spec.first_token,
+        b.spec.rotation,
     )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import ActivationQuantizer, LayerBatchNorm, MaQDLinear
+from ..nn import ActivationQuantizer, LayerBatchNorm, MaQDLinear, rotate
 from ..nn.precision import fast_bf16
 
 Batch = dict[str, Tensor]
@@ -91,6 +91,11 @@ def rows_of(x: Tensor, counted: Tensor | None) -> Tensor:
     if counted is not None and x.shape[:-1] == counted.shape:
         x = x[counted]
     return x.detach().reshape(-1, x.shape[-1]).float()
+
+
+def input_rows(layer: MaQDLinear, x: Tensor, counted: Tensor | None) -> Tensor:
+    """``rows_of`` what ``layer`` gets, in the basis of its weight."""
+    return rotate(rows_of(x, counted), layer.spec)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ from .blocks import (
     find_segments,
     float_activations,
     float_weights,
-    rows_of,
+    input_rows,
     run_body,
     watching,
 )
@@ -251,7 +251,7 @@ class _Walk:
             for index, counted in enumerate(self.counted):
                 x = self.segment.input_of(first, call, index)
                 if x is not None:
-                    moments.add(rows_of(x, counted), inputs.pop(index, None))
+                    moments.add(input_rows(first, x, counted), inputs.pop(index, None))
             if moments.tokens:
                 self._quantize_group(group, moments)
         self.segment.advance(call)
@@ -266,7 +266,7 @@ class _Walk:
                 group, inputs = floats.pop(layer)
                 moments = InputMoments(layer.in_features, layer.weight.device)
                 x = args[0] if args else kwargs["input"]
-                moments.add(rows_of(x, self.counted[0]), inputs.pop(0, None))
+                moments.add(input_rows(layer, x, self.counted[0]), inputs.pop(0, None))
                 self._quantize_group(group, moments)
 
         with watching(list(floats), see):
@@ -287,12 +287,14 @@ class _Walk:
             assert isinstance(layer, MaQDLinear)
             x = args[0] if args else kwargs["input"]
             if layer not in leader:
-                leader[layer] = next((m for m, seen in current.items() if seen is x), layer)
+                same = (m for m, seen in current.items() if seen is x)
+                turn = layer.spec.rotation
+                leader[layer] = next((m for m in same if m.spec.rotation == turn), layer)
                 found.setdefault(leader[layer], ([], {}))[0].append(layer)
             if leader[layer] is layer and layer not in current:  # its first call counts
                 current[layer] = x
                 if self.settings.correction:
-                    found[layer][1][index] = rows_of(x, self.counted[index])
+                    found[layer][1][index] = input_rows(layer, x, self.counted[index])
 
         todo = [
             m
@@ -372,7 +374,7 @@ def _search_outside(
 
     def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, MaQDLinear)
-        square = rows_of(args[0] if args else kwargs["input"], counted).square().sum(0)
+        square = input_rows(layer, args[0] if args else kwargs["input"], counted).square().sum(0)
         squares[layer] = squares[layer] + square if layer in squares else square
 
     layers = [layer for layer in names if id(layer.weight) not in tied]

@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 
 from ..building import modules_of
 from ..functional import grid_center
-from ..nn import LayerBatchNorm, MaQDEmbedding, MaQDLinear, Start
+from ..nn import LayerBatchNorm, MaQDEmbedding, MaQDLinear, Start, rotate
 from ..probing import example_inputs, trace_norms
 from .blocks import (
     Batches,
@@ -93,7 +93,7 @@ class Edge:
         if producer.bias is not None:
             producer.bias.div_(factors.to(producer.bias))
         for layer in self.consumers:
-            layer.weight.mul_(self.columns(factors).to(layer.weight))
+            layer.set_input_weight(layer.input_weight() * self.columns(factors).to(layer.weight))
 
 
 @dataclass
@@ -313,17 +313,20 @@ class Errors:
     def __call__(self, log_factors: Tensor) -> tuple[Tensor, Tensor]:
         spec = self.edge.consumers[0].spec
         factors = self.edge.columns(log_factors).exp()
-        scaled = self.weight * factors
+        scaled = rotate(self.weight * factors, spec)
         total = (self.weight.square() * self.x.square().mean(0)).sum()
         inputs = total.new_zeros(())
         if spec.activation_levels is not None:
-            most = (self.x / factors).abs().amax(-1)
+            most = rotate(self.x / factors, spec).abs().amax(-1)
             if spec.static_activations:
                 most = most.amax()
             step = most / grid_center(spec.activation_levels)
             inputs = scaled.square().sum() * step.square().mean() / 12
         groups = spec.groups(self.weight.shape[1])
-        reach = (self.reach / factors.square()).view(groups, -1).sum(-1)
+        reach = self.reach / factors.square()
+        mixed = spec.rotation_size(len(reach))  # neighbours that share their errors evenly
+        reach = reach.view(-1, mixed).mean(-1, keepdim=True).expand(-1, mixed)
+        reach = reach.reshape(groups, -1).sum(-1)
         assert spec.weight_levels is not None
         step = scaled.view(len(scaled), groups, -1).abs().amax(-1) / grid_center(spec.weight_levels)
         weights = (reach * step.square()).sum() / 12
@@ -336,7 +339,7 @@ def choose_factors(
 ) -> tuple[Tensor, tuple[float, float], tuple[float, float]]:
     """Factors (channels,) of least expected error for inputs ``x`` (tokens, in), and the errors
     (from inputs, from weights) before and after."""
-    weight = torch.cat([layer.weight.detach().float() for layer in edge.consumers])
+    weight = torch.cat([layer.input_weight().detach().float() for layer in edge.consumers])
     errors = Errors(x, reach, weight[:: -(-len(weight) // _ROWS)], edge)
     log_factors = torch.zeros(edge.channels, device=x.device, requires_grad=True)
     optimizer = torch.optim.Adam([log_factors], lr=_RATE)

@@ -2,7 +2,7 @@
 
 from .context import BatchContext, FirstToken
 from .embedding import MaQDEmbedding
-from .linear import ActivationQuantizer, LinearSpec, MaQDLinear, Start
+from .linear import ActivationQuantizer, LinearSpec, MaQDLinear, Start, rotate
 from .norm import LayerBatchNorm, NormSpec
 from .packed import PackedEmbedding, PackedLinear
 from .stamp import Stamp
@@ -20,4 +20,5 @@ __all__ = [
     "PackedLinear",
     "Stamp",
     "Start",
+    "rotate",
 ]

@@ -39,21 +39,22 @@ class BatchContext:
     def __init__(self) -> None:
         self.valid: Tensor | None = None
         self.first: Tensor | None = None
-        self._last: tuple[weakref.ref[Tensor], int, int, tuple[bool, bool], Tensor] | None = None
+        self._last: dict[Callable[..., Tensor], tuple[weakref.ref[Tensor], Any, Tensor]] = {}
 
-    def once(self, x: Tensor, levels: int, quantize: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """``quantize(x, levels)``, computed once where several layers follow one another on the
+    def once(self, x: Tensor, number: int, transform: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """``transform(x, number)``, computed once where several layers follow one another on the
         same ``x``, as q, k and v do."""
         if torch.compiler.is_compiling():  # finds common expressions itself
-            return quantize(x, levels)
+            return transform(x, number)
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
-        key = (x._version, levels, modes)
-        if self._last is None or self._last[0]() is not x or self._last[1:4] != key:
-            self._last = (weakref.ref(x), *key, quantize(x, levels))
-        return self._last[4]
+        key = (x._version, number, modes)
+        last = self._last.get(transform)
+        if last is None or last[0]() is not x or last[1] != key:
+            last = self._last[transform] = (weakref.ref(x), key, transform(x, number))
+        return last[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}
+        return {**self.__dict__, "_last": {}}
 
     def attach(self, base_model: nn.Module) -> None:
         """Fill this context at every forward of ``base_model`` (the module that gets the mask)."""

@@ -6,8 +6,6 @@ weights a float one would be two thirds of the file.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +60,7 @@ class MaQDEmbedding(nn.Embedding):
 
         The grid is the table's; of ``spec`` the settings of the activations count.
         """
-        spec = replace(spec, weight_levels=self.levels, group_size=None, weight_offset=True)
+        spec = spec.on_table(self.levels)
         head = MaQDLinear(self.embedding_dim, self.num_embeddings, False, spec, device="meta")
         for name in ("weight", "weight_step", "weight_log_scale", "weight_offset"):
             setattr(head, name, getattr(self, name))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from ..functional import (
     check_levels,
     gaussian_step,
     get_surrogate,
+    hadamard,
     scaled_round_clip,
     stored_scale,
     token_step,
@@ -42,6 +44,8 @@ class LinearSpec:
         group_size: inputs that share a weight scale, must divide the input width; None: the row.
         weight_offset: keep the row mean that standardisation removes as a learned offset.
         surrogate: gradient of the activation staircase, a key of ``functional.SURROGATES``.
+        rotation: inputs that a Hadamard transform mixes before they are quantised, a power of two,
+            or less where it does not divide the width (``rotation_size``); None: not rotated.
     """
 
     weight_levels: int | None = 16
@@ -51,6 +55,7 @@ class LinearSpec:
     group_size: int | None = None
     weight_offset: bool = True
     surrogate: str = "clip"
+    rotation: int | None = None
 
     def __post_init__(self) -> None:
         if self.weight_levels is not None:
@@ -67,6 +72,11 @@ class LinearSpec:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"group_size={size!r}: a positive int, or None for the row")
         get_surrogate(self.surrogate)
+        turn = self.rotation
+        if turn is not None and (
+            isinstance(turn, bool) or not isinstance(turn, int) or turn < 2 or turn & (turn - 1)
+        ):
+            raise ValueError(f"rotation={turn!r}: a power of two from 2, or None")
 
     @property
     def static_activations(self) -> bool:
@@ -82,6 +92,17 @@ class LinearSpec:
                 "choose a divisor, or None (one scale per row) for this layer with an override"
             )
         return in_features // self.group_size
+
+    def on_table(self, levels: int) -> LinearSpec:
+        """The settings of a head that shares an embedding's grid of ``levels``."""
+        return replace(
+            self, weight_levels=levels, group_size=None, weight_offset=True, rotation=None
+        )
+
+    def rotation_size(self, in_features: int) -> int:
+        """Neighbouring inputs that are mixed: the largest power of two up to ``rotation`` that
+        divides the width; 1: none are."""
+        return math.gcd(self.rotation or 1, in_features)
 
 
 def activation_step(
@@ -107,6 +128,17 @@ def activation_step(
     if spec.first_token == "shared" or first is None:
         return static
     return torch.where(first.unsqueeze(-1), of_token(), static)
+
+
+def rotate(x: Tensor, spec: LinearSpec, context: BatchContext | None = None) -> Tensor:
+    """``x`` (..., in) between the inputs' basis and that of the weight's columns, either way.
+
+    With ``context``, an input that several layers read is rotated once.
+    """
+    size = spec.rotation_size(x.shape[-1])
+    if size == 1:
+        return x
+    return hadamard(x, size) if context is None else context.once(x, size, hadamard)
 
 
 def _round_for_product(x: Tensor, levels: int) -> Tensor:
@@ -175,6 +207,9 @@ class MaQDLinear(nn.Linear):
     - ``weight_offset`` (out, 1): learned, or absent;
     - ``activation.log_step`` (1,): see ``ActivationQuantizer``.
 
+    With ``spec.rotation`` the input is rotated first, and all of these are in the rotated basis;
+    ``input_weight`` and ``set_input_weight`` speak of the latent in the basis of the input.
+
     >>> layer = MaQDLinear.from_linear(nn.Linear(8, 4), LinearSpec(activation_levels=None))
     >>> layer.quantized_weight().unique().numel() <= 4 * 16
     True
@@ -195,7 +230,7 @@ class MaQDLinear(nn.Linear):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         spec = spec or LinearSpec()
-        self.spec = spec
+        self.spec, self.context = spec, context or BatchContext()
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         groups = spec.groups(in_features)
 
@@ -211,7 +246,7 @@ class MaQDLinear(nn.Linear):
         self.weight_offset = table(1, quantized and spec.weight_offset, grad=True)
         self.activation: ActivationQuantizer | nn.Identity = nn.Identity()
         if spec.activation_levels is not None:
-            self.activation = ActivationQuantizer(spec, context or BatchContext(), device)
+            self.activation = ActivationQuantizer(spec, self.context, device)
         if not self.weight.is_meta:
             self.reset_quantizer("gaussian")
 
@@ -296,8 +331,17 @@ class MaQDLinear(nn.Linear):
             dtype,
         )
 
+    def input_weight(self) -> Tensor:
+        """The latent (out, in) as the unrotated input meets it."""
+        return rotate(self.weight, self.spec)
+
+    @torch.no_grad()
+    def set_input_weight(self, weight: Tensor) -> None:
+        """Set the latent from ``weight`` (out, in), which the unrotated input would meet."""
+        self.weight.copy_(rotate(weight, self.spec))
+
     def forward(self, input: Tensor) -> Tensor:
-        x = self.activation(input)
+        x = self.activation(rotate(input, self.spec, self.context))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.quantized_weight(product_dtype(x)), bias)
 
@@ -325,7 +369,7 @@ class MaQDLinear(nn.Linear):
             if isinstance(module, ActivationQuantizer):
                 module.reset_parameters()
         with torch.no_grad():
-            layer.weight.copy_(weight)
+            layer.set_input_weight(weight.to(dtype))
             if bias is not None:
                 layer.bias.copy_(bias)
         if start is not None and not weight.is_meta:
@@ -338,7 +382,7 @@ class MaQDLinear(nn.Linear):
             self.in_features, self.out_features, self.bias is not None, "meta", self.weight.dtype
         ).to_empty(device=self.weight.device)
         with torch.no_grad():
-            linear.weight.copy_(self.quantized_weight())
+            linear.weight.copy_(rotate(self.quantized_weight(), self.spec))
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear

@@ -14,7 +14,7 @@ from ..functional import scale_dtype, scaled_round_clip, widen
 from ..packing import pack_codes, words_per_row
 from .context import BatchContext
 from .embedding import MaQDEmbedding
-from .linear import ActivationQuantizer, LinearSpec, MaQDLinear, activation_step
+from .linear import ActivationQuantizer, LinearSpec, MaQDLinear, activation_step, rotate
 from .precision import Apply, mark_output_dtype, without_narrowing
 from .stamp import Stamp
 
@@ -92,10 +92,10 @@ class PackedLinear(nn.Module):
             packed.weight_offset.copy_(layer.weight_offset)
         if packed.bias is not None:
             packed.bias.copy_(layer.bias)
-        if isinstance(layer.activation, ActivationQuantizer):
-            packed.context = layer.activation.context
-            if packed.activation_step is not None and layer.activation.log_step is not None:
-                packed.activation_step.copy_(layer.activation.log_step.exp())
+        packed.context = layer.context
+        static = getattr(layer.activation, "log_step", None)
+        if packed.activation_step is not None and static is not None:
+            packed.activation_step.copy_(static.exp())
         return packed
 
     def _apply(self, fn: Apply, recurse: bool = True) -> PackedLinear:
@@ -110,7 +110,7 @@ class PackedLinear(nn.Module):
         self.weight_scale.data = self.weight_scale.data.to(scale_dtype(self.weight_scale.shape[1]))
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """``x`` on the activation grid, or ``x`` itself for float activations."""
+        """``x``, in the basis of the weight, on the activation grid; itself for float ones."""
         levels = self.spec.activation_levels
         if levels is None:
             return x
@@ -118,7 +118,7 @@ class PackedLinear(nn.Module):
         return scaled_round_clip(widen(x), levels, step, self.spec.surrogate).to(x.dtype)
 
     def dequantized_weight(self) -> Tensor:
-        """The float weight (out, in), for inspection and for leaving the format."""
+        """The float weight (out, in), in the rotated basis if the layer rotates its input."""
         return kernels.unpack_weight(
             self.weight, self.levels, self.in_features, self.weight_scale, self.weight_offset
         )
@@ -160,6 +160,7 @@ class PackedLinear(nn.Module):
         return self.native_weight()(x, step)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = rotate(x, self.spec, self.context)
         if kernels.native_serves(x, self.weight, self.levels, self.weight_scale.shape[1]):
             step = self._native_step(x)
             if torch.compiler.is_compiling():
