@@ -28,10 +28,10 @@ def _patterns(value: Any, what: str) -> list[str]:
 
 def _settle(settings: dict[str, Any]) -> LinearSpec:
     """A layer's settings with "auto" decided."""
-    if settings["rotation"] == "auto":
-        few = settings["activation_levels"] is not None and settings["activation_levels"] <= _FEW
-        settings = {**settings, "rotation": _ROTATION if few else None}
-    return LinearSpec(**settings)
+    automatic = settings["rotation"] == "auto"
+    spec = LinearSpec(**settings | ({"rotation": None} if automatic else {}))
+    few = spec.activation_levels is not None and spec.activation_levels <= _FEW
+    return replace(spec, rotation=_ROTATION) if automatic and few else spec
 
 
 @dataclass(eq=True, kw_only=True)
