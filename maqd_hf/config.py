@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from .nn import FirstToken, LinearSpec, NormSpec
 QUANT_METHOD = "maqd"
 FORMAT_VERSION = 1
 
-_FEW, _ROTATION = 16, 512  # levels of inputs up to which "auto" rotates, and how many of them
+_ROTATION = 512  # what "auto" means where it rotates
 _LINEAR_FIELDS = tuple(f.name for f in fields(LinearSpec))
 
 
@@ -30,8 +30,8 @@ def _settle(settings: dict[str, Any]) -> LinearSpec:
     """A layer's settings with "auto" decided."""
     automatic = settings["rotation"] == "auto"
     spec = LinearSpec(**settings | ({"rotation": None} if automatic else {}))
-    few = spec.activation_levels is not None and spec.activation_levels <= _FEW
-    return replace(spec, rotation=_ROTATION) if automatic and few else spec
+    coarse = (spec.weight_levels or 256) < 16 or (spec.activation_levels or 256) <= 16
+    return replace(spec, rotation=_ROTATION) if automatic and coarse else spec
 
 
 @dataclass(eq=True, kw_only=True)
@@ -48,7 +48,8 @@ class MaQDConfig(QuantizationConfigMixin):
         surrogate: gradient of the activation staircase, see ``functional.SURROGATES``.
         rotation: neighbouring inputs that a Hadamard transform mixes before they are quantised, a
             power of two (``LinearSpec.rotation_size``); None: not rotated; "auto": 512 for layers
-            whose inputs have at most 16 levels, as ``functional.hadamard`` says why.
+            with less than 16 levels of weights or at most 16 of inputs (``functional.hadamard``
+            has the figures).
         first_token: "own": the first token of a sequence keeps its own step and statistic
             (pretrained decoders need it); "shared": it is treated like any other.
         layer_batch_norm: replace norms by Layer-Batch Normalization with its gate closed.

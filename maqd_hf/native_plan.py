@@ -83,7 +83,7 @@ def build(model: Any) -> NativeDecoder:
         head_dim=blocks[0][0].head_dim,
         attention_scale=blocks[0][0].scaling,
         table=_table(model.get_input_embeddings()),
-        head=_linear(model.lm_head, "lm_head") if _is_packed(model.lm_head) else None,
+        head=_linear(model.lm_head, "lm_head") if _is_plain(model.lm_head) else None,
         **{"kv_heads": config.num_attention_heads, **options},
     )
 
@@ -184,9 +184,12 @@ def _table(embedding: nn.Module) -> native.Table | None:
     return None
 
 
-def _is_packed(layer: Any) -> bool:
-    return isinstance(layer, PackedLinear) and native.fits(
-        layer.in_features, layer.weight_scale.shape[1], layer.levels
+def _is_plain(head: Any) -> bool:
+    """Whether the library can multiply with the head; it does not rotate its input."""
+    return (
+        isinstance(head, PackedLinear)
+        and head.spec.rotation_size(head.in_features) == 1
+        and native.fits(head.in_features, head.weight_scale.shape[1], head.levels)
     )
 
 
@@ -219,8 +222,8 @@ def _linear(layer: Any, where: str) -> LinearStep:
     groups = layer.weight_scale.shape[1]
     if not native.fits(layer.in_features, groups, layer.levels):
         raise UnsupportedError(f"{where}: groups of {layer.in_features // groups} inputs")
-    if layer.spec.rotation_size(layer.in_features) > 1:
-        raise UnsupportedError(f"{where}: a layer rotates its input")
     static = layer.activation_step
     own_first = static is not None and layer.spec.first_token == "own"
-    return LinearStep(layer.native_weight(), 0.0 if static is None else float(static), own_first)
+    step = 0.0 if static is None else float(static)
+    rotation = layer.spec.rotation_size(layer.in_features)
+    return LinearStep(layer.native_weight(), step, own_first, rotation)

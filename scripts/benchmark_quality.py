@@ -64,6 +64,7 @@ def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
             activation_scaling=row.scaling,
             layer_batch_norm=False,
             norm_affine=row.norm_affine,
+            rotation=row.rotation,
         )
         key = (config, row.start, row.smoothing)
         if task.started is None or task.started[0] != key:

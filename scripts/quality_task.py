@@ -35,6 +35,7 @@ class Row:
         scaling: of the inputs, "token" or "static".
         start: MaQD only: "range" (round to nearest, nothing clipped), "search", "gptq".
         norm_affine: MaQD only, as in ``MaQDConfig``.
+        rotation: MaQD only, as in ``MaQDConfig``.
         smoothing: MaQD only, with start "gptq": whether channels are smoothed first.
         learning_rates: of the distillation, the best one counts; none: not trained.
     """
@@ -47,6 +48,7 @@ class Row:
     scaling: Literal["token", "static"] = "token"
     start: Literal["range", "search", "gptq"] = "gptq"
     norm_affine: Literal["keep", "absorb"] = "keep"
+    rotation: int | Literal["auto"] | None = "auto"
     smoothing: bool = True
     learning_rates: tuple[float, ...] = ()
 
@@ -70,7 +72,17 @@ def _llm_rows() -> list[Row]:
     rows += [
         replace(plain, name="MaQD start M=16 g64, not smoothed"),
         replace(plain, name="MaQD start M=4 g64, not smoothed", levels=4),
+        replace(plain, name="MaQD start M=16 g64, rotated", smoothing=True, rotation=512),
+        replace(
+            plain, name="MaQD start M=4 g64, not rotated", smoothing=True, levels=4, rotation=None
+        ),
         replace(few, name="MaQD start M=16 g64, 4-bit inputs", smoothing=True),
+        replace(
+            few,
+            name="MaQD start M=16 g64, 4-bit inputs, not rotated",
+            smoothing=True,
+            rotation=None,
+        ),
         replace(few, name="MaQD start M=16 g64, 4-bit inputs, not smoothed"),
     ]
     rates = {levels: (learning_rate(levels),) for levels in (16, 8, 4, 3)}
@@ -78,7 +90,10 @@ def _llm_rows() -> list[Row]:
         rows.append(
             Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=rates[levels])
         )
+    rotated = Row("", "MaQD", 16, 64, 255, rotation=512, learning_rates=rates[16])
     rows += [
+        replace(rotated, name="MaQD M=16 g64, rotated"),
+        replace(rotated, name="MaQD M=16 a row, static, rotated", group=None, scaling="static"),
         Row("MaQD M=16 a row, static", "MaQD", 16, None, 255, "static", learning_rates=rates[16]),
         Row("MaQD M=16 g64, 4-bit inputs", "MaQD", 16, 64, 15, learning_rates=rates[16]),
         Row("SEQ M=4 a row", "SEQ", 4, None, 255, learning_rates=rates[4]),
@@ -236,7 +251,7 @@ class Task:
         settings = asdict(row)
         del settings["learning_rates"]
         if row.method != "MaQD":
-            for ours in ("start", "norm_affine", "smoothing"):
+            for ours in ("start", "norm_affine", "rotation", "smoothing"):
                 del settings[ours]
         args = self.args
         key: dict[str, Any] = {"table": self.table, "model": self.name, **settings}

@@ -250,7 +250,14 @@ static void tables(void) {
 enum { HIDDEN_SIZE = 23, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 10, INTERMEDIATE = 37, WORDS = 29, BATCH = 2 };
 
 static linear linear_of(layer *l, int own_first) {
-    return (linear){&l->w, l->activation_levels ? 0.02f : 0, l->activation_levels, own_first};
+    int32_t rotation = 1;
+    while (l->w.columns % (2 * rotation) == 0) rotation *= 2;
+    return (linear){&l->w, l->activation_levels ? 0.02f : 0, l->activation_levels, own_first, rotation};
+}
+
+static linear unrotated(linear l) {
+    l.rotation = 1;
+    return l;
 }
 
 static maqd_norm norm_of(int64_t features, int token) {
@@ -288,6 +295,22 @@ static void feed_model(const maqd_decoder *m, const int64_t *ids, int64_t tokens
     }
 }
 
+/* Against the matrix itself, whose element (i, j) has the sign of the bits i and j share. */
+static void rotations(int path) {
+    for (int64_t size = 2; size <= 512; size *= 2) {
+        const int64_t count = 3 * size;
+        float *x = reals(count), *y = get(count * 4);
+        maqd_get_path(path)->hadamard(x, count, size, y);
+        for (int64_t i = 0; i < count; ++i) {
+            double sum = 0;
+            for (int64_t j = 0; j < size; ++j)
+                sum += __builtin_parityll(i % size & j) ? -x[i / size * size + j] : x[i / size * size + j];
+            expect(fabs(sum / sqrt((double)size) - y[i]) < 1e-4, "rotation", path, (int)size, (int)i, 0);
+        }
+    }
+    drop();
+}
+
 static void decoders(int path, int levels, int32_t bits, int activation_levels, int bytes) {
     enum { BLOCK_COUNT = 2, TOKENS = 19 };
     const int64_t queries = HEADS * HEAD_DIM, pairs = KV_HEADS * HEAD_DIM;
@@ -318,7 +341,7 @@ static void decoders(int path, int levels, int32_t bits, int activation_levels, 
     maqd_table table = {rows, scale, NULL, HIDDEN_SIZE, 255, digits_of(255), 1};
     float *frequencies = reals(HEAD_DIM / 2);
     maqd_decoder m = {BLOCK_COUNT, HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, 0.3f, 1.0f,
-                      frequencies, blocks_of, norm_of(HIDDEN_SIZE, 1), &table, linear_of(&head, 1),
+                      frequencies, blocks_of, norm_of(HIDDEN_SIZE, 1), &table, unrotated(linear_of(&head, 1)),
                       !activation_levels};
     int64_t *ids = get(BATCH * TOKENS * 8);
     for (int64_t i = 0; i < BATCH * TOKENS; ++i) ids[i] = draw(WORDS);
@@ -412,6 +435,7 @@ int main(void) {
         const int before = checks;
         products(path);
         strange_inputs(path);
+        rotations(path);
         decoders(path, 4, 2, 0, 0);
         decoders(path, 4, 2, 0, 1);
         decoders(path, 3, TRITS, 255, 0);

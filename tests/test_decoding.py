@@ -63,6 +63,16 @@ def test_levels_and_groups(path, levels, activation_levels):
     assert_equal(got.logits, expected.logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("activation_levels", [None, 255])
+def test_rotated_inputs(path, family, activation_levels):
+    """Odd widths among them: 40 inputs are rotated by eights, 75 not at all."""
+    model = packed(family, activation_levels=activation_levels, rotation=512)
+    for shape in [(1, 1), (3, 33)]:
+        got, expected = both(model, torch.randint(3, 250, shape))
+        assert_equal(got.logits, expected.logits)
+
+
 @pytest.mark.parametrize("first_token", ["own", "shared"])
 def test_static_norms_and_steps(best, first_token, monkeypatch):
     torch.manual_seed(0)

@@ -37,6 +37,7 @@ class _Linear(ctypes.Structure):
         ("step", ctypes.c_float),
         ("levels", ctypes.c_int32),
         ("own_first", ctypes.c_int32),
+        ("rotation", ctypes.c_int32),
     ]
 
 
@@ -141,17 +142,22 @@ class NormStep:
 
 @dataclass(frozen=True)
 class LinearStep:
-    """A packed layer and its activation step; ``step=0``: one per token."""
+    """A packed layer and its activation step; ``step=0``: one per token.
+
+    ``rotation``: neighbouring inputs that are rotated first (``functional.hadamard``); 1: none.
+    """
 
     weight: NativeWeight
     step: float
     own_first: bool
+    rotation: int = 1
 
     def struct(self, keep: list[object]) -> _Linear:
         """The C structure; what it points to is added to ``keep``."""
         keep.append(self.weight)
         weight = ctypes.pointer(self.weight.struct)
-        return _Linear(weight, self.step, self.weight.activation_levels or 0, self.own_first)
+        levels = self.weight.activation_levels or 0
+        return _Linear(weight, self.step, levels, self.own_first, self.rotation)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ typedef struct {
     const maqd_weight *weight;
     float step; /* of the activations; 0: one per token */
     int32_t levels, own_first; /* levels 0: float activations */
+    int32_t rotation;          /* neighbouring inputs that are rotated first; 1: none */
 } linear;
 
 typedef struct {
@@ -92,7 +93,7 @@ static void lay_out(state *s, maqd_arena *memory) {
     for (int i = 0; i < feeders; ++i) {
         feeding f;
         f.hidden = s->private ? maqd_cut_floats(memory, n * m->hidden) : s->call->hidden;
-        f.row = maqd_cut_floats(memory, (s->private ? 1 : s->threads) * widest);
+        f.row = maqd_cut_floats(memory, (s->private ? 1 : s->threads) * 2 * widest);
         for (int j = 0; j < 3; ++j)
             f.input[j] = maqd_cut_input(memory, n, tile, stride, widest / 4, m->floats);
         if (memory->base) s->feeding[i] = f;
@@ -107,7 +108,7 @@ static uint8_t *panel_of(const state *s, int thread) {
 
 static int same_input(const linear *a, const linear *b) {
     return a->step == b->step && a->levels == b->levels && a->own_first == b->own_first &&
-           a->weight->groups == b->weight->groups && a->weight->bits == b->weight->bits;
+           a->rotation == b->rotation && a->weight->groups == b->weight->groups && a->weight->bits == b->weight->bits;
 }
 
 /* Adds `add` (or NULL) to the hidden states, or takes `rows` instead of them, normalises (norm or
@@ -115,7 +116,8 @@ static int same_input(const linear *a, const linear *b) {
 static void feed(const state *s, int thread, const float *add, const float *rows, int64_t width,
                  const maqd_norm *norm, const linear *const *layers, int n, maqd_input *input) {
     const feeding *f = s->feeding + (s->private ? thread : 0);
-    float *scratch = f->row + (s->private ? 0 : thread * s->widest);
+    float *scratch = f->row + (s->private ? 0 : thread * 2 * s->widest);
+    float *rotated = scratch + s->widest;
     int64_t from = 0, to = s->count;
     if (!s->private) maqd_share(s->count, thread, s->threads, &from, &to);
     for (int i = 0; i < n; ++i) {
@@ -135,8 +137,11 @@ static void feed(const state *s, int thread, const float *add, const float *rows
         }
         for (int i = 0; i < n; ++i) {
             if (input[i].codes != f->input[i].codes) continue;
+            const int64_t turn = layers[i]->rotation;
+            if (turn > 1) s->path->hadamard(row, width, turn, rotated);
             input[i].step[t] = layers[i]->own_first && first ? 0 : layers[i]->step;
-            maqd_take(s->path, layers[i]->weight, row, layers[i]->levels, input + i, t);
+            maqd_take(s->path, layers[i]->weight, turn > 1 ? rotated : row, layers[i]->levels,
+                      input + i, t);
         }
     }
     if (!s->private) maqd_barrier(s->team);

@@ -130,6 +130,8 @@ typedef struct {
                    float *sums);
     void (*norm)(const maqd_norm *norm, int first, const float *x, float *y);
     void (*rope)(float *x, const float *cosine, const float *sine, int64_t half);
+    /* Every `size` neighbours of x, a power of two, times the normalised Hadamard matrix. */
+    void (*hadamard)(const float *x, int64_t count, int64_t size, float *y);
     void (*attend)(const maqd_attention *a);
     /* x = silu(x) * up, relu(x) or gelu(x), by `kind` */
     void (*activate)(int32_t kind, float *x, const float *up, int64_t count);

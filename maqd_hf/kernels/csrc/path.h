@@ -93,6 +93,48 @@ static void rope(float *x, const float *cosine, const float *sine, int64_t half)
     }
 }
 
+/* v[i ^ bit] for every i */
+#ifdef __clang__
+#define PERMUTED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define PERMUTED(v, ...) __builtin_shuffle(v, (i16){__VA_ARGS__})
+#endif
+INLINE v16 swapped(v16 v, const int bit) {
+    if (bit == 1) return PERMUTED(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    if (bit == 2) return PERMUTED(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    if (bit == 4) return PERMUTED(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    return PERMUTED(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+/* Sums and differences of elements `bit` apart. */
+INLINE v16 butterfly(v16 v, const int bit) {
+    const i16 index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return swapped(v, bit) + choose((index & bit) == 0, v, -v);
+}
+
+static void hadamard(const float *x, int64_t count, int64_t size, float *y) {
+    const float scale = 1 / sqrtf((float)size);
+    const int wide = size >= 16;
+    for (int64_t k = 0; wide && k < count; k += 16) {
+        v16 v = load(x + k) * scale;
+        v = butterfly(butterfly(butterfly(butterfly(v, 1), 2), 4), 8);
+        store(y + k, v);
+    }
+    for (int64_t k = 0; !wide && k < count; ++k) y[k] = x[k] * scale;
+    for (int64_t half = wide ? 16 : 1; half < size; half *= 2)
+        for (int64_t from = 0; from < count; from += 2 * half)
+            for (int64_t k = from; k < from + half; k += wide ? 16 : 1) {
+                if (wide) {
+                    const v16 a = load(y + k), b = load(y + k + half);
+                    store(y + k, a + b);
+                    store(y + k + half, a - b);
+                } else {
+                    const float a = y[k], b = y[k + half];
+                    y[k] = a + b;
+                    y[k + half] = a - b;
+                }
+            }
+}
+
 /* 16 keys or values, `at` elements on; `bytes` (a constant): stored as bytes. */
 INLINE v16 stored(const void *from, int64_t at, const int bytes) {
     if (!bytes) return load((const float *)from + at);
@@ -264,5 +306,5 @@ static void activate(int32_t kind, float *x, const float *up, int64_t count) {
     }
 }
 
-const maqd_path PATH = {NAME, SUPPORTED, TILE, matmul, quantize, spread, norm, rope, attend, activate,
+const maqd_path PATH = {NAME, SUPPORTED, TILE, matmul, quantize, spread, norm, rope, hadamard, attend, activate,
                       keep};
