@@ -385,38 +385,24 @@ def hadamard(x: Tensor, size: int) -> Tensor:
     """Every ``size`` neighbours along the last axis times the normalised Hadamard matrix.
 
     ``x`` (..., D), D a multiple of ``size``, a power of two. Orthogonal, symmetric and its own
-    inverse, so ``hadamard(x) @ hadamard(W).T`` is ``x @ W.T``. Not in the paper: it shares one
-    large channel out among ``size`` of them, and a coarse step fits all. QuaRot (arXiv:2404.00456)
-    rotates the residual stream by it; here it is applied in front of a layer, so that norms keep
-    their gamma. Computed in float32 at least.
+    inverse, so ``hadamard(x) @ hadamard(W).T`` is ``x @ W.T``. Not in the paper: it shares a large
+    value out among ``size`` of them, and a coarse grid fits all. QuaRot (arXiv:2404.00456) rotates
+    the residual stream by it; here every layer rotates its input, so that norms keep their gamma.
+
+    Sums and differences in this order, in float32 at least; the compiled ones
+    (``kernels.hadamard``) are the same to the last bit.
 
     >>> hadamard(torch.tensor([4.0, 0.0, 0.0, 0.0]), 4)
     tensor([2., 2., 2., 2.])
     """
-    inner = min(size, _ONE_PRODUCT)
-    with torch.autocast(x.device.type, enabled=False):
-        wide = widen(x)
-        # a graph holds the matrix as a constant; a cached tensor could not enter it
-        make = _hadamard_matrix if torch.compiler.is_compiling() else _known_hadamard_matrix
-        parts = wide.reshape(-1, inner) @ make(inner, wide.dtype, x.device)
-        if size > inner:  # H of a product of sizes is the Kronecker product of both
-            outer = size // inner
-            parts = make(outer, wide.dtype, x.device) @ parts.view(-1, outer, inner)
-        return parts.reshape(x.shape).to(x.dtype)
-
-
-_ONE_PRODUCT = 64  # beyond it, two smaller matrix products are less work than one
-
-
-def _hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    index = torch.arange(size, device=device)
-    both, parity = index.unsqueeze(1) & index, torch.zeros_like(index)
-    for bit in range(size.bit_length() - 1):
-        parity = parity ^ (both >> bit)
-    return (1 - 2 * (parity & 1)).to(dtype) * size**-0.5
-
-
-_known_hadamard_matrix = cache(_hadamard_matrix)
+    if size < 1 or size & (size - 1) or x.shape[-1] % size:
+        raise ValueError(f"size={size}: a power of two that divides the width {x.shape[-1]}")
+    y, half = widen(x) * size**-0.5, 1
+    while half < size:
+        a, b = y.unflatten(-1, (-1, 2, half)).unbind(-2)
+        y = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        half *= 2
+    return y.to(x.dtype)
 
 
 def widen(x: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from families import FAMILIES, example, output, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from maqd_hf import MaQDConfig, dequantize_model, pack_model, quantize_model
+from maqd_hf import MaQDConfig, dequantize_model, functional, pack_model, quantize_model
 from maqd_hf.calibration import calibrate, gptq, smooth
 from maqd_hf.calibration.blocks import float_activations, float_weights
-from maqd_hf.functional import hadamard
+from maqd_hf.kernels.hadamard import hadamard
 from maqd_hf.nn import LinearSpec, MaQDLinear, PackedLinear
 
 
@@ -28,10 +28,30 @@ def test_hadamard_is_orthogonal_and_its_own_inverse(size: int) -> None:
     torch.testing.assert_close(hadamard(first, size), torch.full_like(first, size**-0.5))
 
 
-def test_sizes_beyond_one_product_are_sylvesters_too() -> None:
-    matrix = hadamard(torch.eye(256), 256) * 16
-    half = hadamard(torch.eye(128), 128) * 128**0.5
-    torch.testing.assert_close(matrix, torch.cat([half.repeat(1, 2), torch.cat([half, -half], 1)]))
+@pytest.mark.parametrize("size", [2, 8, 16, 64, 512])
+def test_the_compiled_rotation_is_the_same_to_the_last_bit(path: str, size: int) -> None:
+    for shape in [(size,), (5, 3 * size), (2, 7, size)]:
+        x = torch.randn(shape)
+        assert torch.equal(hadamard(x, size), functional.hadamard(x, size))
+    x = torch.randn(size, 6 * size).t()[:size]  # (size, size), not contiguous
+    assert torch.equal(hadamard(x, size), functional.hadamard(x, size))
+    assert hadamard(torch.empty(0, size), size).shape == (0, size)
+
+
+def test_gradients_go_through_the_rotation(path: str) -> None:
+    x = torch.randn(4, 48)
+    rotated = {}
+    for name, rotate in (("compiled", hadamard), ("torch", functional.hadamard)):
+        leaf = x.clone().requires_grad_()
+        (rotate(leaf, 16) * torch.arange(48.0)).sum().backward()
+        rotated[name] = leaf.grad
+    torch.testing.assert_close(rotated["compiled"], rotated["torch"])
+
+
+@pytest.mark.parametrize("bad", [-2, 0, 3, 12, 64])
+def test_sizes_that_do_not_fit_raise_before_memory_is_touched(path: str, bad: int) -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        hadamard(torch.randn(2, 32 if bad == 64 else 24), bad)
 
 
 def test_half_precision_is_rotated_in_float32() -> None:

@@ -13,13 +13,13 @@ from ..functional import (
     check_levels,
     gaussian_step,
     get_surrogate,
-    hadamard,
     scaled_round_clip,
     stored_scale,
     token_step,
     widen,
 )
 from ..kernels.fake_quantize import fake_quantize_weight, round_tokens, weight_codes
+from ..kernels.hadamard import hadamard
 from ..search import full_range_step, search_step
 from .context import BatchContext, FirstToken
 from .precision import Apply, product_dtype, without_narrowing

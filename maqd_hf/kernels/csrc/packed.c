@@ -132,6 +132,30 @@ void maqd_take_inputs(const maqd_weight *w, const float *x, int64_t tokens, int3
         maqd_take(PATHS[path], w, x + t * w->columns, levels, input, t);
 }
 
+typedef struct {
+    const maqd_path *path;
+    const float *x;
+    float *y;
+    int64_t rows, columns, size;
+} rotation;
+
+static void rotate_share(void *argument, maqd_team *team, int thread, int threads) {
+    (void)team;
+    const rotation *r = argument;
+    int64_t from, to;
+    maqd_share(r->rows, thread, threads, &from, &to);
+    if (from < to)
+        r->path->hadamard(r->x + from * r->columns, (to - from) * r->columns, r->size,
+                          r->y + from * r->columns);
+}
+
+/* Every `size` neighbours of x (rows, columns) times the normalised Hadamard matrix, to y. */
+void maqd_hadamard(const float *x, float *y, int64_t rows, int64_t columns, int64_t size,
+                   int32_t path, int32_t threads) {
+    rotation r = {PATHS[path], x, y, rows, columns, size};
+    maqd_run(rotate_share, &r, threads);
+}
+
 /* Row `id` of a table of packed words with one scale and offset a row: y (columns). */
 void maqd_look_up(const maqd_table *table, int64_t id, float *y) {
     const int64_t digits = table->digits, columns = table->columns;

@@ -112,7 +112,7 @@ INLINE v16 butterfly(v16 v, const int bit) {
 }
 
 static void hadamard(const float *x, int64_t count, int64_t size, float *y) {
-    const float scale = 1 / sqrtf((float)size);
+    const float scale = (float)(1 / sqrt((double)size));
     const int wide = size >= 16;
     for (int64_t k = 0; wide && k < count; k += 16) {
         v16 v = load(x + k) * scale;
