@@ -39,6 +39,8 @@ class Count:
         multiplications: of floats, for squares, scaling, affines, quantising an input and scaling
             an integer sum back; with static steps these are multiplications by constants.
         integer_sums: sums of a token's codes, which offsets and half codes (even levels) need.
+        additions: of floats, for rotating an input; its one scaling is among the
+            ``multiplications``. Reductions have theirs not counted again.
     """
 
     reductions: int = 0
@@ -46,6 +48,7 @@ class Count:
     dynamic_scales: int = 0
     multiplications: int = 0
     integer_sums: int = 0
+    additions: int = 0
 
     def __add__(self, other: Count) -> Count:
         return Count(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -167,6 +170,14 @@ def _input_cost(spec: LinearSpec, columns: int, static: bool) -> Count:
     return scale + Count(multiplications=columns, integer_sums=int(sums))
 
 
+def _rotation_cost(spec: LinearSpec, columns: int) -> Count:
+    """The fast transform: a sum or difference an input in each of log2(size) passes."""
+    size = spec.rotation_size(columns)
+    if size == 1:
+        return Count()
+    return Count(multiplications=columns, additions=columns * (size.bit_length() - 1))
+
+
 def _linear_cost(layer: MaQDLinear | PackedLinear) -> tuple[str, Count, Count, Count]:
     """As ``_norm_cost``, of ``y = step * (scale * sum + offset * input sum) + bias``.
 
@@ -174,12 +185,14 @@ def _linear_cost(layer: MaQDLinear | PackedLinear) -> tuple[str, Count, Count, C
     the scales are part of the float product.
     """
     spec, rows = layer.spec, layer.out_features
+    rotation = _rotation_cost(spec, layer.in_features)
     if spec.activation_levels is None:
-        return "float input", Count(), Count(), Count()
+        return "float input", rotation, rotation, Count()
     output = Count()
     if spec.weight_levels is not None:
         output = Count(multiplications=rows * (spec.groups(layer.in_features) + spec.weight_offset))
     by_step = Count(multiplications=rows)
+    output = output + rotation
     dynamic = _input_cost(spec, layer.in_features, static=False) + output + by_step
     if not spec.static_activations:
         return "activation step from each token", dynamic, dynamic, Count()

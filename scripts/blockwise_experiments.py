@@ -167,6 +167,7 @@ def start(row: Row, task: Task, levels: int) -> PreTrainedModel:
         "activation_levels": arguments.activation_levels,
         "activation_scaling": "token",
         "layer_batch_norm": False,
+        "rotation": None,
         **row.config,
     }
     key = json.dumps([config, row.gptq])

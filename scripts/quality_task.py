@@ -119,7 +119,9 @@ def _rule_rows() -> list[Row]:
             Row(f"{rule} M={levels}", rule, levels, None, 255, learning_rates=rates)
             for rule in others
         ]
-        ours = Row(f"MaQD M={levels}", "MaQD", levels, None, 255, learning_rates=rates)
+        ours = Row(
+            f"MaQD M={levels}", "MaQD", levels, None, 255, rotation=None, learning_rates=rates
+        )
         rows += [
             replace(ours, name=f"{ours.name}, search", start="search"),
             replace(ours, name=f"{ours.name}, gptq"),

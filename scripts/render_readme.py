@@ -404,7 +404,8 @@ def quality(result: dict[str, Any]) -> str:
         f"{base['windows']} windows of {base['window']} tokens of each text. Bits count the scales "
         "a package stores. Most peers leave the inputs in float, which is easier for them; rows "
         "with tokens are trained (distillation), the others are not, so compare a trained row with "
-        "its own start values too. M is the number of levels: 16 is 4 bit, 4 is 2 bit, 3 ternary.",
+        "its own start values too. M is the number of levels: 16 is 4 bit, 4 is 2 bit, 3 ternary."
+        f"{_seen(runs)}",
         table(header, rows),
     ]
     if trained:
@@ -414,6 +415,12 @@ def quality(result: dict[str, Any]) -> str:
         parts.append(f"Did not run: {named}.")
     small = [run for run in result["runs"] if run["table"] == "rules"]
     return "\n\n".join([*parts, *([_rules(small)] if small else [])])
+
+
+def _seen(runs: list[dict[str, Any]]) -> str:
+    """What was calibrated and trained on."""
+    texts = list(dict.fromkeys(run["train"] for run in runs if "train" in run))
+    return f" Calibrated and trained on equal parts of: {', or '.join(texts)}." if texts else ""
 
 
 def _perplexities(run: dict[str, Any]) -> float:

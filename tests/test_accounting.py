@@ -99,13 +99,15 @@ def test_the_first_token_is_counted_apart() -> None:
 
 def test_multiplications_by_hand() -> None:
     """Tiny GPT-2: width 32, c_attn 96, c_proj 32, c_fc 128, c_proj from 128; 2 blocks, 3 levels.
-    Scales of groups take no norm's constant, so each of its 2 norms multiplies by it."""
+    Scales of groups take no norm's constant, so each of its 2 norms multiplies by it; an input is
+    multiplied to be rotated and to be quantised."""
     cost = inference_cost(packed("gpt2", weight_levels=3, weight_offset=False, group_size=16))
     groups = 96 * 2 + 32 * 2 + 128 * 2 + 32 * 8
-    inputs = 32 + 32 + 32 + 128
+    inputs = 2 * (32 + 32 + 32 + 128)
     norms = 2 * 32
     final_norm = 3 * 32
     assert cost.left.multiplications == 2 * (groups + inputs + norms) + final_norm
+    assert cost.left.additions == 2 * (3 * 32 * 5 + 128 * 7)
     assert cost.left.integer_sums == 0
     assert cost.left.reductions == 4 + 2
     assert cost.left.square_roots == 1
