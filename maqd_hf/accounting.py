@@ -170,9 +170,8 @@ def _input_cost(spec: LinearSpec, columns: int, static: bool) -> Count:
     return scale + Count(multiplications=columns, integer_sums=int(sums))
 
 
-def _rotation_cost(spec: LinearSpec, columns: int) -> Count:
+def _rotation_cost(size: int, columns: int) -> Count:
     """The fast transform: a sum or difference an input in each of log2(size) passes."""
-    size = spec.rotation_size(columns)
     if size == 1:
         return Count()
     return Count(multiplications=columns, additions=columns * (size.bit_length() - 1))
@@ -185,7 +184,7 @@ def _linear_cost(layer: MaQDLinear | PackedLinear) -> tuple[str, Count, Count, C
     the scales are part of the float product.
     """
     spec, rows = layer.spec, layer.out_features
-    rotation = _rotation_cost(spec, layer.in_features)
+    rotation = _rotation_cost(layer.rotation, layer.in_features)
     if spec.activation_levels is None:
         return "float input", rotation, rotation, Count()
     output = Count()

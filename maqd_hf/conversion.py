@@ -153,7 +153,7 @@ def _convert_norm(
 
 
 def _levels_text(layer: MaQDLinear | PackedLinear) -> str:
-    spec, turned = layer.spec, layer.spec.rotation_size(layer.in_features)
+    spec, turned = layer.spec, layer.rotation
     weight = "float weights" if spec.weight_levels is None else f"{spec.weight_levels} levels"
     group = f", groups of {spec.group_size}" if spec.group_size else ""
     rotation = f", {turned} rotated" if turned > 1 else ""

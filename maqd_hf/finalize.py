@@ -171,7 +171,7 @@ def _plain_layer(original: nn.Module, layer: Any) -> nn.Module:
     packed = isinstance(layer, (PackedLinear, PackedEmbedding))
     weight = (layer.dequantized_weight() if packed else layer.quantized_weight()).clone()
     if isinstance(layer, (PackedLinear, MaQDLinear)):
-        weight = rotate(weight, layer.spec)
+        weight = rotate(weight, layer.rotation)
     bias = getattr(layer, "bias", None)
     if bias is not None and getattr(original, "bias", None) is None:
         spec = LinearSpec(weight_levels=None, activation_levels=None)

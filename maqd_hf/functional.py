@@ -389,6 +389,12 @@ def hadamard(x: Tensor, size: int) -> Tensor:
     value out among ``size`` of them, and a coarse grid fits all. QuaRot (arXiv:2404.00456) rotates
     the residual stream by it; here every layer rotates its input, so that norms keep their gamma.
 
+    What it is worth (SmolLM2-135M, groups of 64, smoothed, GPTQ start, no training; perplexity of
+    24 windows of WikiText-2 / IMDB, float 32.3 / 47.9): 4 levels with 8-bit inputs 140.9 / 188.3
+    without, 88.4 / 126.0 with sizes up to 64, 87.7 / 127.1 up to 512; 16 levels with 4-bit inputs
+    148.3 / 268.4 without (calibrated on other text), 54.3 / 78.6 up to 64 and 51.1 / 76.5 up to 512
+    with a smoothing that did not know of it, 47.4 / 69.8 as it is.
+
     Sums and differences in this order, in float32 at least; the compiled ones
     (``kernels.hadamard``) are the same to the last bit.
 

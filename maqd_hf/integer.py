@@ -60,7 +60,7 @@ def check_integer(layer: PackedLinear, name: str = "the layer") -> None:
     levels = layer.spec.activation_levels
     if layer.activation_step is None or levels is None:
         raise ValueError(f"{name} has no static activation step: its input is not integer")
-    if layer.spec.rotation_size(layer.in_features) > 1:
+    if layer.rotation > 1:
         raise ValueError(f"{name} rotates its input, which is not integer then: rotation=None")
     if levels % 2 == 0 or levels > 255:
         raise ValueError(

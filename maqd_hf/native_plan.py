@@ -188,7 +188,7 @@ def _is_plain(head: Any) -> bool:
     """Whether the library can multiply with the head; it does not rotate its input."""
     return (
         isinstance(head, PackedLinear)
-        and head.spec.rotation_size(head.in_features) == 1
+        and head.rotation == 1
         and native.fits(head.in_features, head.weight_scale.shape[1], head.levels)
     )
 
@@ -225,5 +225,4 @@ def _linear(layer: Any, where: str) -> LinearStep:
     static = layer.activation_step
     own_first = static is not None and layer.spec.first_token == "own"
     step = 0.0 if static is None else float(static)
-    rotation = layer.spec.rotation_size(layer.in_features)
-    return LinearStep(layer.native_weight(), step, own_first, rotation)
+    return LinearStep(layer.native_weight(), step, own_first, layer.rotation)

@@ -147,7 +147,7 @@ def test_plain_transformers_loads_what_dequantize_model_leaves(tmp_path: Path) -
     paths = []
     for family in FAMILIES:
         for state in ("qat", "packed"):
-            model = trained(family, **WEIGHT_ONLY)
+            model = trained(family, **WEIGHT_ONLY, rotation=None)  # turned back, it is rounded
             inputs = example(model)
             before, weights = output(model, inputs), values_of(model)
             if state == "packed":

@@ -104,7 +104,7 @@ def test_a_block_gives_the_codes_of_the_packed_one(
     family: str, levels: int, group: int | None, norm_affine: str
 ) -> None:
     model, parts = packed_block(
-        family, weight_levels=levels, group_size=group, norm_affine=norm_affine
+        family, weight_levels=levels, group_size=group, norm_affine=norm_affine, rotation=None
     )
     assert parts["norm"].spec.absorbed == (group is None or norm_affine == "keep")
     assert (parts["norm"].weight is None) == (norm_affine == "absorb")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from maqd_hf import MaQDConfig, dequantize_model, functional, pack_model, quantize_model
 from maqd_hf.calibration import calibrate, gptq, smooth
 from maqd_hf.calibration.blocks import float_activations, float_weights
+from maqd_hf.integer import check_integer
 from maqd_hf.kernels.hadamard import hadamard
 from maqd_hf.nn import LinearSpec, MaQDLinear, PackedLinear
 
@@ -176,6 +177,27 @@ def test_a_compiled_graph_holds_the_rotation() -> None:
     x = torch.randn(4, layer.in_features)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), layer(x))
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x))
+
+
+def test_inference_mode_sees_changes_in_place() -> None:
+    """Its tensors have no version to tell by, so nothing may be remembered."""
+    layer = PackedLinear.from_qat(
+        MaQDLinear.from_linear(nn.Linear(32, 8), LinearSpec(4, 255, "token", rotation=16))
+    )
+    with torch.inference_mode():
+        x = torch.randn(4, 32)
+        first = layer(x)
+        x.mul_(-1)
+        torch.testing.assert_close(layer(x), -first)
+
+
+def test_integers_are_not_rotated() -> None:
+    layer = MaQDLinear.from_linear(nn.Linear(32, 8), LinearSpec(4, 255, rotation=16))
+    layer.activation.set_step(0.1)
+    with pytest.raises(ValueError, match="rotation=None"):
+        check_integer(PackedLinear.from_qat(layer))
 
 
 def test_config_files_from_before_rotation_mean_none() -> None:

@@ -134,7 +134,7 @@ def test_no_power_of_the_channels_maxima_is_better(settings: dict[str, int | Non
     reach = x.square().mean(0)
     factors, before, after = choose_factors(edge, x, reach)
     assert sum(after) < sum(before)
-    weight = torch.cat([layer.weight for layer in edge.consumers]).detach()
+    weight = torch.cat([layer.input_weight() for layer in edge.consumers]).detach()
     errors = Errors(x, reach, weight, edge)
     found = float(sum(errors(factors.log())))
     assert found == pytest.approx(sum(after), rel=1e-4)

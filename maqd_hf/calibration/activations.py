@@ -163,8 +163,8 @@ def _observe(
 
 def _same_input(a: MaQDLinear, b: MaQDLinear) -> bool:
     """Whether one step can serve both layers when they read the same tensor."""
-    return (a.spec.activation_levels, a.spec.first_token, a.spec.rotation) == (
+    return (a.spec.activation_levels, a.spec.first_token, a.rotation) == (
         b.spec.activation_levels,
         b.spec.first_token,
-        b.spec.rotation,
+        b.rotation,
     )

@@ -95,7 +95,7 @@ def rows_of(x: Tensor, counted: Tensor | None) -> Tensor:
 
 def input_rows(layer: MaQDLinear, x: Tensor, counted: Tensor | None) -> Tensor:
     """``rows_of`` what ``layer`` gets, in the basis of its weight."""
-    return rotate(rows_of(x, counted), layer.spec)
+    return rotate(rows_of(x, counted), layer.rotation)
 
 
 @contextmanager

@@ -288,8 +288,7 @@ class _Walk:
             x = args[0] if args else kwargs["input"]
             if layer not in leader:
                 same = (m for m, seen in current.items() if seen is x)
-                turn = layer.spec.rotation
-                leader[layer] = next((m for m in same if m.spec.rotation == turn), layer)
+                leader[layer] = next((m for m in same if m.rotation == layer.rotation), layer)
                 found.setdefault(leader[layer], ([], {}))[0].append(layer)
             if leader[layer] is layer and layer not in current:  # its first call counts
                 current[layer] = x

@@ -15,13 +15,18 @@ token's massive activations would own every mean. Not in the paper, which trains
 SmoothQuant (arXiv:2211.10438) and AWQ (arXiv:2306.00978) move one power of the channels' maxima;
 here both terms have a gradient, so s is simply optimised.
 
+Layers that rotate their input (``LinearSpec.rotation``) are judged by what they round: x / s and
+W s rotated, and d_j / s_j^2 as its mean over the channels that are mixed.
+
 Which channels may move is found without a table of families: norms and their readers by the traced
 forward that conversion uses, pairs of layers (up and down of a gated feed-forward part, value and
 output of attention) by scaling one against the other and seeing that nothing changes.
 
 What it is worth (SmolLM2-135M, groups of 64, start values by GPTQ, perplexity of 24 windows of
 WikiText-2, float 32.3): 16 levels with 8-bit inputs 36.7 -> 35.4, with 4-bit inputs 8800 -> 148;
-4 levels 136.9 -> 137.7. After training on 16,384 tokens 16 levels have 35.3 -> 34.6.
+4 levels 136.9 -> 137.7. After training on 16,384 tokens 16 levels have 35.3 -> 34.6. Where inputs
+are rotated, 16 levels with 4-bit inputs have 69.1 without smoothing, 51.1 if it knows nothing of
+the rotation and 47.4 as it is.
 
 What did not help (4 levels): E[x_j^2] in the place of d_j 149.5; mean squares of a group in the
 place of its maximum 176.7, and both 232.1. GPTQ lives on channels that differ, so evening them out
@@ -311,20 +316,19 @@ class Errors:
     edge: Edge
 
     def __call__(self, log_factors: Tensor) -> tuple[Tensor, Tensor]:
-        spec = self.edge.consumers[0].spec
+        spec, mixed = self.edge.consumers[0].spec, self.edge.consumers[0].rotation
         factors = self.edge.columns(log_factors).exp()
-        scaled = rotate(self.weight * factors, spec)
+        scaled = rotate(self.weight * factors, mixed)
         total = (self.weight.square() * self.x.square().mean(0)).sum()
         inputs = total.new_zeros(())
         if spec.activation_levels is not None:
-            most = rotate(self.x / factors, spec).abs().amax(-1)
+            most = rotate(self.x / factors, mixed).abs().amax(-1)
             if spec.static_activations:
                 most = most.amax()
             step = most / grid_center(spec.activation_levels)
             inputs = scaled.square().sum() * step.square().mean() / 12
         groups = spec.groups(self.weight.shape[1])
         reach = self.reach / factors.square()
-        mixed = spec.rotation_size(len(reach))  # neighbours that share their errors evenly
         reach = reach.view(-1, mixed).mean(-1, keepdim=True).expand(-1, mixed)
         reach = reach.reshape(groups, -1).sum(-1)
         assert spec.weight_levels is not None

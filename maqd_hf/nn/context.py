@@ -44,7 +44,8 @@ class BatchContext:
     def once(self, x: Tensor, number: int, transform: Callable[[Tensor, int], Tensor]) -> Tensor:
         """``transform(x, number)``, computed once where several layers follow one another on the
         same ``x``, as q, k and v do."""
-        if torch.compiler.is_compiling():  # finds common expressions itself
+        # A compiler finds common expressions itself; what changes an inference tensor is not seen.
+        if torch.compiler.is_compiling() or x.is_inference():
             return transform(x, number)
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
         key = (x._version, number, modes)

@@ -130,12 +130,12 @@ def activation_step(
     return torch.where(first.unsqueeze(-1), of_token(), static)
 
 
-def rotate(x: Tensor, spec: LinearSpec, context: BatchContext | None = None) -> Tensor:
+def rotate(x: Tensor, size: int, context: BatchContext | None = None) -> Tensor:
     """``x`` (..., in) between the inputs' basis and that of the weight's columns, either way.
 
-    With ``context``, an input that several layers read is rotated once.
+    ``size``: a layer's ``rotation``. With ``context``, an input that several layers read is rotated
+    once.
     """
-    size = spec.rotation_size(x.shape[-1])
     if size == 1:
         return x
     return hadamard(x, size) if context is None else context.once(x, size, hadamard)
@@ -232,7 +232,7 @@ class MaQDLinear(nn.Linear):
         spec = spec or LinearSpec()
         self.spec, self.context = spec, context or BatchContext()
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        groups = spec.groups(in_features)
+        groups, self.rotation = spec.groups(in_features), spec.rotation_size(in_features)
 
         def table(columns: int, wanted: bool, grad: bool) -> nn.Parameter | None:
             if not wanted:
@@ -333,15 +333,15 @@ class MaQDLinear(nn.Linear):
 
     def input_weight(self) -> Tensor:
         """The latent (out, in) as the unrotated input meets it."""
-        return rotate(self.weight, self.spec)
+        return rotate(self.weight, self.rotation)
 
     @torch.no_grad()
     def set_input_weight(self, weight: Tensor) -> None:
         """Set the latent from ``weight`` (out, in), which the unrotated input would meet."""
-        self.weight.copy_(rotate(weight, self.spec))
+        self.weight.copy_(rotate(weight, self.rotation))
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.activation(rotate(input, self.spec, self.context))
+        x = self.activation(rotate(input, self.rotation, self.context))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.quantized_weight(product_dtype(x)), bias)
 
@@ -382,7 +382,7 @@ class MaQDLinear(nn.Linear):
             self.in_features, self.out_features, self.bias is not None, "meta", self.weight.dtype
         ).to_empty(device=self.weight.device)
         with torch.no_grad():
-            linear.weight.copy_(rotate(self.quantized_weight(), self.spec))
+            linear.weight.copy_(rotate(self.quantized_weight(), self.rotation))
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear

@@ -64,7 +64,7 @@ class PackedLinear(nn.Module):
         words = words_per_row(in_features, self.levels)
         floats = torch.float32
         self.weight = _frozen((out_features, words), torch.int32, device)
-        groups = spec.groups(in_features)
+        groups, self.rotation = spec.groups(in_features), spec.rotation_size(in_features)
         self.weight_scale = _frozen((out_features, groups), scale_dtype(groups), device)
         self.weight_offset = (
             _frozen((out_features, 1), floats, device) if spec.weight_offset else None
@@ -160,7 +160,7 @@ class PackedLinear(nn.Module):
         return self.native_weight()(x, step)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = rotate(x, self.spec, self.context)
+        x = rotate(x, self.rotation, self.context)
         if kernels.native_serves(x, self.weight, self.levels, self.weight_scale.shape[1]):
             step = self._native_step(x)
             if torch.compiler.is_compiling():
