@@ -183,9 +183,8 @@ def test_a_compiled_graph_holds_the_rotation() -> None:
 
 def test_inference_mode_sees_changes_in_place() -> None:
     """Its tensors have no version to tell by, so nothing may be remembered."""
-    layer = PackedLinear.from_qat(
-        MaQDLinear.from_linear(nn.Linear(32, 8), LinearSpec(4, 255, "token", rotation=16))
-    )
+    spec = LinearSpec(3, 255, "token", rotation=16)
+    layer = PackedLinear.from_qat(MaQDLinear.from_linear(nn.Linear(32, 8, bias=False), spec))
     with torch.inference_mode():
         x = torch.randn(4, 32)
         first = layer(x)
