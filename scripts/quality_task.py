@@ -95,7 +95,7 @@ def _llm_rows() -> list[Row]:
         replace(rotated, name="MaQD M=16 g64, rotated"),
         replace(rotated, name="MaQD M=16 a row, static, rotated", group=None, scaling="static"),
         Row("MaQD M=16 a row, static", "MaQD", 16, None, 255, "static", learning_rates=rates[16]),
-        Row("MaQD M=16 g64, 4-bit inputs", "MaQD", 16, 64, 15, learning_rates=rates[16]),
+        Row("MaQD M=16 g64, 4-bit inputs", "MaQD", 16, 64, 15, learning_rates=(1e-4, 2e-4)),
         Row("SEQ M=4 a row", "SEQ", 4, None, 255, learning_rates=rates[4]),
         Row("LSQ M=4 a row", "LSQ", 4, None, 255, learning_rates=rates[4]),
         Row("BitNet M=3", "BitNet", 3, None, 255, learning_rates=rates[3]),

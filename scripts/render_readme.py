@@ -382,7 +382,7 @@ def speed(result: dict[str, Any]) -> str:
 
 def quality(result: dict[str, Any]) -> str:
     """Perplexity at equal bits, peers and other rules: runs of scripts/benchmark_quality.py."""
-    runs = [run for run in result["runs"] if run["table"] == "llm"]
+    runs = _best_rates(run for run in result["runs"] if run["table"] == "llm")
     base = next(run for run in runs if run["method"] == "float")
     texts = list(base["texts"])
     rows = []
@@ -415,6 +415,15 @@ def quality(result: dict[str, Any]) -> str:
         parts.append(f"Did not run: {named}.")
     small = [run for run in result["runs"] if run["table"] == "rules"]
     return "\n\n".join([*parts, *([_rules(small)] if small else [])])
+
+
+def _best_rates(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of runs that differ in the learning rate alone, the best."""
+    best: dict[Any, dict[str, Any]] = {}
+    for run in runs:
+        key = run["name"], run.get("tokens"), run.get("train"), run.get("seed")
+        best[key] = min(best.get(key, run), run, key=_perplexities)
+    return list(best.values())
 
 
 def _seen(runs: list[dict[str, Any]]) -> str:
