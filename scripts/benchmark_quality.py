@@ -30,6 +30,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,15 @@ def distil(model: PreTrainedModel, task: Task, rate: float, seed: int) -> dict[s
 
 
 def run_row(
-    row: Row, task: Task, seed: int, rate: float | None, base: dict[str, Any] | None = None
+    row: Row,
+    task: Task,
+    seed: int,
+    rate: float | None,
+    base: dict[str, Any] | None = None,
+    others: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Quantise, train if wanted, measure; ``base``: the float model's run, for the card."""
+    """Quantise, train if wanted, measure; ``base``: the float model's run, for the card; ``others``:
+    runs of this row at other rates, only a model better than theirs is kept."""
     set_seed(seed)
     began = time.perf_counter()
     model, found = start(row, task)
@@ -145,8 +152,9 @@ def run_row(
         model = finish_qat(model)
     found["seconds"] = round(time.perf_counter() - began)
     found["texts"] = task.measure(model)
-    if rate is not None and task.args.models and row.method == "MaQD" and not task.small:
-        publish(row, task, model, found, base)
+    kept = task.args.models and row.method == "MaQD" and not task.small
+    if rate is not None and kept and all(nats(found) < nats(other) for other in others):
+        publish(row, task, model, found | {"rate": rate}, base)
     return found
 
 
@@ -174,7 +182,7 @@ def publish(
         "bits_per_weight": report.bits_per_weight,
         "packed_bytes": sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors")),
         "float_bytes": 2 * sum(p.numel() for p in task.teacher.parameters()),
-        "training": {**training, "learning_rate": row.learning_rates[0]},
+        "training": {**training, "learning_rate": found["rate"]},
         "report": str(report),
     }
     (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
@@ -218,11 +226,11 @@ def run_all_of(row: Row, task: Task, results: Results) -> None:
 
     base = results.find(task.key(TABLES[task.table][0], 0, None))  # the float model
 
-    def once(seed: int, rate: float | None) -> dict[str, Any]:
+    def once(seed: int, rate: float | None, others: list[dict[str, Any]]) -> dict[str, Any]:
         key = task.key(row, seed, rate)
         run = results.find(key)
         if run is None:
-            run = {**key, **run_row(row, task, seed, rate, base)}
+            run = {**key, **run_row(row, task, seed, rate, base, others)}
             results.runs.append(run)
             results.missing.pop(row.name, None)
             results.write()
@@ -231,12 +239,14 @@ def run_all_of(row: Row, task: Task, results: Results) -> None:
         return run
 
     if not row.trained:
-        once(task.seeds[0], None)
+        once(task.seeds[0], None, [])
         return
-    first = [once(task.seeds[0], rate) for rate in row.learning_rates]
+    first: list[dict[str, Any]] = []
+    for rate in row.learning_rates:
+        first.append(once(task.seeds[0], rate, first))
     best = min(first, key=nats)["learning_rate"]
     for seed in task.seeds[1:]:
-        once(seed, best)
+        once(seed, best, first)
 
 
 def summarize(results: Results) -> str:
