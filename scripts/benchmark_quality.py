@@ -141,8 +141,11 @@ def run_row(
     base: dict[str, Any] | None = None,
     others: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Quantise, train if wanted, measure; ``base``: the float model's run, for the card; ``others``:
-    runs of this row at other rates, only a model better than theirs is kept."""
+    """Quantise, train if wanted, measure.
+
+    ``base``: the float model's run, for the card; ``others``: runs of this row at other rates, only
+    a model better than theirs is kept.
+    """
     set_seed(seed)
     began = time.perf_counter()
     model, found = start(row, task)
