@@ -259,8 +259,8 @@ def inference_cost(model: nn.Module) -> InferenceCost:
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, num_hidden_layers=1, **size))
-    >>> inference_cost(model).left
-    Count(reductions=3, square_roots=3, dynamic_scales=0, multiplications=72, integer_sums=0)
+    >>> inference_cost(model).left  # doctest: +ELLIPSIS
+    Count(reductions=3, ..., multiplications=72, integer_sums=0, additions=0)
     """
     inputs = example_inputs(model)
     pictures = "pixel_values" in inputs
