@@ -29,8 +29,8 @@ from .nn import (
     MaQDLinear,
     PackedEmbedding,
     PackedLinear,
+    rotate,
 )
-from .nn.linear import rotate
 from .nn.packed import check_calibrated
 from .probing import probe_norm
 from .report import ConversionReport

@@ -229,11 +229,13 @@ def run_all_of(row: Row, task: Task, results: Results) -> None:
 
     base = results.find(task.key(TABLES[task.table][0], 0, None))  # the float model
 
-    def once(seed: int, rate: float | None, others: list[dict[str, Any]]) -> dict[str, Any]:
+    first: list[dict[str, Any]] = []  # of the learning rates
+
+    def once(seed: int, rate: float | None) -> dict[str, Any]:
         key = task.key(row, seed, rate)
         run = results.find(key)
         if run is None:
-            run = {**key, **run_row(row, task, seed, rate, base, others)}
+            run = {**key, **run_row(row, task, seed, rate, base, first)}
             results.runs.append(run)
             results.missing.pop(row.name, None)
             results.write()
@@ -242,14 +244,13 @@ def run_all_of(row: Row, task: Task, results: Results) -> None:
         return run
 
     if not row.trained:
-        once(task.seeds[0], None, [])
+        once(task.seeds[0], None)
         return
-    first: list[dict[str, Any]] = []
     for rate in row.learning_rates:
-        first.append(once(task.seeds[0], rate, first))
+        first.append(once(task.seeds[0], rate))
     best = min(first, key=nats)["learning_rate"]
     for seed in task.seeds[1:]:
-        once(seed, best, first)
+        once(seed, best)
 
 
 def summarize(results: Results) -> str:

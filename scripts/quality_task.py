@@ -187,8 +187,7 @@ class Task:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.train, self.texts = self._texts()
-        blocks = (tokenize_blocks(t, self.tokenizer, args.block_size) for t in self.train.values())
-        parts = list(blocks)
+        parts = [tokenize_blocks(t, self.tokenizer, args.block_size) for t in self.train.values()]
         # As much of each, or all of it where less is wanted than there is.
         size = min(map(len, parts))
         parts = [part.shuffle(seed=0).select(range(size)) for part in parts]

@@ -11,7 +11,7 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import functional
 from . import loader
@@ -63,15 +63,7 @@ def round_tokens(x: Tensor, levels: int, dtype: torch.dtype | None = None) -> Te
     tensor([[ 0.5000, -1.5000,  0.5000]])
     """
     dtype = dtype or x.dtype
-    serves = (
-        not torch.compiler.is_compiling()
-        and loader.chosen_path() is not None
-        and type(x) in (Tensor, nn.Parameter)
-        and x.device.type == "cpu"
-        and {x.dtype, dtype} <= _KINDS.keys()
-        and x.dim() > 0
-        and x.numel() > 0
-    )
+    serves = loader.reads(x) and {x.dtype, dtype} <= _KINDS.keys() and x.dim() > 0 and x.numel() > 0
     if not serves:
         return functional.round_tokens(x, levels).to(dtype)
     result: Tensor = _RoundTokens.apply(x, functional.check_levels(levels), dtype)
@@ -80,7 +72,7 @@ def round_tokens(x: Tensor, levels: int, dtype: torch.dtype | None = None) -> Te
 
 def _serves(weight: Tensor, *tables: Tensor) -> bool:
     """Whether the library can read these. Shapes that do not fit are left to torch's errors."""
-    if torch.compiler.is_compiling() or loader.chosen_path() is None or weight.dim() != 2:
+    if not loader.reads(weight, *tables) or weight.dim() != 2:
         return False
     rows, columns = weight.shape
     groups = tables[0].shape[-1]
@@ -90,13 +82,7 @@ def _serves(weight: Tensor, *tables: Tensor) -> bool:
         and columns % groups == 0
         and all(t.shape in ((rows, groups), (rows, 1)) for t in tables)
         and all(t.shape == (rows, groups) for t in tables[:2])
-        and all(
-            type(t) in (Tensor, nn.Parameter)
-            and t.device.type == "cpu"
-            and t.dtype == torch.float32
-            and t.is_contiguous()
-            for t in (weight, *tables)
-        )
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in (weight, *tables))
     )
 
 

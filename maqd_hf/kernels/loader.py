@@ -16,7 +16,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PATH_VARIABLE = "MAQD_KERNEL"
 LIBRARY_VARIABLE = "MAQD_LIBRARY"  # another build of the library, as `.ci/sanitize` makes one
@@ -77,6 +77,13 @@ def path_number() -> int:
     path = chosen_path()
     assert path is not None
     return paths()[path]
+
+
+def reads(*tensors: Tensor) -> bool:
+    """Whether a library is chosen and these are plain CPU tensors, outside a compiler's trace."""
+    if torch.compiler.is_compiling() or chosen_path() is None:
+        return False
+    return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -108,7 +108,8 @@ static uint8_t *panel_of(const state *s, int thread) {
 
 static int same_input(const linear *a, const linear *b) {
     return a->step == b->step && a->levels == b->levels && a->own_first == b->own_first &&
-           a->rotation == b->rotation && a->weight->groups == b->weight->groups && a->weight->bits == b->weight->bits;
+           a->rotation == b->rotation && a->weight->groups == b->weight->groups &&
+           a->weight->bits == b->weight->bits;
 }
 
 /* Adds `add` (or NULL) to the hidden states, or takes `rows` instead of them, normalises (norm or
@@ -137,11 +138,13 @@ static void feed(const state *s, int thread, const float *add, const float *rows
         }
         for (int i = 0; i < n; ++i) {
             if (input[i].codes != f->input[i].codes) continue;
-            const int64_t turn = layers[i]->rotation;
-            if (turn > 1) s->path->hadamard(row, width, turn, rotated);
+            const float *taken = row;
+            if (layers[i]->rotation > 1) {
+                s->path->hadamard(row, width, layers[i]->rotation, rotated);
+                taken = rotated;
+            }
             input[i].step[t] = layers[i]->own_first && first ? 0 : layers[i]->step;
-            maqd_take(s->path, layers[i]->weight, turn > 1 ? rotated : row, layers[i]->levels,
-                      input + i, t);
+            maqd_take(s->path, layers[i]->weight, taken, layers[i]->levels, input + i, t);
         }
     }
     if (!s->private) maqd_barrier(s->team);

@@ -111,27 +111,31 @@ INLINE v16 butterfly(v16 v, const int bit) {
     return swapped(v, bit) + choose((index & bit) == 0, v, -v);
 }
 
-static void hadamard(const float *x, int64_t count, int64_t size, float *y) {
-    const float scale = (float)(1 / sqrt((double)size));
-    const int wide = size >= 16;
-    for (int64_t k = 0; wide && k < count; k += 16) {
-        v16 v = load(x + k) * scale;
-        v = butterfly(butterfly(butterfly(butterfly(v, 1), 2), 4), 8);
-        store(y + k, v);
+/* The first passes, over neighbours less than 16 apart. */
+static void hadamard_near(const float *x, int64_t count, int64_t size, float scale, float *y) {
+    if (size >= 16) {
+        for (int64_t k = 0; k < count; k += 16)
+            store(y + k, butterfly(butterfly(butterfly(butterfly(load(x + k) * scale, 1), 2), 4), 8));
+        return;
     }
-    for (int64_t k = 0; !wide && k < count; ++k) y[k] = x[k] * scale;
-    for (int64_t half = wide ? 16 : 1; half < size; half *= 2)
+    for (int64_t k = 0; k < count; ++k) y[k] = x[k] * scale;
+    for (int64_t half = 1; half < size; half *= 2)
+        for (int64_t k = 0; k < count; ++k) {
+            if (k & half) continue;
+            const float a = y[k], b = y[k + half];
+            y[k] = a + b;
+            y[k + half] = a - b;
+        }
+}
+
+static void hadamard(const float *x, int64_t count, int64_t size, float *y) {
+    hadamard_near(x, count, size, (float)(1 / sqrt((double)size)), y);
+    for (int64_t half = 16; half < size; half *= 2)
         for (int64_t from = 0; from < count; from += 2 * half)
-            for (int64_t k = from; k < from + half; k += wide ? 16 : 1) {
-                if (wide) {
-                    const v16 a = load(y + k), b = load(y + k + half);
-                    store(y + k, a + b);
-                    store(y + k + half, a - b);
-                } else {
-                    const float a = y[k], b = y[k + half];
-                    y[k] = a + b;
-                    y[k + half] = a - b;
-                }
+            for (int64_t k = from; k < from + half; k += 16) {
+                const v16 a = load(y + k), b = load(y + k + half);
+                store(y + k, a + b);
+                store(y + k + half, a - b);
             }
 }
 
@@ -306,5 +310,5 @@ static void activate(int32_t kind, float *x, const float *up, int64_t count) {
     }
 }
 
-const maqd_path PATH = {NAME, SUPPORTED, TILE, matmul, quantize, spread, norm, rope, hadamard, attend, activate,
-                      keep};
+const maqd_path PATH = {NAME, SUPPORTED, TILE, matmul, quantize, spread, norm,
+                      rope, hadamard, attend, activate, keep};
