@@ -25,10 +25,8 @@ start values by GPTQ                  39.8 / 60.4      36.7 / 55.6
 Trained on 16,384 tokens: 37.1 / 56.6 and 35.3 / 53.5. A norm per token pays nothing for it, a
 static one one multiplication a feature, no reduction.
 
-Going further the same way, moving scale between gamma (or the rows of up_proj) and the columns
-behind it until inputs and weights are equally large (SmoothQuant, arXiv:2211.10438, alpha 0.5 on
-root mean squares), helped rounding to nearest (48.6 / 68.5) and 8-bit inputs with float weights
-(34.1 instead of 34.9 on 12 windows, float 33.9), but not GPTQ (39.2 / 60.4): it is not done.
+Spread between gamma (or the rows of up_proj) and the columns behind it can also be moved without
+putting all of it on one side: ``calibration.smoothing`` does, and has the figures.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class MaQDTrainer(Trainer):
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
-        args.fill_rates(recipes.weight_levels(self.model))
+        args.fill_rates(*recipes.usual_levels(self.model))
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
             if plugin.fsdp_version != 2:

@@ -77,10 +77,10 @@ class MaQDTrainingArguments(TrainingArguments):
         if self.hidden_distillation < 0:
             raise ValueError(f"hidden_distillation={self.hidden_distillation} must not be negative")
 
-    def fill_rates(self, levels: int) -> None:
-        """Put what ``recipes`` says for a model of so many weight levels where None stands."""
+    def fill_rates(self, weight_levels: int, activation_levels: int | None = None) -> None:
+        """Put what ``recipes`` says for a model of so many levels where None stands."""
         if self.learning_rate is None:
-            self.learning_rate = recipes.learning_rate(levels)
+            self.learning_rate = recipes.learning_rate(weight_levels, activation_levels)
         if self.scale_learning_rate is None:
             self.scale_learning_rate = recipes.SCALE_RATE * self.learning_rate
 

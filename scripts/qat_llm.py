@@ -243,7 +243,7 @@ class Job:
         student = copy.deepcopy(self.teacher)
         report = quantize_model(student, self.config, start="range")  # calibrate searches
         print(report)
-        calibrate(student, self.first_samples(self.job.calibration_samples))
+        print(calibrate(student, self.first_samples(self.job.calibration_samples)))
         self.run.record(report=_card_report(report))
         return student
 

@@ -90,12 +90,13 @@ def _llm_rows() -> list[Row]:
         rows.append(
             Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=rates[levels])
         )
+    coarse = (learning_rate(16, few.activations),)
     rotated = Row("", "MaQD", 16, 64, 255, rotation=512, learning_rates=rates[16])
     rows += [
         replace(rotated, name="MaQD M=16 g64, rotated"),
         replace(rotated, name="MaQD M=16 a row, static, rotated", group=None, scaling="static"),
         Row("MaQD M=16 a row, static", "MaQD", 16, None, 255, "static", learning_rates=rates[16]),
-        Row("MaQD M=16 g64, 4-bit inputs", "MaQD", 16, 64, 15, learning_rates=(1e-4, 2e-4)),
+        replace(few, name="MaQD M=16 g64, 4-bit inputs", smoothing=True, learning_rates=coarse),
         Row("SEQ M=4 a row", "SEQ", 4, None, 255, learning_rates=rates[4]),
         Row("LSQ M=4 a row", "LSQ", 4, None, 255, learning_rates=rates[4]),
         Row("BitNet M=3", "BitNet", 3, None, 255, learning_rates=rates[3]),

@@ -133,12 +133,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     began, began_cpu = time.perf_counter(), time.process_time()
     quantize_model(model, config, start="range" if args.gptq else "search")  # GPTQ searches
     ids = calibration_ids(args, tokenizer)
-    gptq_report = calibrate(model, ids, gptq_weights=args.gptq, batch_size=args.batch_size)
+    calibration = calibrate(model, ids, gptq_weights=args.gptq, batch_size=args.batch_size)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
     report = pack_model(model)
     print(report)
-    if gptq_report is not None:
-        print(gptq_report)
+    print(calibration)
     after = measure(args, model, tokenizer)
 
     metrics = {
@@ -150,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "float": describe(before),
         "quantized": describe(after),
         "bits_per_weight": report.bits_per_weight,
-        "gptq": gptq_report and gptq_report.summary(),
+        **calibration.summary(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "versions": package_versions(),
     }

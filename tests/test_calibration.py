@@ -531,11 +531,17 @@ def test_calibrate_does_all_three_in_order(tiny_llama, ids):
     calibrate_activations(twin, ids, progress=False)
     for a, b in zip(tiny_llama.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
-    found = report.summary()
-    assert found == json.loads(json.dumps(found))
+    summary = report.summary()
+    assert summary == json.loads(json.dumps(summary))
+    found, smoothed = summary["gptq"], summary["smoothing"]
     assert (found["layers"], found["unreachable_rows"]) == (14, 0)
     assert found["error"] < found["rounding_error"]
-    assert calibrate(twin, ids, gptq_weights=False, progress=False) is None
+    assert smoothed["edges"] == len(report.smoothing.weights) > 0
+    before, after = (smoothed["inputs"][i] + smoothed["weights"][i] for i in (0, 1))
+    assert 0 < after < before
+    assert str(report).startswith("smoothing: ") and "\nGPTQ: 14 layers" in str(report)
+    plain = calibrate(twin, ids, gptq_weights=False, smoothing=False, progress=False)
+    assert plain.summary() == {"smoothing": None, "gptq": None} and str(plain) == ""
 
 
 # ----------------------------------------------------------------------------------- the script

@@ -340,15 +340,17 @@ def test_what_decays_and_what_has_its_own_learning_rate(
     assert decaying == ["model.embed_tokens.weight"]
 
 
+@pytest.mark.parametrize("inputs", [15, 255, None])
 @pytest.mark.parametrize("levels", [2, 4, 8, 16, 255])
 def test_rates_nobody_gives_follow_the_levels(
-    tiny_llama: LlamaForCausalLM, tmp_path: Path, levels: int
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, levels: int, inputs: int | None
 ) -> None:
     model = copy.deepcopy(tiny_llama)
-    quantize_model(model, MaQDConfig(weight_levels=levels))
+    quantize_model(model, MaQDConfig(weight_levels=levels, activation_levels=inputs))
+    assert recipes.usual_levels(model) == (levels, inputs)
     trainer = trainer_for(model, tmp_path, learning_rate=None)
     rates = {group["lr"] for group in trainer.create_optimizer().param_groups}
-    latents = recipes.learning_rate(levels)
+    latents = recipes.learning_rate(levels, inputs)
     assert rates == {latents, recipes.SCALE_RATE * latents}
     assert 1e-5 <= latents <= 1e-3
 

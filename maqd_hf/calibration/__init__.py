@@ -3,8 +3,12 @@ block; static activation steps by search."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from torch import nn
 
+from ..nn import Start
 from .activations import best_step, calibrate_activations
 from .blocks import Batches, as_batches
 from .blockwise import BlockwiseReport, reconstruct_blocks
@@ -13,6 +17,7 @@ from .smoothing import SmoothingReport, smooth
 
 __all__ = [
     "BlockwiseReport",
+    "CalibrationReport",
     "GPTQReport",
     "SmoothingReport",
     "best_step",
@@ -24,6 +29,28 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What ``calibrate`` did, step by step; None: that step was left out.
+
+    >>> print(CalibrationReport(SmoothingReport(), None))
+    smoothing: no channels that may move
+    """
+
+    smoothing: SmoothingReport | None
+    gptq: GPTQReport | None
+
+    def summary(self) -> dict[str, dict[str, Any] | None]:
+        """Plain JSON values by step."""
+        return {
+            "smoothing": self.smoothing and self.smoothing.summary(),
+            "gptq": self.gptq and self.gptq.summary(),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(str(r) for r in (self.smoothing, self.gptq) if r is not None)
+
+
 def calibrate(
     model: nn.Module,
     data: Batches,
@@ -32,21 +59,21 @@ def calibrate(
     smoothing: bool = True,
     batch_size: int | None = None,
     progress: bool = True,
-) -> GPTQReport | None:
+) -> CalibrationReport:
     """Give a freshly converted model its start values: channels, weights, then activation steps.
 
     The steps come last because a layer's inputs depend on the quantised weights before it.
     ``smoothing=False`` leaves the channels' spread where it is; ``gptq_weights=False`` leaves the
     weights at their searched grid. ``data``: token ids (samples,
     tokens), a few thousand tokens like those the model is for, or batches. ``batch_size``: samples
-    in a forward when it is ids; None: 8192 tokens. Returns ``gptq``'s report.
+    in a forward when it is ids; None: 8192 tokens.
 
         quantize_model(model, MaQDConfig(weight_levels=16, group_size=64))
         calibrate(model, token_ids)
     """
     batches = as_batches(data, model, batch_size)
-    if smoothing:
-        smooth(model, batches, start="range" if gptq_weights else "search", progress=progress)
-    report = gptq(model, batches, progress=progress) if gptq_weights else None
+    start: Start = "range" if gptq_weights else "search"
+    smoothed = smooth(model, batches, start=start, progress=progress) if smoothing else None
+    compensated = gptq(model, batches, progress=progress) if gptq_weights else None
     calibrate_activations(model, batches, progress=progress)
-    return report
+    return CalibrationReport(smoothed, compensated)

@@ -111,16 +111,25 @@ class SmoothingReport:
     inputs: dict[str, tuple[float, float]] = field(default_factory=dict)
     weights: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        def mean(found: dict[str, tuple[float, float]]) -> str:
-            before, after = (sum(v[i] for v in found.values()) / len(found) for i in (0, 1))
-            return f"{before:.2e} -> {after:.2e}"
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON values: the number of edges, means [before, after] over them."""
 
+        def mean(found: dict[str, tuple[float, float]]) -> list[float]:
+            return [sum(v[i] for v in found.values()) / max(len(found), 1) for i in (0, 1)]
+
+        inputs, weights = mean(self.inputs), mean(self.weights)
+        return {"edges": len(self.weights), "inputs": inputs, "weights": weights}
+
+    def __str__(self) -> str:
         if not self.weights:
             return "smoothing: no channels that may move"
+        found = self.summary()
+        inputs, weights = (
+            "{:.2e} -> {:.2e}".format(*found[term]) for term in ("inputs", "weights")
+        )
         return (
-            f"smoothing: {len(self.weights)} sets of channels, expected relative error from inputs "
-            f"{mean(self.inputs)}, from weights {mean(self.weights)}"
+            f"smoothing: {found['edges']} sets of channels, expected relative error from inputs "
+            f"{inputs}, from weights {weights}"
         )
 
 
