@@ -43,8 +43,8 @@ class CalibrationReport:
     def summary(self) -> dict[str, dict[str, Any] | None]:
         """Plain JSON values by step."""
         return {
-            "smoothing": self.smoothing and self.smoothing.summary(),
-            "gptq": self.gptq and self.gptq.summary(),
+            "smoothing": None if self.smoothing is None else self.smoothing.summary(),
+            "gptq": None if self.gptq is None else self.gptq.summary(),
         }
 
     def __str__(self) -> str:
