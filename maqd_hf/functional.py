@@ -196,7 +196,14 @@ def scaled_round_clip(
 
 
 def token_step(x: Tensor, levels: int) -> Tensor:
-    """Per-token step ``absmax / ((M-1)/2)``, shape (..., 1), so that nothing is clipped."""
+    """Per-token step ``absmax / ((M-1)/2)``, shape (..., 1), so that nothing is clipped.
+
+    With few levels that is not the best step. SmolLM2-135M, float weights, rotated inputs of 15
+    levels, perplexity of 8 windows of WikiText-2 / IMDB: 54.5 / 84.9 as it is; with the step times
+    0.9: 49.1 / 79.6, 0.8: 46.7 / 72.6, 0.7: 49.4 / 79.1; with at most 0.5, 0.44 or 0.4 root mean
+    squares: 52.2 / 81.1, 48.9 / 78.0, 51.5 / 81.8. The kernels clip already, but a checkpoint would
+    have to say which factor it was trained with.
+    """
     absmax = torch.linalg.vector_norm(x.detach(), math.inf, dim=-1, keepdim=True)
     return (absmax / grid_center(levels)).clamp_(min=torch.finfo(x.dtype).tiny)
 
