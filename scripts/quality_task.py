@@ -67,23 +67,17 @@ def _llm_rows() -> list[Row]:
         replace(absorbed, name="round to nearest M=16 g64, gamma absorbed", start="range"),
         replace(absorbed, name="MaQD start M=16 g64, gamma absorbed"),
     ]
-    plain = Row("", "MaQD", 16, 64, 255, smoothing=False)
+    plain = Row("", "MaQD", 16, 64, 255)
     few = replace(plain, activations=15)
+    few_name = "MaQD start M=16 g64, 4-bit inputs"
     rows += [
-        replace(plain, name="MaQD start M=16 g64, not smoothed"),
-        replace(plain, name="MaQD start M=4 g64, not smoothed", levels=4),
-        replace(plain, name="MaQD start M=16 g64, rotated", smoothing=True, rotation=512),
-        replace(
-            plain, name="MaQD start M=4 g64, not rotated", smoothing=True, levels=4, rotation=None
-        ),
-        replace(few, name="MaQD start M=16 g64, 4-bit inputs", smoothing=True),
-        replace(
-            few,
-            name="MaQD start M=16 g64, 4-bit inputs, not rotated",
-            smoothing=True,
-            rotation=None,
-        ),
-        replace(few, name="MaQD start M=16 g64, 4-bit inputs, not smoothed"),
+        replace(plain, name="MaQD start M=16 g64, not smoothed", smoothing=False),
+        replace(plain, name="MaQD start M=4 g64, not smoothed", levels=4, smoothing=False),
+        replace(plain, name="MaQD start M=16 g64, rotated", rotation=512),
+        replace(plain, name="MaQD start M=4 g64, not rotated", levels=4, rotation=None),
+        replace(few, name=few_name),
+        replace(few, name=f"{few_name}, not rotated", rotation=None),
+        replace(few, name=f"{few_name}, not smoothed", smoothing=False),
     ]
     rates = {levels: (learning_rate(levels),) for levels in (16, 8, 4, 3)}
     for levels in (4, 16, 8, 3):
@@ -91,12 +85,12 @@ def _llm_rows() -> list[Row]:
             Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=rates[levels])
         )
     coarse = (learning_rate(16, few.activations),)
-    rotated = Row("", "MaQD", 16, 64, 255, rotation=512, learning_rates=rates[16])
+    rotated = replace(plain, rotation=512, learning_rates=rates[16])
     rows += [
         replace(rotated, name="MaQD M=16 g64, rotated"),
         replace(rotated, name="MaQD M=16 a row, static, rotated", group=None, scaling="static"),
         Row("MaQD M=16 a row, static", "MaQD", 16, None, 255, "static", learning_rates=rates[16]),
-        replace(few, name="MaQD M=16 g64, 4-bit inputs", smoothing=True, learning_rates=coarse),
+        replace(few, name="MaQD M=16 g64, 4-bit inputs", learning_rates=coarse),
         Row("SEQ M=4 a row", "SEQ", 4, None, 255, learning_rates=rates[4]),
         Row("LSQ M=4 a row", "LSQ", 4, None, 255, learning_rates=rates[4]),
         Row("BitNet M=3", "BitNet", 3, None, 255, learning_rates=rates[3]),
