@@ -165,7 +165,8 @@ def _norm_cost(norm: LayerBatchNorm) -> tuple[str, Count, Count, Count]:
 def _input_cost(spec: LinearSpec, columns: int, static: bool) -> Count:
     if spec.activation_levels is None:
         return Count()
-    scale = Count() if static else Count(reductions=1, dynamic_scales=1)
+    steps = 0 if static else columns // (spec.input_group or columns)
+    scale = Count(reductions=steps, dynamic_scales=steps)
     sums = spec.weight_offset or (spec.weight_levels or 1) % 2 == 0
     return scale + Count(multiplications=columns, integer_sums=int(sums))
 
@@ -183,18 +184,19 @@ def _linear_cost(layer: MaQDLinear | PackedLinear) -> tuple[str, Count, Count, C
     A static step is a constant and part of scale and offset; without integer codes on both sides
     the scales are part of the float product.
     """
-    spec, rows = layer.spec, layer.out_features
+    spec, rows, group = layer.spec, layer.out_features, layer.spec.input_group
     rotation = _rotation_cost(layer.rotation, layer.in_features)
     if spec.activation_levels is None:
         return "float input", rotation, rotation, Count()
     output = Count()
     if spec.weight_levels is not None:
         output = Count(multiplications=rows * (spec.groups(layer.in_features) + spec.weight_offset))
-    by_step = Count(multiplications=rows)
+    by_step = Count(multiplications=rows * (layer.in_features // group if group else 1))
     output = output + rotation
     dynamic = _input_cost(spec, layer.in_features, static=False) + output + by_step
     if not spec.static_activations:
-        return "activation step from each token", dynamic, dynamic, Count()
+        each = f"{group} inputs" if group else "token"
+        return f"activation step from each {each}", dynamic, dynamic, Count()
     left = _input_cost(spec, layer.in_features, static=True) + output
     own = dynamic - left if spec.first_token == "own" else Count()
     return "static activation step", left, dynamic, own

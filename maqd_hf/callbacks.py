@@ -195,8 +195,7 @@ class QuantizerMonitor(TrainerCallback):
     @torch.no_grad()
     def _see_activation(self, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         assert isinstance(layer, ActivationQuantizer)
-        beyond = args[0].abs() > layer.step_for(args[0]) * (layer.levels / 2)
-        self._measured["activation_clipped"].append(beyond.float().mean())
+        self._measured["activation_clipped"].append(layer.clipped(args[0]))
 
     @torch.no_grad()
     def _see_norm(self, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:

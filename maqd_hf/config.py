@@ -11,12 +11,14 @@ from typing import Any, Literal
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .functional import check_levels
-from .nn import FirstToken, LinearSpec, NormSpec
+from .nn import ActivationScaling, FirstToken, LinearSpec, NormSpec
 
 QUANT_METHOD = "maqd"
 FORMAT_VERSION = 1
 
-_ROTATION = 512  # what "auto" means where it rotates
+# What "auto" means for coarse grids.
+_ROTATION = 512
+_CLIP_RATIO = 0.8
 _LINEAR_FIELDS = tuple(f.name for f in fields(LinearSpec))
 
 
@@ -28,10 +30,16 @@ def _patterns(value: Any, what: str) -> list[str]:
 
 def _settle(settings: dict[str, Any]) -> LinearSpec:
     """A layer's settings with "auto" decided."""
-    automatic = settings["rotation"] == "auto"
-    spec = LinearSpec(**settings | ({"rotation": None} if automatic else {}))
-    coarse = (spec.weight_levels or 256) < 16 or (spec.activation_levels or 256) <= 16
-    return replace(spec, rotation=_ROTATION) if automatic and coarse else spec
+    fine = {"rotation": None, "activation_clip_ratio": 1.0}
+    automatic = {name for name in fine if settings[name] == "auto"}
+    spec = LinearSpec(**settings | {name: fine[name] for name in automatic})
+    coarse_inputs = (spec.activation_levels or 256) <= 16
+    if "rotation" in automatic and (coarse_inputs or (spec.weight_levels or 256) < 16):
+        spec = replace(spec, rotation=_ROTATION)
+    by_token = not spec.static_activations and spec.input_group is None
+    if "activation_clip_ratio" in automatic and coarse_inputs and by_token:
+        spec = replace(spec, activation_clip_ratio=_CLIP_RATIO)
+    return spec
 
 
 @dataclass(eq=True, kw_only=True)
@@ -41,7 +49,11 @@ class MaQDConfig(QuantizationConfigMixin):
     Args:
         weight_levels: levels of every converted weight, 2..256 (16 = 4 bit), None = float.
         activation_levels: levels of every converted layer's input, 2..256, None = float.
-        activation_scaling: "static" (learned step, calibrated first) or "token" (from absmax).
+        activation_scaling: "static" (one learned step, calibrated first), "token" (one step a
+            token, from its absmax) or "group" (one for every ``group_size`` inputs of a token).
+        activation_clip_ratio: share of its absmax that the grid of a token, or group, covers, in
+            (0, 1]; what lies beyond is clipped. "auto": 0.8 for tokens with at most 16 levels,
+            else 1 (``functional.token_step`` has the figures).
         group_size: inputs that share a weight scale of 16 bits; None = one scale per output row.
         weight_offset: learned offset per row (keeps the row mean standardisation removes).
         embedding_levels: levels of the token embedding and of the output head, None = float.
@@ -77,7 +89,8 @@ class MaQDConfig(QuantizationConfigMixin):
 
     weight_levels: int | None = 16
     activation_levels: int | None = 255
-    activation_scaling: Literal["static", "token"] = "static"
+    activation_scaling: ActivationScaling = "static"
+    activation_clip_ratio: float | Literal["auto"] = "auto"
     group_size: int | None = None
     weight_offset: bool = True
     embedding_levels: int | None = None
@@ -118,8 +131,10 @@ class MaQDConfig(QuantizationConfigMixin):
             check_levels(self.embedding_levels, "embedding_levels")
         self.targets = None if self.targets is None else _patterns(self.targets, "targets")
         self.exclude = _patterns(self.exclude, "exclude")
-        if self.modules is not None and self.rotation == "auto":  # written before there was one
-            self.rotation = None
+        if self.modules is not None:  # written before there were these
+            self.rotation = None if self.rotation == "auto" else self.rotation
+            if self.activation_clip_ratio == "auto":
+                self.activation_clip_ratio = 1.0
         self.overrides = dict(self.overrides)
         for pattern, settings in self.overrides.items():
             unknown = sorted(set(settings) - set(_LINEAR_FIELDS))
@@ -135,6 +150,13 @@ class MaQDConfig(QuantizationConfigMixin):
     def plain_linear_spec(self) -> LinearSpec:
         """The settings of a layer that no override matches."""
         return _settle({key: getattr(self, key) for key in _LINEAR_FIELDS})
+
+    def settled(self) -> MaQDConfig:
+        """A copy without "auto": what a checkpoint says, whatever later releases make of it."""
+        plain = self.plain_linear_spec()
+        return replace(
+            self, rotation=plain.rotation, activation_clip_ratio=plain.activation_clip_ratio
+        )
 
     def linear_spec(self, name: str, **defaults: Any) -> LinearSpec:
         """The settings in force for the layer called ``name``.

@@ -94,7 +94,7 @@ def quantize_model(
     attach_context(model, context)
     absorbed_by = {name: norm.absorbed_by for name, norm in plan.norms.items()}
     tied_to = {plan.head: plan.embedding} if plan.head and plan.embedding and plan.head_tied else {}
-    config = replace(config, rotation=config.plain_linear_spec().rotation)  # "auto" is settled
+    config = config.settled()
     config.modules = describe(model, config, absorbed_by, tied_to)
     model.config.quantization_config = config  # type: ignore[union-attr]
     return make_report(model, config, plan)
@@ -160,6 +160,8 @@ def _levels_text(layer: MaQDLinear | PackedLinear) -> str:
     if spec.activation_levels is None:
         return f"{weight}{group}, float activations{rotation}"
     inputs = f"{spec.activation_levels}-level {spec.activation_scaling} activations"
+    if spec.activation_clip_ratio != 1:
+        inputs = f"{inputs} clipped at {spec.activation_clip_ratio:g} of absmax"
     return f"{weight}{group}, {inputs}{rotation}"
 
 

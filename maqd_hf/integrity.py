@@ -30,7 +30,9 @@ def _meaning(module: nn.Module) -> str:
         grid = f"{spec.weight_levels}/{spec.group_size}/{module.in_features}"
         inputs = f"{spec.activation_levels}/{spec.activation_scaling}/{spec.first_token}"
         turned = f" {spec.rotation}" if spec.rotation else ""
-        return f"linear {grid} {inputs}{turned}"
+        ratio = spec.activation_clip_ratio
+        clipped = f" clip {ratio!r}" if ratio != 1 else ""
+        return f"linear {grid} {inputs}{turned}{clipped}"
     if isinstance(module, (PackedEmbedding, MaQDEmbedding)):
         return f"embedding {module.levels}/{module.embedding_dim} {module.output_scale!r}"
     assert isinstance(module, LayerBatchNorm)

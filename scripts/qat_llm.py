@@ -84,8 +84,9 @@ class JobArguments:
     eval_split: str = field(default="validation", metadata={"help": "Held-out split."})
     weight_levels: int = field(default=16, metadata={"help": "Levels of a weight (16 = 4 bit)."})
     activation_levels: int | None = field(default=255, metadata={"help": "Levels of an input."})
-    activation_scaling: Literal["static", "token"] = field(
-        default="static", metadata={"help": "One learned step, or one per token."}
+    activation_scaling: Literal["static", "token", "group"] = field(
+        default="static",
+        metadata={"help": "One learned step, one per token, or one per group of a token."},
     )
     group_size: int | None = field(default=64, metadata={"help": "Inputs that share a scale."})
     embedding_levels: int | None = field(default=255, metadata={"help": "Embedding and head."})

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from maqd_hf.data import EMBEDDED, load_text, spread_samples, tokenize_blocks
 from maqd_hf.embedded import SMOLLM2, resolve_model
+from maqd_hf.nn import ActivationScaling
 from maqd_hf.perplexity import text_perplexity
 from maqd_hf.recipes import SCALE_RATE, learning_rate
 
@@ -32,7 +33,7 @@ class Row:
         levels: of the weights.
         group: inputs that share a scale; None: one scale a row.
         activations: levels of the inputs, None: float.
-        scaling: of the inputs, "token" or "static".
+        scaling: of the inputs, as in ``MaQDConfig``.
         start: MaQD only: "range" (round to nearest, nothing clipped), "search", "gptq".
         norm_affine: MaQD only, as in ``MaQDConfig``.
         rotation: MaQD only, as in ``MaQDConfig``.
@@ -45,7 +46,7 @@ class Row:
     levels: int | None = None
     group: int | None = 64
     activations: int | None = None
-    scaling: Literal["token", "static"] = "token"
+    scaling: ActivationScaling = "token"
     start: Literal["range", "search", "gptq"] = "gptq"
     norm_affine: Literal["keep", "absorb"] = "keep"
     rotation: int | Literal["auto"] | None = "auto"
@@ -68,13 +69,14 @@ def _llm_rows() -> list[Row]:
         replace(absorbed, name="MaQD start M=16 g64, gamma absorbed"),
     ]
     plain = Row("", "MaQD", 16, 64, 255)
-    few = replace(plain, activations=15)
-    few_name = "MaQD start M=16 g64, 4-bit inputs"
+    few = replace(plain, activations=15, scaling="group")
+    few_name = "MaQD start M=16 g64, 4-bit inputs g64"
     rows += [
         replace(plain, name="MaQD start M=16 g64, not smoothed", smoothing=False),
         replace(plain, name="MaQD start M=4 g64, not smoothed", levels=4, smoothing=False),
         replace(plain, name="MaQD start M=16 g64, rotated", rotation=512),
         replace(plain, name="MaQD start M=4 g64, not rotated", levels=4, rotation=None),
+        replace(few, name="MaQD start M=16 g64, 4-bit inputs", scaling="token"),
         replace(few, name=few_name),
         replace(few, name=f"{few_name}, not rotated", rotation=None),
         replace(few, name=f"{few_name}, not smoothed", smoothing=False),
@@ -90,7 +92,8 @@ def _llm_rows() -> list[Row]:
         replace(rotated, name="MaQD M=16 g64, rotated"),
         replace(rotated, name="MaQD M=16 a row, static, rotated", group=None, scaling="static"),
         Row("MaQD M=16 a row, static", "MaQD", 16, None, 255, "static", learning_rates=rates[16]),
-        replace(few, name="MaQD M=16 g64, 4-bit inputs", learning_rates=coarse),
+        replace(few, name="MaQD M=16 g64, 4-bit inputs g64", learning_rates=coarse),
+        replace(few, name="MaQD M=16 g64, 4-bit inputs", scaling="token", learning_rates=coarse),
         Row("SEQ M=4 a row", "SEQ", 4, None, 255, learning_rates=rates[4]),
         Row("LSQ M=4 a row", "LSQ", 4, None, 255, learning_rates=rates[4]),
         Row("BitNet M=3", "BitNet", 3, None, 255, learning_rates=rates[3]),

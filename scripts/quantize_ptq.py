@@ -48,7 +48,7 @@ class Arguments:
         default=64, metadata={"help": "Inputs that share a scale; 0: one scale per row."}
     )
     activation_levels: int | None = field(default=None, metadata={"help": "255 is 8 bit."})
-    activation_scaling: Literal["static", "token"] = "static"
+    activation_scaling: Literal["static", "token", "group"] = "static"
     embedding_levels: int | None = field(default=None, metadata={"help": "Embedding and head."})
     gptq: bool = field(default=True, metadata={"help": "false: nearest codes on a searched grid."})
 

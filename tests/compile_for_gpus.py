@@ -56,12 +56,19 @@ def variants():
     """(name, kernel, types, constants) of what is compiled."""
     for x, levels, block in (("fp32", 255, 4096), ("bf16", 256, 1024), ("fp16", 15, 64)):
         types = {"x": f"*{x}", "codes": "*i8", "sums": "*i32", "step_stride": "i32"}
-        constants = {"LEVELS": levels, "BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
+        constants = {
+            "LEVELS": levels,
+            "CLIP_RATIO": 0.8 if levels == 15 else 1.0,
+            "BLOCK": block,
+            "num_warps": 4 if block <= 1024 else 8,
+        }
         if x == "bf16":
             constants["step"] = None  # every token has its own
         yield f"quantize {x} {levels}", gpu_kernels.quantize_tokens, types, constants
-    for levels, group_size in ((4, None), (3, 64), (16, 64), (16, None), (256, None), (255, 128)):
-        spec = LinearSpec(levels, 255, "token", group_size=group_size)
+    grids = [(4, None), (3, 64), (16, 64), (16, None), (256, None), (255, 128)]
+    grids = [(*grid, "token") for grid in grids] + [(4, 64, "group"), (16, 64, "group")]
+    for levels, group_size, scaling in grids:
+        spec = LinearSpec(levels, 255, scaling, group_size=group_size)
         layer = MaQDLinear.from_linear(nn.Linear(512, 8), spec, start="range")
         packed = PackedLinear.from_qat(layer)
         for x in ("i8", "bf16", "fp32"):
@@ -73,15 +80,17 @@ def variants():
                 packed.weight_offset,
                 packed.bias,
                 255 if x == "i8" else None,
+                group_steps=scaling == "group",
             )
             for tiles in (gpu.FLOAT32_TILES if x == "fp32" else gpu.TILES).values():
-                types = {"x": f"*{x}", "weight": "*u8", "sums": "*i32"}
+                types = {"x": f"*{x}", "weight": "*u8"}
+                types["sums"] = "*fp32" if scaling == "group" else "*i32"
                 types["scale"] = "*fp32" if group_size is None else "*i16"
                 types["y"] = "*fp32" if x == "fp32" else "*bf16"
                 constants = weight.constants(x == "i8", tiles)
                 if x != "i8":
                     constants |= {"step": None, "sums": None}
-                name = f"multiply {x} {levels} groups of {group_size} {tiles}"
+                name = f"multiply {x} {levels} groups of {group_size} {scaling} {tiles}"
                 yield name, gpu_kernels.multiply, types, constants
 
 

@@ -21,7 +21,8 @@ void maqd_fake_quantize(const float *, const float *, const float *, const float
 void maqd_fake_quantize_backward(const float *, const float *, const float *, const void *, float *,
                                  float *, float *, int64_t, int64_t, int64_t, int32_t, int32_t,
                                  int32_t);
-void maqd_round_tokens(const void *, void *, int64_t, int64_t, int32_t, int32_t, int32_t, int32_t);
+void maqd_round_tokens(const void *, void *, int64_t, int64_t, float, int32_t, int32_t, int32_t,
+                       int32_t);
 void maqd_divergence(float *, float *, double *, int64_t, int64_t, float, float, int32_t);
 
 static int failures, checks;
@@ -125,7 +126,7 @@ static layer make(int32_t levels, int32_t bits, int64_t rows, int64_t columns, i
     const int has_constant = activation_levels && activation_levels % 2 == 0;
     l.w = (maqd_weight){panels, groups > 1 ? (void *)group_scale : scale, with ? offset : NULL, has_constant ? constant : NULL,
                         with ? bias : NULL, rows, columns, groups, units, bits, levels > 128,
-                        (float)zero};
+                        (float)zero, draw(2) ? 1 : 0.75f, groups > 1 && activation_levels % 2 && draw(2)};
     return l;
 }
 
@@ -146,13 +147,19 @@ static void product_case(int path, int32_t levels, int32_t bits, int64_t rows, i
            path, levels, bits, 0);
     double wrong = 0, size = 1e-6;
     for (int64_t t = 0; t < tokens; ++t) {
-        float s = step ? step[every * t] : 1, most = 0;
-        for (int64_t k = 0; k < columns; ++k) most = fmaxf(most, fabsf(x[t * columns + k]));
-        if (s == 0) s = fmaxf(most / ((float)(activation_levels - 1) / 2), 1.17549435e-38f);
+        const int64_t parts = l.w.group_steps ? groups : 1, width = columns / parts;
+        float steps[3] = {step ? step[every * t] : 1};
+        for (int64_t p = 0; p < parts && (steps[0] == 0 || l.w.group_steps); ++p) {
+            float most = 0;
+            for (int64_t k = p * width; k < (p + 1) * width; ++k)
+                most = fmaxf(most, fabsf(x[t * columns + k]));
+            steps[p] = most / ((float)(activation_levels - 1) / 2) * l.w.clip_ratio;
+            steps[p] = fmaxf(steps[p], 1.17549435e-38f);
+        }
         for (int64_t n = 0; n < rows; ++n) {
             double sum = 0;
             for (int64_t k = 0; k < columns; ++k) {
-                const float v = x[t * columns + k];
+                const float v = x[t * columns + k], s = steps[k / width];
                 sum += l.matrix[n * columns + k] *
                        (activation_levels ? s * on_grid(v, s, activation_levels) : v);
             }
@@ -164,23 +171,27 @@ static void product_case(int path, int32_t levels, int32_t bits, int64_t rows, i
     expect(wrong <= 1e-5 * size, "product: path, levels, columns, tokens", path, levels,
            (int)columns, (int)tokens);
     if (activation_levels) {
-        maqd_input taken = {get(tokens * maqd_stride(&l.w)), get(tokens * 4),
+        maqd_input taken = {get(tokens * maqd_stride(&l.w)), get(tokens * 4), get(tokens * groups * 4),
                             get(tokens * (groups + 1) * 4), NULL, 1};
+        if (!l.w.group_steps) taken.group_step = NULL;
         for (int64_t t = 0; t < tokens; ++t) taken.step[t] = step[every * t];
         maqd_take_inputs(&l.w, x, tokens, activation_levels, &taken, path);
         for (int64_t t = 0; t < tokens; ++t) {
             double sum = 0;
             for (int64_t k = 0; k < maqd_stride(&l.w); ++k) {
                 const int code = taken.codes[t * maqd_stride(&l.w) + k];
-                sum += code;
+                const float *own = taken.group_step;
+                const float s = own ? own[t * groups + k * groups / columns] : taken.step[t];
+                sum += own ? s * (double)code : code;
                 if (k < columns) {
-                    const double q = on_grid(x[t * columns + k], taken.step[t], activation_levels);
+                    const double q = on_grid(x[t * columns + k], s, activation_levels);
                     expect(code == (int)floor(q), "code", path, activation_levels, (int)t, (int)k);
                 } else {
                     expect(code == 0, "padding", path, activation_levels, (int)t, (int)k);
                 }
             }
-            expect(taken.sums[t * (groups + 1) + groups] == (float)sum, "sum", path, (int)t, 0, 0);
+            const double off = fabs(taken.sums[t * (groups + 1) + groups] - sum);
+            expect(l.w.group_steps ? off <= 1e-4 * (1 + fabs(sum)) : off == 0, "sum", path, (int)t, 0, 0);
         }
     }
     drop();
@@ -415,9 +426,17 @@ static void training_of(int64_t rows, int64_t columns, int64_t groups, int level
         }
         expect(columns == 1 || (fabs(sum) < 1e-3 && fabs(along) < 1e-3), "gradient", (int)r, 0, 0, 0);
     }
-    maqd_round_tokens(w, values, rows, columns, levels, 0, 0, threads);
-    maqd_round_tokens(w, narrow, rows, columns, levels, 0, 1, threads);
-    maqd_round_tokens(narrow, values, rows, columns, levels, 1, 0, threads);
+    maqd_round_tokens(w, values, rows, columns, 0.75f, levels, 0, 0, threads);
+    for (int64_t r = 0; r < rows; ++r) {
+        float most = 0, largest = 0;
+        for (int64_t k = 0; k < columns; ++k) {
+            most = fmaxf(most, fabsf(w[r * columns + k]));
+            largest = fmaxf(largest, fabsf(values[r * columns + k]));
+        }
+        expect(fabsf(largest - 0.75f * most) <= 1e-5f * most, "clipped", (int)r, levels, 0, 0);
+    }
+    maqd_round_tokens(w, narrow, rows, columns, 1, levels, 0, 1, threads);
+    maqd_round_tokens(narrow, values, rows, columns, 1, levels, 1, 0, threads);
     double *loss = get(rows * 8);
     memcpy(values, w, (size_t)(rows * columns) * 4);
     maqd_divergence(values, w, loss, rows, columns, 1, 1, threads);

@@ -26,7 +26,7 @@ def packed(family: str, static: bool = True, **settings: Any) -> nn.Module:
     model = tiny(family)
     quantize_model(model, MaQDConfig(**settings))
     ids = example(model, batch=4)["input_ids"]
-    if settings.get("activation_scaling") != "token":
+    if settings.get("activation_scaling", "static") == "static":
         calibrate_activations(model, ids, progress=False)
     if static:
         calibrate_norm_statistics(model, ids)
@@ -69,6 +69,18 @@ def test_the_reductions_are_those_torch_runs(family: str, scaling: str, static: 
     cost = inference_cost(model)
     assert counted.rows == 5 * cost.left.reductions
     assert not cost.seldom
+
+
+def test_steps_of_groups_are_reductions_that_torch_runs() -> None:
+    settings = {"activation_scaling": "group", "group_size": 8, "first_token": "shared"}
+    model = packed("llama-tied", **settings)
+    with torch.no_grad(), ReducedRows() as counted:
+        model(**example(model, batch=1, tokens=5))
+    cost = inference_cost(model)
+    assert counted.rows == 5 * cost.left.reductions
+    one = inference_cost(packed("llama-tied", **settings | {"activation_scaling": "token"}))
+    assert cost.left.reductions > 2 * one.left.reductions
+    assert cost.left.multiplications > one.left.multiplications
 
 
 def test_a_static_model_reduces_nothing_but_what_the_report_names() -> None:

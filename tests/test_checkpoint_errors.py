@@ -140,6 +140,10 @@ EDITS: dict[str, tuple[Edit, str]] = {
         lambda c: c["modules"]["layers.1.input_layernorm"].update(absorbed=False),
         "layers.1.input_layernorm is not what was saved",
     ),
+    "another clip ratio": (
+        lambda c: c.update(activation_clip_ratio=0.5),
+        "is not what was saved",
+    ),
     "levels out of range": (lambda c: c.update(weight_levels=1), "weight_levels=1 is outside"),
     "a module that is not there": (
         lambda c: c["modules"].update({"layers.9.x": _module(c)}),

@@ -15,6 +15,7 @@ OTHER: dict[str, Any] = {  # every field away from its default
     "weight_levels": 3,
     "activation_levels": 15,
     "activation_scaling": "token",
+    "activation_clip_ratio": 0.9,
     "group_size": 64,
     "weight_offset": False,
     "embedding_levels": 255,
@@ -115,6 +116,10 @@ def test_bad_levels_are_refused_by_name_and_value(name: str, levels: object) -> 
         ({"first_token": "x"}, "first_token='x'"),
         ({"surrogate": "x"}, "surrogate='x'.*clip"),
         ({"group_size": -1}, "group_size=-1"),
+        ({"activation_clip_ratio": 0}, r"activation_clip_ratio=0: .*\(0, 1\]"),
+        ({"activation_clip_ratio": 1.5}, r"activation_clip_ratio=1\.5"),
+        ({"activation_clip_ratio": "max"}, "activation_clip_ratio='max'"),
+        ({"overrides": {"*": {"activation_clip_ratio": True}}}, "activation_clip_ratio=True"),
         ({"quant_method": "gptq"}, "quant_method='gptq'"),
         ({"format_version": 99}, "format_version=99.*install"),
         ({"overrides": {"*": {"bits": 4}}}, r"overrides\['\*'\].*\['bits'\].*weight_levels"),
@@ -134,6 +139,35 @@ def test_linear_spec_takes_every_setting_of_the_config() -> None:
     spec = MaQDConfig(**OTHER).linear_spec("layers.0.up_proj")
     for f in fields(LinearSpec):
         assert getattr(spec, f.name) == OTHER[f.name]
+
+
+def test_tokens_of_few_levels_are_clipped_by_themselves() -> None:
+    def ratio(**settings: Any) -> float:
+        return MaQDConfig(**settings).linear_spec("x").activation_clip_ratio
+
+    assert ratio(activation_levels=15, activation_scaling="token") == 0.8
+    assert ratio(activation_levels=16, activation_scaling="token") == 0.8
+    assert ratio(activation_levels=17, activation_scaling="token") == 1
+    assert ratio(activation_levels=15) == ratio(activation_levels=None) == ratio() == 1
+    both = {"activation_levels": 15, "activation_scaling": "token"}
+    assert ratio(activation_clip_ratio=0.9, **both) == 0.9
+    assert ratio(overrides={"*": both}) == 0.8
+    assert ratio(overrides={"*": {"activation_clip_ratio": 1}}, **both) == 1
+
+
+def test_config_files_from_before_a_setting_mean_what_they_meant() -> None:
+    written = MaQDConfig(modules={}, activation_levels=15, activation_scaling="token").to_dict()
+    del written["rotation"], written["activation_clip_ratio"]
+    spec = MaQDConfig.from_dict(written).plain_linear_spec()
+    assert spec.rotation is None and spec.activation_clip_ratio == 1
+
+
+def test_a_settled_config_says_what_auto_decided() -> None:
+    config = MaQDConfig(activation_levels=15, activation_scaling="token")
+    settled = config.settled()
+    assert (settled.rotation, settled.activation_clip_ratio) == (512, 0.8)
+    assert settled.plain_linear_spec() == config.plain_linear_spec()
+    assert settled.settled() == settled
 
 
 def test_the_last_matching_override_wins_setting_by_setting() -> None:

@@ -73,6 +73,33 @@ def test_rotated_inputs(path, family, activation_levels):
         assert_equal(got.logits, expected.logits)
 
 
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"odd widths"}))
+@pytest.mark.parametrize("levels", [3, 16])
+def test_steps_of_groups(path, family, levels):
+    settings = {"activation_scaling": "group", "group_size": 32, "activation_levels": 15}
+    model = packed(family, weight_levels=levels, **settings)
+    for shape in [(1, 1), (2, 9)]:
+        got, expected = both(model, torch.randint(3, 250, shape))
+        assert_equal(got.logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation_clip_ratio": 0.5},
+        {"activation_scaling": "group"},
+        {"activation_levels": None},
+    ],
+    ids=str,
+)
+def test_layers_that_share_an_input_may_round_it_differently(path, changes):
+    settings = {"activation_levels": 15, "activation_clip_ratio": 0.9, "group_size": 32}
+    model = packed(**settings, overrides={"*.k_proj": changes})
+    for shape in [(1, 1), (3, 33)]:
+        got, expected = both(model, torch.randint(3, 250, shape))
+        assert_equal(got.logits, expected.logits)
+
+
 @pytest.mark.parametrize("first_token", ["own", "shared"])
 def test_static_norms_and_steps(best, first_token, monkeypatch):
     torch.manual_seed(0)

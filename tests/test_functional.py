@@ -99,6 +99,34 @@ def test_token_step_clips_nothing_and_survives_a_zero_token() -> None:
         torch.testing.assert_close(y.abs().amax(-1), x.abs().amax(-1))
 
 
+@pytest.mark.parametrize("levels", SOME_LEVELS)
+@pytest.mark.parametrize("ratio", [0.3, 0.8])
+def test_a_clipped_token_reaches_that_share_of_its_absmax(levels: int, ratio: float) -> None:
+    x = torch.randn(3, 5, 64)
+    y = F.round_tokens(x, levels, ratio)
+    torch.testing.assert_close(y.abs().amax(-1), ratio * x.abs().amax(-1))
+    assert torch.equal(F.round_tokens(4 * x, levels, ratio), 4 * y)
+    step = F.token_step(x, levels, ratio)
+    assert torch.equal(y, F.scaled_round_clip(x, levels, step))
+    inside = x.abs() <= step * levels / 2
+    assert float((y - x)[inside].abs().max()) <= float(step.max()) / 2 * (1 + 1e-6)
+
+
+def test_few_levels_lose_less_of_a_gaussian_when_its_ends_are_clipped() -> None:
+    x = torch.randn(50, 512)
+    errors = {
+        (m, r): float((F.round_tokens(x, m, r) - x).norm()) for m in (15, 255) for r in (1, 0.8)
+    }
+    assert errors[15, 0.8] < 0.9 * errors[15, 1]
+    assert errors[255, 0.8] > errors[255, 1]
+
+
+def test_all_of_the_gradient_of_a_clipped_token_passes() -> None:
+    x = torch.randn(4, 9, requires_grad=True)
+    (grad,) = torch.autograd.grad(F.round_tokens(x, 7, 0.5).sum(), x)
+    assert torch.equal(grad, torch.ones_like(x))
+
+
 # ------------------------------------------------------------------------------------ surrogates
 
 

@@ -118,17 +118,19 @@ def test_what_the_library_does_not_take_goes_to_torch() -> None:
         fake_quantize.fake_quantize_weight(weight, step, torch.ones(5, 2), None, 16)
 
 
+@pytest.mark.parametrize("ratio", [1.0, 0.8])
 @pytest.mark.parametrize("levels", [3, 15, 255, 256])
 @pytest.mark.parametrize("shape", [(2, 5, 48), (3, 1, 7), (1, 33)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_are_the_oracles_bit_for_bit(
-    shape: tuple[int, ...], levels: int, dtype: torch.dtype
+    shape: tuple[int, ...], levels: int, dtype: torch.dtype, ratio: float
 ) -> None:
     x = torch.randn(shape).to(dtype).requires_grad_()
-    got = fake_quantize.round_tokens(x, levels)
-    assert got.dtype == dtype and torch.equal(got, functional.round_tokens(x, levels))
-    narrow = fake_quantize.round_tokens(x, levels, torch.bfloat16)
-    assert torch.equal(narrow, functional.round_tokens(x.float(), levels).to(torch.bfloat16))
+    got = fake_quantize.round_tokens(x, levels, ratio)
+    assert got.dtype == dtype and torch.equal(got, functional.round_tokens(x, levels, ratio))
+    narrow = fake_quantize.round_tokens(x, levels, ratio, torch.bfloat16)
+    wide = functional.round_tokens(x.float(), levels, ratio)
+    assert torch.equal(narrow, wide.to(torch.bfloat16))
     (grad,) = torch.autograd.grad(narrow, x, torch.ones_like(narrow))
     assert grad.dtype == dtype and bool((grad == 1).all())
 

@@ -18,7 +18,8 @@ TOLERANCE = 2e-6  # of the output's norm: float32 sums in another order
 
 
 def packed(columns, rows, weight_levels=16, activation_levels=255, bias=True, **settings):
-    spec = LinearSpec(weight_levels, activation_levels, "token", **settings)
+    settings = {"activation_scaling": "token"} | settings
+    spec = LinearSpec(weight_levels, activation_levels, **settings)
     return PackedLinear.from_qat(MaQDLinear.from_linear(nn.Linear(columns, rows, bias), spec))
 
 
@@ -118,19 +119,64 @@ def test_large_sums_do_not_overflow(path):
         assert torch.allclose(layer(torch.ones(1, 16384)).double(), exact, rtol=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [1.0, 0.8])
 @pytest.mark.parametrize("levels", [15, 16, 255, 256])
-def test_activation_codes_bit_for_bit(path, levels):
+def test_activation_codes_bit_for_bit(path, levels, ratio):
     x = 3 * torch.randn(5, 96)
     x[0, :4] = torch.tensor([float("inf"), -float("inf"), 0.0, 1e30])
     step = torch.tensor([0.1, 0.5, 0.0, 0.02, 0.3])  # 0: the token's own
-    layer = packed(96, 24, 4, levels, group_size=32)
+    layer = packed(96, 24, 4, levels, group_size=32, activation_clip_ratio=ratio)
     weight = layer.native_weight()
     used = weight.take(x, step)
-    assert used["step"][2] == token_step(x[2:3], levels)
+    assert used["step"][2] == token_step(x[2:3], levels, ratio)
     expected = quantize(x, levels, used["step"].unsqueeze(1)).int() - levels // 2
     assert torch.equal(used["codes"].int(), expected)
     sums = expected.unflatten(1, (3, -1)).sum(-1).float()
     assert torch.equal(used["sums"], torch.cat([sums, sums.sum(1, keepdim=True)], 1))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17])
+@pytest.mark.parametrize("activation_levels", [3, 15, 255])
+@pytest.mark.parametrize("weight_levels", [2, 3, 4, 8, 16, 255])
+def test_steps_of_groups(path, weight_levels, activation_levels, tokens, monkeypatch):
+    for columns, rows, group, settings in [
+        (96, 48, 32, {}),
+        (192, 33, 64, {"activation_clip_ratio": 0.7}),
+        (64, 5, 32, {"bias": False, "weight_offset": False}),
+        (32, 17, 32, {}),
+    ]:
+        settings = {"activation_scaling": "group", "group_size": group} | settings
+        layer = packed(columns, rows, weight_levels, activation_levels, **settings)
+        x = torch.randn(tokens, columns) * torch.logspace(-3, 3, columns)
+        got, expected = both(layer, x, monkeypatch)
+        error = (got - expected).norm(dim=1) / expected.norm(dim=1)
+        assert float(error.max()) < TOLERANCE, (columns, rows, settings)
+
+
+def test_codes_of_groups_bit_for_bit(path):
+    x = 3 * torch.randn(5, 96)
+    x[0, :4] = torch.tensor([1e-30, -1e30, 0.0, 1e30])
+    x[1, 32:64] = 0
+    settings = {"activation_clip_ratio": 0.8, "activation_scaling": "group"}
+    weight = packed(96, 24, 4, 15, group_size=32, **settings).native_weight()
+    used = weight.take(x, torch.zeros(5))
+    rows = x.unflatten(1, (3, -1))
+    assert torch.equal(used["group_step"].unsqueeze(-1), token_step(rows, 15, 0.8))
+    assert bool((used["step"] == 1).all())
+    expected = quantize(rows, 15, used["group_step"].unsqueeze(-1)).int() - 7
+    assert torch.equal(used["codes"].int(), expected.flatten(1))
+    sums = expected.sum(-1).float()
+    assert torch.equal(used["sums"][:, :3], sums)
+    torch.testing.assert_close(used["sums"][:, 3], (sums * used["group_step"]).sum(1))
+
+
+def test_steps_of_groups_want_odd_levels(path):
+    words = pack_codes(torch.zeros(4, 32, dtype=torch.int64), 16)
+    given = (words, 16, 32, torch.ones(4, 2), None, None)
+    with pytest.raises(ValueError, match=r"activation_levels=16.*odd"):
+        native.NativeWeight(*given, 16, group_steps=True)
+    assert native.NativeWeight(*given, 15, group_steps=True).group_steps
+    assert not native.NativeWeight(*given, None, group_steps=True).group_steps
 
 
 def test_shapes_dtypes_and_views(path, monkeypatch):

@@ -227,6 +227,8 @@ def weight_of(layer):
         layer.weight_offset,
         layer.bias,
         layer.spec.activation_levels,
+        activation_clip_ratio=layer.spec.activation_clip_ratio,
+        group_steps=layer.spec.input_group is not None,
     )
 
 
@@ -263,6 +265,19 @@ def test_equals_the_reference(weight_levels, activation_levels, dtype, device):
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("activation_levels", [3, 15, 255])
+@pytest.mark.parametrize("weight_levels", LEVELS)
+def test_steps_of_groups(weight_levels, activation_levels, device):
+    for tokens, columns, rows, group in [(1, 64, 33, 32), (3, 192, 5, 96), (17, 256, 20, 64)]:
+        layer = packed(
+            columns, rows, weight_levels, activation_levels, "group", group_size=group
+        ).to(device)
+        x = torch.randn(tokens, columns, device=device)
+        x *= torch.logspace(-3, 3, columns, device=device)
+        assert_equals_the_reference(layer, x, None)
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 130])
 @pytest.mark.parametrize("activation_levels", [None, 255])
 def test_every_tile(tokens, activation_levels, device):
@@ -273,16 +288,17 @@ def test_every_tile(tokens, activation_levels, device):
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("ratio", [1.0, 0.8])
 @pytest.mark.parametrize("levels", [2, 15, 16, 255, 256])
-def test_activation_codes_bit_for_bit(levels, device):
+def test_activation_codes_bit_for_bit(levels, ratio, device):
     x = (3 * torch.randn(6, 97)).to(device)
     x[0, :4] = torch.tensor([float("inf"), -float("inf"), 0.0, 1e30], device=device)
     x[4] = (torch.arange(97, device=device) - 48.0) / 2  # ties
     x[5] = 0
     step = torch.tensor([0.1, 0.5, 0.0, 0.02, 1.0, 0.0], device=device)  # 0: the token's own
-    weight = weight_of(packed(97, 24, 4, levels).to(device))
+    weight = weight_of(packed(97, 24, 4, levels, activation_clip_ratio=ratio).to(device))
     codes, used, sums = weight.quantize(x, step)
-    own = token_step(x[[2, 5]], levels).flatten()
+    own = token_step(x[[2, 5]], levels, ratio).flatten()
     expected_step = torch.where(step == 0, torch.zeros_like(step), step)
     expected_step[2], expected_step[5] = own[0], own[1]
     assert torch.equal(used, expected_step)

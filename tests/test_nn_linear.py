@@ -114,7 +114,7 @@ def test_group_size_must_divide_the_width() -> None:
         ({"weight_levels": 1}, "weight_levels=1 is outside 2..256.*bits"),
         ({"activation_levels": 257}, "activation_levels=257"),
         ({"weight_levels": True}, "weight_levels=True must be an int"),
-        ({"activation_scaling": "row"}, "activation_scaling='row'.*'static' or 'token'"),
+        ({"activation_scaling": "row"}, "activation_scaling='row'.*'static', 'token' or 'group'"),
         ({"first_token": "other"}, "first_token='other'.*'own' or 'shared'"),
         ({"group_size": 0}, "group_size=0.*positive int"),
         ({"group_size": 4.0}, "group_size=4.0.*positive int"),
@@ -240,6 +240,47 @@ def test_token_scaling_is_per_token(levels: int) -> None:
             step = x[b, t].abs().max() / ((levels - 1) / 2)
             expected = reference.round_clip(x[b, t], levels, step.item())
             torch.testing.assert_close(layer.activation(x)[b, t], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_group_scaling_is_per_group_of_a_token() -> None:
+    layer = MaQDLinear(24, 4, spec=LinearSpec(16, 15, "group", group_size=8))
+    x = torch.randn(2, 3, 24) * torch.tensor([0.01, 1.0, 100.0]).repeat_interleave(8)
+    y = layer.activation(x)
+    for part in x.split(8, -1), y.split(8, -1):
+        assert all(piece.shape == (2, 3, 8) for piece in part)
+    for own, rounded in zip(x.split(8, -1), y.split(8, -1), strict=True):
+        torch.testing.assert_close(rounded, scaled_round_clip(own, 15, token_step(own, 15)))
+    one = replace(layer.spec, group_size=None)
+    token = replace(one, activation_scaling="token")
+    layers = [MaQDLinear(24, 4, spec=spec) for spec in (one, token)]
+    assert torch.equal(layers[0].activation(x), layers[1].activation(x))
+
+
+def test_steps_of_groups_want_zero_among_the_levels() -> None:
+    with pytest.raises(ValueError, match=r"activation_levels=16: .*odd.* 15"):
+        LinearSpec(16, 16, "group", group_size=8)
+    assert LinearSpec(16, 16, "group").input_group is None
+    assert LinearSpec(16, None, "group", group_size=8).activation_levels is None
+
+
+def test_a_group_of_few_levels_survives_a_large_neighbour() -> None:
+    """One large channel costs its own group its levels, and no other."""
+    linear, x = nn.Linear(128, 32, bias=False), torch.randn(16, 128)
+    x[:, 3] *= 100
+    errors = {}
+    for scaling in ("token", "group"):
+        layer = MaQDLinear.from_linear(linear, LinearSpec(None, 15, scaling, group_size=32))
+        errors[scaling] = float((layer(x) - linear(x)).detach().norm())
+    assert errors["group"] < 0.7 * errors["token"]
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "arctan"])
+def test_gradients_pass_a_group_grid(surrogate: str) -> None:
+    spec = LinearSpec(None, 15, "group", group_size=8, surrogate=surrogate)
+    layer, x = MaQDLinear(24, 4, spec=spec), torch.randn(5, 24, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer.activation(x).sum(), x)
+    assert grad.shape == x.shape and bool(grad.isfinite().all())
+    assert surrogate != "clip" or bool((grad == 1).all())
 
 
 def test_first_token_keeps_a_step_of_its_own() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from families import FAMILIES, example, output, tiny
@@ -197,13 +195,3 @@ def test_integers_are_not_rotated() -> None:
     layer.activation.set_step(0.1)
     with pytest.raises(ValueError, match="rotation=None"):
         check_integer(PackedLinear.from_qat(layer))
-
-
-def test_config_files_from_before_rotation_mean_none() -> None:
-    model = tiny("llama-tied")
-    quantize_model(model, MaQDConfig(activation_levels=15, rotation=None))
-    stored = model.config.quantization_config.to_diff_dict()
-    del stored["rotation"]
-    old = MaQDConfig.from_dict(copy.deepcopy(stored))
-    assert old.rotation is None and old.linear_spec("layers.0.mlp.up_proj").rotation is None
-    assert MaQDConfig(activation_levels=15).linear_spec("x").rotation == 512

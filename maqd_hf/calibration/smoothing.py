@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 
 from ..building import modules_of
 from ..functional import grid_center
-from ..nn import LayerBatchNorm, MaQDEmbedding, MaQDLinear, Start, rotate
+from ..nn import LayerBatchNorm, MaQDEmbedding, MaQDLinear, Start, own_rows, rotate
 from ..probing import example_inputs, trace_norms
 from .blocks import (
     Batches,
@@ -331,11 +331,12 @@ class Errors:
         total = (self.weight.square() * self.x.square().mean(0)).sum()
         inputs = total.new_zeros(())
         if spec.activation_levels is not None:
-            most = rotate(self.x / factors, mixed).abs().amax(-1)
-            if spec.static_activations:
-                most = most.amax()
+            rows = own_rows(rotate(self.x / factors, mixed), spec.input_group or scaled.shape[1])
+            most = rows.abs().amax(-1)  # (tokens, groups)
+            most = most.amax() if spec.static_activations else most * spec.activation_clip_ratio
             step = most / grid_center(spec.activation_levels)
-            inputs = scaled.square().sum() * step.square().mean() / 12
+            met = own_rows(scaled.square(), rows.shape[-1]).sum((0, -1))  # (groups,)
+            inputs = (met * step.square().mean(0)).sum() / 12
         groups = spec.groups(self.weight.shape[1])
         reach = self.reach / factors.square()
         reach = reach.view(-1, mixed).mean(-1, keepdim=True).expand(-1, mixed)

@@ -66,7 +66,7 @@ class _Decoder(ctypes.Structure):
         ("norm", _Norm),
         ("table", ctypes.POINTER(TableStruct)),
         ("head", _Linear),
-        ("floats", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("floats", "group_steps")),
         ("activation", ctypes.c_int32),
     ]
 
@@ -225,6 +225,7 @@ class NativeDecoder:
             ctypes.pointer(self.table.struct) if self.table else None,
             self.head.struct(self._keep) if self.head else _Linear(),
             any(linear.weight.activation_levels is None for linear in self._linears()),
+            any(linear.weight.group_steps for linear in self._linears()),
             ACTIVATIONS.index(self.activation),
         )
 

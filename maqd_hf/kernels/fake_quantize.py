@@ -55,7 +55,9 @@ def fake_quantize_weight(
     return result.to(dtype)
 
 
-def round_tokens(x: Tensor, levels: int, dtype: torch.dtype | None = None) -> Tensor:
+def round_tokens(
+    x: Tensor, levels: int, clip_ratio: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
     """Every token of ``x`` (..., D) on its own grid, in ``dtype`` (None: ``x``'s): see
     ``functional.round_tokens``.
 
@@ -65,8 +67,8 @@ def round_tokens(x: Tensor, levels: int, dtype: torch.dtype | None = None) -> Te
     dtype = dtype or x.dtype
     serves = loader.reads(x) and {x.dtype, dtype} <= _KINDS.keys() and x.dim() > 0 and x.numel() > 0
     if not serves:
-        return functional.round_tokens(x, levels).to(dtype)
-    result: Tensor = _RoundTokens.apply(x, functional.check_levels(levels), dtype)
+        return functional.round_tokens(x, levels, clip_ratio).to(dtype)
+    result: Tensor = _RoundTokens.apply(x, functional.check_levels(levels), clip_ratio, dtype)
     return result
 
 
@@ -130,10 +132,10 @@ class _FakeQuantizeWeight(torch.autograd.Function):
 
 
 class _RoundTokens(torch.autograd.Function):
-    """Nothing lies outside a token's own grid: all of the gradient passes."""
+    """All of the gradient passes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, levels: int, clip_ratio: float, dtype: torch.dtype) -> Tensor:
         ctx.dtype = x.dtype
         rows = x.contiguous()
         out = torch.empty_like(rows, dtype=dtype)
@@ -141,12 +143,13 @@ class _RoundTokens(torch.autograd.Function):
         sizes = [ctypes.c_int64(n) for n in (rows.numel() // width, width)]
         options = (levels, _KINDS[rows.dtype], _KINDS[dtype], torch.get_num_threads())
         numbers = [ctypes.c_int32(n) for n in options]
-        loader.run("maqd_round_tokens", (rows, out), *sizes, *numbers)
+        ratio = ctypes.c_float(clip_ratio)
+        loader.run("maqd_round_tokens", (rows, out), *sizes, ratio, *numbers)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.to(ctx.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.to(ctx.dtype), None, None, None
 
 
 def _run(

@@ -137,9 +137,12 @@ class GpuWeight:
         offset: Tensor | None,
         bias: Tensor | None,
         activation_levels: int | None,
+        activation_clip_ratio: float = 1.0,
+        group_steps: bool = False,
     ) -> None:
         self.rows, self.columns, self.groups = words.shape[0], columns, scale.shape[1]
         self.levels, self.activation_levels = levels, activation_levels
+        self.activation_clip_ratio, self.group_steps = activation_clip_ratio, group_steps
         self.codes = repack(words, levels, columns)
         scales = scale.detach().to(scale_dtype(self.groups)).t().contiguous()
         zeros = torch.zeros(self.rows, device=scale.device)
@@ -176,28 +179,37 @@ class GpuWeight:
 
     def quantize(self, x: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (tokens, ...) less half the levels, steps (tokens,) and the codes' sums (tokens,)
-        of ``x`` (tokens, columns)."""
+        of ``x`` (tokens, columns).
+
+        With ``group_steps`` the steps are (tokens, groups), and the sums are in units of them.
+        """
         tokens = len(x)
-        # the rows are filled up to where every one of them is aligned
-        codes = x.new_empty(tokens, -(-self.columns // RUN) * RUN, dtype=torch.int8)
-        used, sums = x.new_empty(tokens, dtype=torch.float32), x.new_empty(tokens, dtype=torch.int)
+        width = self.columns // self.groups if self.group_steps else self.columns
+        x = x.view(-1, width)  # a row for every step
+        # the rows are filled up to where every one of them is aligned; groups are already
+        codes = x.new_empty(len(x), -(-width // RUN) * RUN, dtype=torch.int8)
+        used, sums = x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), dtype=torch.int)
         given = None if step is None else step.detach().reshape(-1).contiguous()
-        block = min(4096, 1 << (self.columns - 1).bit_length())
-        _kernels().quantize_tokens[(tokens,)](
+        block = min(4096, 1 << (width - 1).bit_length())
+        _kernels().quantize_tokens[(len(x),)](
             x,
             given,
             codes,
             used,
             sums,
-            self.columns,
-            self.columns,
+            width,
+            width,
             codes.shape[1],
             0 if given is None or len(given) == 1 else 1,
             LEVELS=self.activation_levels,
+            CLIP_RATIO=self.activation_clip_ratio,
             BLOCK=block,
             num_warps=4 if block <= 1024 else 8,
         )
-        return codes, used, sums
+        if not self.group_steps:
+            return codes, used, sums
+        used = used.view(tokens, self.groups)
+        return codes.view(tokens, self.columns), used, (used * sums.view_as(used)).sum(1)
 
     def constants(self, integer: bool, tiles: Tiles) -> dict[str, int | float | bool]:
         """What the product of codes (or floats) by this weight is compiled for."""
@@ -213,6 +225,7 @@ class GpuWeight:
             "GROUP": group,
             "FLUSH": math.gcd(group, inputs) // RUN if group else 1,
             "INTEGER": integer,
+            "GROUP_STEPS": integer and self.group_steps,
             "HAS_OFFSET": self.offset is not None,
             "BLOCK_M": tiles.tokens,
             "BLOCK_N": tiles.rows,

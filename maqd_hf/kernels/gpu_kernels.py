@@ -29,6 +29,7 @@ def quantize_tokens(
     codes_stride,
     step_stride,
     LEVELS: tl.constexpr,
+    CLIP_RATIO: tl.constexpr,  # of its absmax, what the grid of a token's own step covers
     BLOCK: tl.constexpr,
 ):
     """One program a token. Equal codes bit for bit: the division is IEEE's, ties go to even."""
@@ -44,7 +45,7 @@ def quantize_tokens(
         for start in range(0, columns, BLOCK):
             k = start + tl.arange(0, BLOCK)
             most = tl.maximum(most, tl.abs(tl.load(x + k, k < columns, 0.0).to(tl.float32)))
-        own = tl.maximum(tl.div_rn(tl.max(most, 0), center), _TINY)
+        own = tl.maximum(tl.div_rn(tl.max(most, 0), center) * CLIP_RATIO, _TINY)
     total = tl.zeros([BLOCK], tl.int32)
     missing = tl.zeros([BLOCK], tl.int32)
     for start in range(0, columns, BLOCK):
@@ -69,8 +70,8 @@ def multiply(
     offset,  # (rows,), read if HAS_OFFSET
     constant,  # (rows,), read if INTEGER: what even activation levels add
     bias,  # (rows,)
-    step,  # (tokens,), read if INTEGER
-    sums,  # (tokens,), read if INTEGER
+    step,  # (tokens,), or (tokens, groups) if GROUP_STEPS; read if INTEGER
+    sums,  # (tokens,), read if INTEGER; if GROUP_STEPS in units of the steps
     y,  # out (tokens, rows)
     tokens,
     rows,
@@ -85,6 +86,7 @@ def multiply(
     GROUP: tl.constexpr,  # inputs of a group; 0: one scale a row
     FLUSH: tl.constexpr,  # runs after which a group may end
     INTEGER: tl.constexpr,
+    GROUP_STEPS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,  # tokens
     BLOCK_N: tl.constexpr,  # rows
@@ -135,6 +137,8 @@ def multiply(
                 if HALF:
                     part += 0.5 * tl.sum(x_parts, 1).to(tl.float32)[:, None]
                     x_parts = tl.zeros([BLOCK_M, BYTES], ACCUMULATOR)
+                if GROUP_STEPS:
+                    part *= tl.load(step + m * groups + group, some_m, 0.0)[:, None]
                 total += part * worth[None, :]
                 inner = tl.zeros([BLOCK_M, BLOCK_N], ACCUMULATOR)
     if GROUP == 0:
@@ -147,7 +151,8 @@ def multiply(
         total += x_sum[:, None] * tl.load(offset + n, some_n, 0.0)[None, :]
     if INTEGER:
         total += tl.load(constant + n, some_n, 0.0)[None, :]
-        total *= tl.load(step + m, some_m, 0.0)[:, None]
+        if not GROUP_STEPS:
+            total *= tl.load(step + m, some_m, 0.0)[:, None]
     total += tl.load(bias + n, some_n, 0.0)[None, :]
     at = y + m[:, None] * rows + n[None, :]
     tl.store(at, total.to(y.dtype.element_ty), some_m[:, None] & some_n[None, :])

@@ -31,7 +31,8 @@ class WeightStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset", "constant", "bias")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "groups", "units")),
         *((name, ctypes.c_int32) for name in ("bits", "wide")),
-        ("zero", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("zero", "clip_ratio")),
+        ("group_steps", ctypes.c_int32),
     ]
 
 
@@ -39,7 +40,7 @@ class _Input(ctypes.Structure):
     """``maqd_input`` of maqd.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "step", "sums", "values")),
+        *((name, ctypes.c_void_p) for name in ("codes", "step", "group_step", "sums", "values")),
         ("tile", ctypes.c_int64),
     ]
 
@@ -112,6 +113,10 @@ class NativeWeight:
         columns: input width.
         activation_levels: M of the inputs this weight will meet, or None for float ones.
         storage: name in ``STORAGES``; default: the narrowest that fits.
+        activation_clip_ratio: share of its absmax that the grid of a token, or group, with a step
+            of its own covers.
+        group_steps: every group of a token's inputs has a step of its own; takes odd
+            ``activation_levels``.
 
     Raises:
         ValueError: tensors whose shapes do not belong together, or no storage that fits.
@@ -127,6 +132,8 @@ class NativeWeight:
         bias: Tensor | None,
         activation_levels: int | None,
         storage: str | None = None,
+        activation_clip_ratio: float = 1.0,
+        group_steps: bool = False,
     ) -> None:
         lib = library()
         assert lib is not None
@@ -146,6 +153,9 @@ class NativeWeight:
         self.stride = units * chosen.inputs
         self.codes = arena.zeros(blocks * units * chosen.planes * 64)
         even = activation_levels is not None and activation_levels % 2 == 0
+        if even and group_steps:
+            raise ValueError(f"activation_levels={activation_levels}: steps of groups want it odd")
+        self.group_steps = group_steps and activation_levels is not None
         halves = []
         step = max(1, _PIECE // words.shape[1] // _ROWS) * _ROWS
         for start in range(0, self.rows, step):
@@ -189,6 +199,8 @@ class NativeWeight:
             chosen.bits,
             levels > 128,
             grid_center(levels),
+            activation_clip_ratio,
+            self.group_steps,
         )
         self._address = ctypes.addressof(self.struct)
 
@@ -231,7 +243,8 @@ class NativeWeight:
 
     def take(self, x: Tensor, step: Tensor) -> dict[str, Tensor]:
         """What the kernel makes of ``x`` (tokens, columns) with ``step`` (tokens,): ``codes``
-        (tokens, stride) less half the levels, ``step``, ``sums`` (tokens, groups + 1)."""
+        (tokens, stride) less half the levels, ``step``, ``sums`` (tokens, groups + 1), and with
+        ``group_steps`` these (tokens, groups)."""
         tokens = len(x)
         if x.shape != (tokens, self.columns) or step.shape != (tokens,):
             raise ValueError(
@@ -245,7 +258,10 @@ class NativeWeight:
             "step": step.detach().float().clone(),
             "sums": torch.empty(tokens, self.groups + 1, **FLOATS),
         }
-        struct = _Input(*(pointer(tensor) for tensor in taken.values()), None, 1)
+        if self.group_steps:
+            taken["group_step"] = torch.empty(tokens, self.groups, **FLOATS)
+        names = ("codes", "step", "group_step", "sums")
+        struct = _Input(*(pointer(taken.get(name)) for name in names), None, 1)
         x = x.detach().float().contiguous()
         self._lib.maqd_take_inputs(
             self._address,

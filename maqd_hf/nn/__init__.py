@@ -2,13 +2,22 @@
 
 from .context import BatchContext, FirstToken
 from .embedding import MaQDEmbedding
-from .linear import ActivationQuantizer, LinearSpec, MaQDLinear, Start, rotate
+from .linear import (
+    ActivationQuantizer,
+    ActivationScaling,
+    LinearSpec,
+    MaQDLinear,
+    Start,
+    own_rows,
+    rotate,
+)
 from .norm import LayerBatchNorm, NormSpec
 from .packed import PackedEmbedding, PackedLinear
 from .stamp import Stamp
 
 __all__ = [
     "ActivationQuantizer",
+    "ActivationScaling",
     "BatchContext",
     "FirstToken",
     "LayerBatchNorm",
@@ -20,5 +29,6 @@ __all__ = [
     "PackedLinear",
     "Stamp",
     "Start",
+    "own_rows",
     "rotate",
 ]

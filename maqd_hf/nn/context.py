@@ -8,11 +8,13 @@ the next forward, because gradient checkpointing runs layers again during backwa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+S = TypeVar("S", bound=Hashable)
 
 FirstToken = Literal["own", "shared"]
 """Whether the first token of a sequence keeps statistics and steps of its own. Pretrained models
@@ -41,17 +43,17 @@ class BatchContext:
         self.first: Tensor | None = None
         self._last: dict[Callable[..., Tensor], tuple[weakref.ref[Tensor], Any, Tensor]] = {}
 
-    def once(self, x: Tensor, number: int, transform: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """``transform(x, number)``, computed once where several layers follow one another on the
+    def once(self, x: Tensor, setting: S, transform: Callable[[Tensor, S], Tensor]) -> Tensor:
+        """``transform(x, setting)``, computed once where several layers follow one another on the
         same ``x``, as q, k and v do."""
         # A compiler finds common expressions itself; what changes an inference tensor is not seen.
         if torch.compiler.is_compiling() or x.is_inference():
-            return transform(x, number)
+            return transform(x, setting)
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
-        key = (x._version, number, modes)
+        key = (x._version, setting, modes)
         last = self._last.get(transform)
         if last is None or last[0]() is not x or last[1] != key:
-            last = self._last[transform] = (weakref.ref(x), key, transform(x, number))
+            last = self._last[transform] = (weakref.ref(x), key, transform(x, setting))
         return last[2]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,11 @@ from ..search import full_range_step, search_step
 from .context import BatchContext, FirstToken
 from .precision import Apply, product_dtype, without_narrowing
 
+ActivationScaling = Literal["static", "token", "group"]
+"""Whose step an input is rounded with: "static", one learned step, so that nothing is reduced at
+inference; "token", one a token, from its absmax; "group", one for every group of a token's inputs
+that share a weight scale, from that group's absmax (one a token where a row has one scale)."""
+
 Start = Literal["search", "range", "gaussian"]
 """Where a grid starts: "search", the step of least squared error per group; "range", the step that
 clips nothing, for grids that a calibration chooses again; "gaussian", the constant of M, for rows
@@ -37,8 +42,10 @@ class LinearSpec:
     Args:
         weight_levels: M of the weights, 2..256, or None to keep them float.
         activation_levels: M of the input, 2..256, or None to keep it float.
-        activation_scaling: "static" (one learned step, nothing is reduced at inference) or
-            "token" (one step per token from its absmax).
+        activation_scaling: "static", "token" or "group", see ``ActivationScaling``.
+        activation_clip_ratio: share of its absmax that the grid of a token, or group, covers, in
+            (0, 1]; what lies beyond is clipped. 1: nothing is (``functional.token_step`` has
+            figures).
         first_token: "own": with static scaling, the first token of a sequence still gets a step
             of its own (pretrained models park a massive activation there); or "shared".
         group_size: inputs that share a weight scale, must divide the input width; None: the row.
@@ -50,7 +57,8 @@ class LinearSpec:
 
     weight_levels: int | None = 16
     activation_levels: int | None = 255
-    activation_scaling: Literal["static", "token"] = "static"
+    activation_scaling: ActivationScaling = "static"
+    activation_clip_ratio: float = 1.0
     first_token: FirstToken = "shared"
     group_size: int | None = None
     weight_offset: bool = True
@@ -62,9 +70,20 @@ class LinearSpec:
             check_levels(self.weight_levels, "weight_levels")
         if self.activation_levels is not None:
             check_levels(self.activation_levels, "activation_levels")
-        if self.activation_scaling not in ("static", "token"):
+        if self.activation_scaling not in get_args(ActivationScaling):
             raise ValueError(
-                f"activation_scaling={self.activation_scaling!r}: choose 'static' or 'token'"
+                f"activation_scaling={self.activation_scaling!r}: choose 'static', 'token' or "
+                "'group'"
+            )
+        if self.input_group is not None and (self.activation_levels or 1) % 2 == 0:
+            raise ValueError(
+                f"activation_levels={self.activation_levels}: steps of groups want an odd number "
+                f"(zero is a level then), e.g. {self.activation_levels - 1}"  # type: ignore[operator]
+            )
+        ratio = self.activation_clip_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+            raise ValueError(
+                f"activation_clip_ratio={ratio!r}: a number in (0, 1], 1 clips nothing"
             )
         if self.first_token not in ("own", "shared"):
             raise ValueError(f"first_token={self.first_token!r}: choose 'own' or 'shared'")
@@ -81,6 +100,11 @@ class LinearSpec:
     @property
     def static_activations(self) -> bool:
         return self.activation_levels is not None and self.activation_scaling == "static"
+
+    @property
+    def input_group(self) -> int | None:
+        """Inputs of a token that share a step of their own, where not all do."""
+        return self.group_size if self.activation_scaling == "group" else None
 
     def groups(self, in_features: int) -> int:
         """Groups a row of ``in_features`` has; ``ValueError`` if ``group_size`` does not divide."""
@@ -105,6 +129,11 @@ class LinearSpec:
         return math.gcd(self.rotation or 1, in_features)
 
 
+def own_rows(x: Tensor, group: int | None) -> Tensor:
+    """``x`` (..., in) as rows that have one step each: itself, or (..., groups, ``group``)."""
+    return x if group is None else x.unflatten(-1, (-1, group))
+
+
 def activation_step(
     x: Tensor,
     spec: LinearSpec,
@@ -112,7 +141,8 @@ def activation_step(
     context: BatchContext,
     own: Tensor | None = None,
 ) -> Tensor:
-    """The step in force for ``x`` (..., D), whose static one is ``static``: (1,) or (..., 1).
+    """The step in force for ``own_rows`` ``x`` (..., D), whose static one is ``static``: (1,) or
+    (..., 1).
 
     ``own`` stands for the step a token takes from itself, where it is not to be computed here.
     """
@@ -120,7 +150,7 @@ def activation_step(
     assert levels is not None
 
     def of_token() -> Tensor:
-        return token_step(widen(x), levels) if own is None else own
+        return token_step(widen(x), levels, spec.activation_clip_ratio) if own is None else own
 
     if static is None:
         return of_token()
@@ -141,8 +171,21 @@ def rotate(x: Tensor, size: int, context: BatchContext | None = None) -> Tensor:
     return hadamard(x, size) if context is None else context.once(x, size, hadamard)
 
 
-def _round_for_product(x: Tensor, levels: int) -> Tensor:
-    return round_tokens(x, levels, product_dtype(x))
+def _round_for_product(x: Tensor, grid: tuple[int, float, int | None]) -> Tensor:
+    levels, clip_ratio, group = grid
+    return round_tokens(own_rows(x, group), levels, clip_ratio, product_dtype(x)).view(x.shape)
+
+
+def round_inputs(
+    x: Tensor, spec: LinearSpec, static: Tensor | None, context: BatchContext
+) -> Tensor:
+    """``x`` (..., in) on the grid of ``spec``, differentiable; ``static``: the static step."""
+    levels = spec.activation_levels
+    assert levels is not None
+    rows = own_rows(x, spec.input_group)
+    step = activation_step(rows, spec, static, context)
+    rounded = scaled_round_clip(widen(rows), levels, step, spec.surrogate)
+    return rounded.to(x.dtype).view(x.shape)
 
 
 class ActivationQuantizer(nn.Module):
@@ -178,16 +221,21 @@ class ActivationQuantizer(nn.Module):
         with torch.no_grad():
             self.log_step.copy_(torch.as_tensor(step).log())
 
-    def step_for(self, x: Tensor) -> Tensor:
-        """The step in force for ``x`` (..., D): (1,) or (..., 1), in ``x``'s dtype or wider."""
-        static = None if self.log_step is None else self.log_step.exp()
-        return activation_step(x, self.spec, static, self.context)
+    def _static_step(self) -> Tensor | None:
+        return None if self.log_step is None else self.log_step.exp()
+
+    def clipped(self, x: Tensor) -> Tensor:
+        """Share of ``x`` (..., in) beyond the outermost levels by more than half a step: ()."""
+        rows = own_rows(x, self.spec.input_group)
+        step = activation_step(rows, self.spec, self._static_step(), self.context)
+        return (rows.abs() > step * (self.levels / 2)).float().mean()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.log_step is None and self.spec.surrogate == "clip":
-            return self.context.once(x, self.levels, _round_for_product)
-        step = self.step_for(x)
-        return scaled_round_clip(widen(x), self.levels, step, self.spec.surrogate).to(x.dtype)
+        spec = self.spec
+        if self.log_step is None and spec.surrogate == "clip":
+            grid = (self.levels, spec.activation_clip_ratio, spec.input_group)
+            return self.context.once(x, grid, _round_for_product)
+        return round_inputs(x, spec, self._static_step(), self.context)
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, scaling={self.spec.activation_scaling}"

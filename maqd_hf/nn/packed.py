@@ -10,11 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..functional import scale_dtype, scaled_round_clip, widen
+from ..functional import scale_dtype
 from ..packing import pack_codes, words_per_row
 from .context import BatchContext
 from .embedding import MaQDEmbedding
-from .linear import ActivationQuantizer, LinearSpec, MaQDLinear, activation_step, rotate
+from .linear import (
+    ActivationQuantizer,
+    LinearSpec,
+    MaQDLinear,
+    activation_step,
+    rotate,
+    round_inputs,
+)
 from .precision import Apply, mark_output_dtype, without_narrowing
 from .stamp import Stamp
 
@@ -111,11 +118,9 @@ class PackedLinear(nn.Module):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """``x``, in the basis of the weight, on the activation grid; itself for float ones."""
-        levels = self.spec.activation_levels
-        if levels is None:
+        if self.spec.activation_levels is None:
             return x
-        step = activation_step(x, self.spec, self.activation_step, self.context)
-        return scaled_round_clip(widen(x), levels, step, self.spec.surrogate).to(x.dtype)
+        return round_inputs(x, self.spec, self.activation_step, self.context)
 
     def dequantized_weight(self) -> Tensor:
         """The float weight (out, in), in the rotated basis if the layer rotates its input."""
@@ -136,6 +141,8 @@ class PackedLinear(nn.Module):
                 self.weight_offset,
                 self.bias,
                 self.spec.activation_levels,
+                activation_clip_ratio=self.spec.activation_clip_ratio,
+                group_steps=self.spec.input_group is not None,
             )
             self._native = (Stamp(tensors), weight)
         return self._native[1]

@@ -31,7 +31,7 @@ typedef struct {
     maqd_norm norm;
     const maqd_table *table; /* NULL: the caller looks up the embeddings */
     linear head;             /* weight NULL: the caller multiplies with the head */
-    int32_t floats; /* some layer has float activations */
+    int32_t floats, group_steps; /* some layer has float activations; steps of groups */
     int32_t activation;
 } maqd_decoder;
 
@@ -95,11 +95,12 @@ static void lay_out(state *s, maqd_arena *memory) {
         f.hidden = s->private ? maqd_cut_floats(memory, n * m->hidden) : s->call->hidden;
         f.row = maqd_cut_floats(memory, (s->private ? 1 : s->threads) * 2 * widest);
         for (int j = 0; j < 3; ++j)
-            f.input[j] = maqd_cut_input(memory, n, tile, stride, widest / 4, m->floats);
+            f.input[j] = maqd_cut_input(memory, n, tile, stride, widest / 4, m->floats,
+                                        m->group_steps);
         if (memory->base) s->feeding[i] = f;
     }
     s->last = maqd_cut_input(memory, s->call->batch, maqd_tile(s->path, s->call->batch), stride,
-                             widest / 4, m->floats);
+                             widest / 4, m->floats, m->group_steps);
 }
 
 static uint8_t *panel_of(const state *s, int thread) {
@@ -109,7 +110,15 @@ static uint8_t *panel_of(const state *s, int thread) {
 static int same_input(const linear *a, const linear *b) {
     return a->step == b->step && a->levels == b->levels && a->own_first == b->own_first &&
            a->rotation == b->rotation && a->weight->groups == b->weight->groups &&
-           a->weight->bits == b->weight->bits;
+           a->weight->bits == b->weight->bits && a->weight->clip_ratio == b->weight->clip_ratio &&
+           a->weight->group_steps == b->weight->group_steps;
+}
+
+/* The parts of `input` that a layer's inputs have. */
+static maqd_input input_of(maqd_input input, const linear *layer) {
+    if (layer->levels) input.values = NULL;
+    if (!layer->weight->group_steps) input.group_step = NULL;
+    return input;
 }
 
 /* Adds `add` (or NULL) to the hidden states, or takes `rows` instead of them, normalises (norm or
@@ -122,8 +131,7 @@ static void feed(const state *s, int thread, const float *add, const float *rows
     int64_t from = 0, to = s->count;
     if (!s->private) maqd_share(s->count, thread, s->threads, &from, &to);
     for (int i = 0; i < n; ++i) {
-        input[i] = f->input[i];
-        if (layers[i]->levels) input[i].values = NULL;
+        input[i] = input_of(f->input[i], layers[i]);
         for (int j = 0; j < i; ++j)
             if (same_input(layers[i], layers[j])) input[i] = input[j];
     }
@@ -290,9 +298,8 @@ static void angles(const state *s, int thread) {
 static void head(const state *s, int thread) {
     const maqd_decoder *m = s->model;
     const maqd_call *c = s->call;
-    maqd_input input = s->last;
+    maqd_input input = input_of(s->last, &m->head);
     int64_t from, to;
-    if (m->head.levels) input.values = NULL;
     maqd_share(c->batch, thread, s->threads, &from, &to);
     for (int64_t b = from; b < to; ++b) {
         const int64_t t = (b + 1) * c->tokens - 1;

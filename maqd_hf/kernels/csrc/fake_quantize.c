@@ -214,6 +214,7 @@ typedef struct {
     const void *x;
     void *out;
     int64_t tokens, width;
+    float clip_ratio;
     int32_t levels, narrow_in, narrow_out;
 } rounding;
 
@@ -233,7 +234,7 @@ INLINE void round_token(const rounding *r, int64_t token, const int narrow_in,
     }
     for (int i = 0; i < LANES; ++i)
         absmax = most[i] > absmax || most[i] != most[i] ? most[i] : absmax;
-    const float least = 1.17549435e-38f, wanted = absmax / zero;
+    const float least = 1.17549435e-38f, wanted = absmax / zero * r->clip_ratio;
     const float step = wanted < least ? least : wanted;
     for (int64_t k = 0; k < width; ++k) {
         const float x = narrow_in ? from_bf16(narrow[k]) : wide[k];
@@ -266,10 +267,10 @@ static void round_share(void *argument, maqd_team *team, int thread, int threads
     round_some(r, from, to);
 }
 
-/* Every token of x (tokens, width) on the grid of its own absmax, to `out` of the same shape; each
- * of the two is bfloat16 if it is `narrow`, else float32. */
-void maqd_round_tokens(const void *x, void *out, int64_t tokens, int64_t width, int32_t levels,
-                       int32_t narrow_in, int32_t narrow_out, int32_t threads) {
-    rounding r = {x, out, tokens, width, levels, narrow_in, narrow_out};
+/* Every token of x (tokens, width) on a grid over `clip_ratio` of its own absmax, to `out` of the
+ * same shape; each of the two is bfloat16 if it is `narrow`, else float32. */
+void maqd_round_tokens(const void *x, void *out, int64_t tokens, int64_t width, float clip_ratio,
+                       int32_t levels, int32_t narrow_in, int32_t narrow_out, int32_t threads) {
+    rounding r = {x, out, tokens, width, clip_ratio, levels, narrow_in, narrow_out};
     maqd_run(round_share, &r, threads);
 }

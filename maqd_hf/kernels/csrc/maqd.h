@@ -21,6 +21,10 @@
  *   y = xs * ( sum_g s_g (sum c q - z sum_g q) + o sum q + constant ) + bias
  *
  * where `constant` = sum_g s_g h (sum_g c - z n_g) + o h n comes ready from the repacking side.
+ * With a step xs_g for every group (and odd activation levels) it is
+ *
+ *   y = sum_g xs_g s_g (sum c q - z sum_g q) + o sum_g xs_g sum_g q + bias
+ *
  * Float activations ("weight-only") take the place of q, with xs = 1 and a constant of 0.
  *
  * Plain C without Python or torch: called through ctypes on data pointers. Each path_*.c compiles
@@ -54,6 +58,8 @@ typedef struct {
     int64_t rows, columns, groups, units;
     int32_t bits, wide; /* wide: codes above 127 occur */
     float zero;
+    float clip_ratio; /* of its absmax, what the grid of a token with a step of its own covers */
+    int32_t group_steps; /* every group of a token's inputs has a step of its own */
 } maqd_weight;
 
 static inline int64_t maqd_planes(int32_t bits) { return bits == 3 ? 3 : 1; }
@@ -71,6 +77,8 @@ static inline int64_t maqd_panel(int64_t stride) { return BLOCKS * ROWS * stride
 typedef struct {
     int8_t *codes; /* (tokens rounded up to the tile, stride) */
     float *step;   /* (tokens) */
+    float *group_step; /* (tokens, groups), `step` is 1 then and the last sum is in units of the
+                          steps; or NULL: all groups of a token have its step */
     float *sums;   /* (tokens, groups + 1): sum of the codes (or values) of every group, and all */
     float *values; /* (tokens, stride): float activations have these instead of codes, else NULL */
     int64_t tile;
@@ -121,10 +129,11 @@ typedef struct {
     void (*matmul)(const maqd_weight *w, const maqd_input *x, int64_t first, int64_t last,
                    int64_t tokens, float *y, int64_t y_stride, uint8_t *panel);
     /* One token: codes = clamp(rint(x / step + (M-1)/2), 0, M-1) - M/2 (floor), four every
-     * `every` bytes. A step of 0 asks for the token's own, absmax / ((M-1)/2). NaN counts as the
-     * largest code, infinity clips. */
-    void (*quantize)(const float *x, int64_t columns, int64_t groups, int32_t levels, float *step,
-                     int8_t *codes, int64_t every, int64_t stride, float *sums);
+     * `every` bytes. A step of 0 asks for the token's own, absmax / ((M-1)/2) * clip_ratio;
+     * `group_step`, unless NULL, for that of every group. NaN counts as the largest code, infinity
+     * clips. */
+    void (*quantize)(const float *x, int64_t columns, int64_t groups, int32_t levels,
+                     float clip_ratio, float *step, float *group_step, int8_t *codes, int64_t every, int64_t stride, float *sums);
     /* One token of float activations: copied, padded, summed. */
     void (*spread)(const float *x, int64_t columns, int64_t groups, float *values, int64_t stride,
                    float *sums);
@@ -163,9 +172,10 @@ static inline void maqd_take(const maqd_path *path, const maqd_weight *w, const 
                              int32_t levels, maqd_input *input, int64_t token) {
     const int64_t stride = maqd_stride(w), sums = w->groups + 1, tile = input->tile;
     int8_t *codes = input->codes + token / tile * tile * stride + token % tile * 4;
+    float *group_step = input->group_step ? input->group_step + token * w->groups : NULL;
     if (levels)
-        path->quantize(x, w->columns, w->groups, levels, input->step + token, codes, 4 * tile,
-                       stride, input->sums + token * sums);
+        path->quantize(x, w->columns, w->groups, levels, w->clip_ratio, input->step + token,
+                       group_step, codes, 4 * tile, stride, input->sums + token * sums);
     else
         path->spread(x, w->columns, w->groups, input->values + token * stride, stride,
                      input->sums + token * sums);
@@ -189,10 +199,12 @@ static inline float *maqd_cut_floats(maqd_arena *memory, int64_t count) {
 
 /* Room for what `tokens` tokens of at most `stride` padded inputs become. */
 static inline maqd_input maqd_cut_input(maqd_arena *memory, int64_t tokens, int64_t tile,
-                                        int64_t stride, int64_t groups, int floats) {
+                                        int64_t stride, int64_t groups, int floats,
+                                        int group_steps) {
     maqd_input input = {.tile = tile};
     input.codes = maqd_cut(memory, (tokens + tile - 1) / tile * tile * stride);
     input.step = maqd_cut_floats(memory, tokens);
+    input.group_step = group_steps ? maqd_cut_floats(memory, tokens * groups) : NULL;
     input.sums = maqd_cut_floats(memory, tokens * (groups + 1));
     input.values = floats ? maqd_cut_floats(memory, tokens * stride) : NULL;
     return input;

@@ -116,7 +116,7 @@ int32_t maqd_linear(const maqd_weight *w, const float *x, int64_t tokens, int32_
         maqd_arena memory = {base, 0};
         if (base) memory.base += 64 - (uintptr_t)base % 64;
         p.input = maqd_cut_input(&memory, tokens, levels ? maqd_tile(p.path, tokens) : 1,
-                                 maqd_stride(w), w->groups, !levels);
+                                 maqd_stride(w), w->groups, !levels, w->group_steps);
         p.panels = maqd_cut(&memory, threads * maqd_panel(maqd_stride(w)));
         if (!base && !(base = malloc(memory.used + 64))) return 1;
     }

@@ -55,9 +55,10 @@ INLINE v16 scales_of(const maqd_weight *w, int64_t block, int64_t group) {
     return (v16)(__builtin_convertvector(half, i16) << 16);
 }
 
-/* Adds to the total of one token and row block what a group's sum of code * q is worth. */
-INLINE v16 add_group(v16 total, v16 scale, v16 zero_scale, i16 sum, float inputs) {
-    return total + scale * __builtin_convertvector(sum, v16) - zero_scale * inputs;
+/* Adds to the total of one token and row block what a group's sum of code * q is worth;
+ * `zero_inputs`: what it is too large by, as code 0 stands for -zero. */
+INLINE v16 add_group(v16 total, v16 scale, i16 sum, float zero_inputs) {
+    return total + scale * (__builtin_convertvector(sum, v16) - zero_inputs);
 }
 
 INLINE void finish(const maqd_weight *w, int64_t block, v16 total, float sum, float step, float *y) {
@@ -80,12 +81,14 @@ INLINE void single(const maqd_weight *w, const maqd_input *x, int64_t block, int
     const uint8_t *codes = w->codes + block * w->units * size;
     const int8_t *q = x->codes + token * stride;
     const float *sums = x->sums + token * (groups + 1);
+    const float *steps = x->group_step ? x->group_step + token * groups : NULL;
     v16 total = {0};
     for (int64_t g = 0; g < groups; ++g, codes += units * size, q += units * maqd_inputs(bits)) {
         i16 out;
-        const v16 scale = scales_of(w, block, g);
+        v16 scale = scales_of(w, block, g);
+        if (steps) scale *= steps[g];
         dot(codes, units, bits, q, (int32_t *)&out);
-        total = add_group(total, scale, scale * w->zero, out, sums[g]);
+        total = add_group(total, scale, out, w->zero * sums[g]);
     }
     finish(w, block, total, sums[groups], x->step[token], y);
 }
@@ -98,6 +101,7 @@ INLINE void tile(const maqd_weight *w, const maqd_input *x, const uint8_t *panel
     const int64_t planes = (groups == 1 ? stride : w->columns / groups) / 4;
     const int8_t *q = x->codes + (token - within) * stride + within * 4;
     const float *sums = x->sums + token * (groups + 1);
+    const float *steps = x->group_step ? x->group_step + token * groups : NULL;
     v16 total[TILE * BLOCKS];
     for (int i = 0; i < tokens * blocks; ++i) total[i] = (v16){0};
     for (int64_t g = 0; g < groups; ++g, panel += planes * 64, q += planes * 4 * x->tile) {
@@ -106,10 +110,11 @@ INLINE void tile(const maqd_weight *w, const maqd_input *x, const uint8_t *panel
                   (int32_t *)out);
         for (int b = 0; b < blocks; ++b) {
             const v16 scale = scales_of(w, block + b, g);
-            const v16 zero_scale = scale * w->zero;
             for (int t = 0; t < tokens; ++t) {
                 const int i = t * blocks + b;
-                total[i] = add_group(total[i], scale, zero_scale, out[i], sums[t * (groups + 1) + g]);
+                const float zero_inputs = w->zero * sums[t * (groups + 1) + g];
+                const v16 worth = steps ? scale * steps[t * groups + g] : scale;
+                total[i] = add_group(total[i], worth, out[i], zero_inputs);
             }
         }
     }
@@ -232,20 +237,33 @@ INLINE float absmax(const float *x, int64_t columns) {
     return largest;
 }
 
-static void quantize(const float *x, int64_t columns, int64_t groups, int32_t levels, float *step,
-                     int8_t *codes, int64_t every, int64_t stride, float *sums) {
+/* absmax / ((M-1)/2) * clip_ratio, or the least normal float where that is less or NaN. */
+INLINE float own_step(const float *x, int64_t columns, int32_t levels, float clip_ratio) {
+    const float least = 1.17549435e-38f;
+    const float step = absmax(x, columns) / ((float)(levels - 1) / 2) * clip_ratio;
+    return step >= least ? step : least;
+}
+
+static void quantize(const float *x, int64_t columns, int64_t groups, int32_t levels,
+                     float clip_ratio, float *step, float *group_step, int8_t *codes,
+                     int64_t every, int64_t stride, float *sums) {
     const float center = (float)(levels - 1) / 2, top = (float)(levels - 1);
     const int64_t width = columns / groups;
     const v16 magic = all(12582912.0f); /* as in `exponential`: rounds to even */
-    if (*step == 0) {
-        *step = absmax(x, columns) / center;
-        if (!(*step >= 1.17549435e-38f)) *step = 1.17549435e-38f;
-    }
-    const v16 s = all(*step);
+    if (group_step)
+        *step = 1;
+    else if (*step == 0)
+        *step = own_step(x, columns, levels, clip_ratio);
+    v16 s = all(*step);
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     int32_t everything = 0;
+    float worth = 0;
     for (int64_t g = 0; g < groups; ++g) {
         i16 sum = {0};
+        if (group_step) {
+            group_step[g] = own_step(x + g * width, width, levels, clip_ratio);
+            s = all(group_step[g]);
+        }
         for (int64_t k = g * width, end = k + width; k < end; k += 16) {
             const int64_t some = end - k < 16 ? end - k : 16;
             v16 code = (some < 16 ? load_some(x + k, some, 0) : load(x + k)) / s + center;
@@ -262,8 +280,9 @@ static void quantize(const float *x, int64_t columns, int64_t groups, int32_t le
         for (int i = 0; i < 16; ++i) part += sum[i];
         sums[g] = (float)part;
         everything += part;
+        if (group_step) worth += sums[g] * group_step[g];
     }
-    sums[groups] = (float)everything;
+    sums[groups] = group_step ? worth : (float)everything;
     for (int64_t k = columns; k < stride; ++k) codes[k / 4 * every + k % 4] = 0;
 }
 
