@@ -27,7 +27,12 @@ from .precision import Apply, product_dtype, without_narrowing
 ActivationScaling = Literal["static", "token", "group"]
 """Whose step an input is rounded with: "static", one learned step, so that nothing is reduced at
 inference; "token", one a token, from its absmax; "group", one for every group of a token's inputs
-that share a weight scale, from that group's absmax (one a token where a row has one scale)."""
+that share a weight scale, from that group's absmax (one a token where a row has one scale).
+
+The paper has the first. Steps of groups are Atom's (arXiv:2310.19102): a large input then coarsens
+the grid of its neighbours only, which few levels need (``functional.token_step`` has figures). In
+the compiled product they are one more multiplication a group and row: 1.03 of the time of one a
+token for one token, 1.0 to 1.15 for 64 (groups of 64, 1536 x 1536, 2 and 4 bit, one thread)."""
 
 Start = Literal["search", "range", "gaussian"]
 """Where a grid starts: "search", the step of least squared error per group; "range", the step that
@@ -77,8 +82,8 @@ class LinearSpec:
             )
         if self.input_group is not None and (self.activation_levels or 1) % 2 == 0:
             raise ValueError(
-                f"activation_levels={self.activation_levels}: steps of groups want an odd number "
-                f"(zero is a level then), e.g. {self.activation_levels - 1}"  # type: ignore[operator]
+                f"activation_levels={self.activation_levels}: steps of groups want an odd number, "
+                "of which zero is one, such as 3, 15 or 255"
             )
         ratio = self.activation_clip_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
@@ -173,7 +178,7 @@ def rotate(x: Tensor, size: int, context: BatchContext | None = None) -> Tensor:
 
 def _round_for_product(x: Tensor, grid: tuple[int, float, int | None]) -> Tensor:
     levels, clip_ratio, group = grid
-    return round_tokens(own_rows(x, group), levels, clip_ratio, product_dtype(x)).view(x.shape)
+    return round_tokens(own_rows(x, group), levels, clip_ratio, product_dtype(x)).reshape(x.shape)
 
 
 def round_inputs(
@@ -185,7 +190,7 @@ def round_inputs(
     rows = own_rows(x, spec.input_group)
     step = activation_step(rows, spec, static, context)
     rounded = scaled_round_clip(widen(rows), levels, step, spec.surrogate)
-    return rounded.to(x.dtype).view(x.shape)
+    return rounded.to(x.dtype).reshape(x.shape)
 
 
 class ActivationQuantizer(nn.Module):
