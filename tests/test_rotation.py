@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from families import FAMILIES, example, output, tiny
@@ -97,10 +99,12 @@ def test_few_levels_fit_inputs_with_one_large_channel() -> None:
     assert errors[1] < 0.5 * errors[0]
 
 
-@pytest.mark.parametrize("scaling", ["token", "static"])
+@pytest.mark.parametrize("scaling", ["token", "static", "group"])
 def test_packed_is_what_was_trained_and_reloads(tmp_path, scaling, path) -> None:
     model = tiny("llama-untied")
-    config = MaQDConfig(weight_levels=16, activation_levels=15, activation_scaling=scaling)
+    config = MaQDConfig(
+        weight_levels=16, activation_levels=15, activation_scaling=scaling, group_size=8
+    )
     quantize_model(model, config)
     assert model.config.quantization_config.rotation == 512
     sizes = {m.spec.rotation_size(m.in_features) for m in model.modules() if is_ours(m)}
@@ -167,9 +171,10 @@ def test_layers_that_share_an_input_may_differ_in_rotation() -> None:
     torch.testing.assert_close(output(model, inputs), trained, rtol=1e-4, atol=1e-4)
 
 
-def test_a_compiled_graph_holds_the_rotation() -> None:
+@pytest.mark.parametrize("scaling", ["token", "group"])
+def test_a_compiled_graph_holds_the_rotation(scaling: Literal["token", "group"], path: str) -> None:
     model = tiny("llama-tied").eval()
-    quantize_model(model, MaQDConfig(rotation=16, activation_scaling="token"))
+    quantize_model(model, MaQDConfig(rotation=16, activation_scaling=scaling, group_size=8))
     pack_model(model)
     layer = next(m for m in model.modules() if isinstance(m, PackedLinear))
     x = torch.randn(4, layer.in_features)
