@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..functional import check_levels
 from ..kernels.fake_quantize import fake_quantize_weight, weight_codes
-from .linear import LinearSpec, MaQDLinear, Start
+from .linear import MaQDLinear, Start
 from .precision import Apply, mark_output_dtype, without_narrowing
+from .spec import LinearSpec
 
 
 class MaQDEmbedding(nn.Embedding):

@@ -12,17 +12,12 @@ from torch import Tensor, nn
 from .. import kernels
 from ..functional import scale_dtype
 from ..packing import pack_codes, words_per_row
+from .activation import ActivationQuantizer, activation_step, rotate, round_inputs
 from .context import BatchContext
 from .embedding import MaQDEmbedding
-from .linear import (
-    ActivationQuantizer,
-    LinearSpec,
-    MaQDLinear,
-    activation_step,
-    rotate,
-    round_inputs,
-)
+from .linear import MaQDLinear
 from .precision import Apply, mark_output_dtype, without_narrowing
+from .spec import LinearSpec
 from .stamp import Stamp
 
 

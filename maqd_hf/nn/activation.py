@@ -1,0 +1,128 @@
+"""What happens to a layer's input before the product: rotation, and the round-clip.
+
+The trainable and the packed layer both come here, so that they meet the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import scaled_round_clip, token_step, widen
+from ..kernels.fake_quantize import round_tokens
+from ..kernels.hadamard import hadamard
+from .context import BatchContext
+from .precision import product_dtype
+from .spec import LinearSpec
+
+
+def own_rows(x: Tensor, group: int | None) -> Tensor:
+    """``x`` (..., in) as rows that have one step each: itself, or (..., groups, ``group``)."""
+    return x if group is None else x.unflatten(-1, (-1, group))
+
+
+def activation_step(
+    x: Tensor,
+    spec: LinearSpec,
+    static: Tensor | None,
+    context: BatchContext,
+    own: Tensor | None = None,
+) -> Tensor:
+    """The step in force for ``own_rows`` ``x`` (..., D), whose static one is ``static``: (1,) or
+    (..., 1).
+
+    ``own`` stands for the step a token takes from itself, where it is not to be computed here.
+    """
+    levels = spec.activation_levels
+    assert levels is not None
+
+    def of_token() -> Tensor:
+        return token_step(widen(x), levels, spec.activation_clip_ratio) if own is None else own
+
+    if static is None:
+        return of_token()
+    _, first = context.masks_for(x)
+    if spec.first_token == "shared" or first is None:
+        return static
+    return torch.where(first.unsqueeze(-1), of_token(), static)
+
+
+def rotate(x: Tensor, size: int, context: BatchContext | None = None) -> Tensor:
+    """``x`` (..., in) between the inputs' basis and that of the weight's columns, either way.
+
+    ``size``: a layer's ``rotation``. With ``context``, an input that several layers read is rotated
+    once.
+    """
+    if size == 1:
+        return x
+    return hadamard(x, size) if context is None else context.once(x, size, hadamard)
+
+
+def _round_for_product(x: Tensor, grid: tuple[int, float, int | None]) -> Tensor:
+    levels, clip_ratio, group = grid
+    return round_tokens(own_rows(x, group), levels, clip_ratio, product_dtype(x)).reshape(x.shape)
+
+
+def round_inputs(
+    x: Tensor, spec: LinearSpec, static: Tensor | None, context: BatchContext
+) -> Tensor:
+    """``x`` (..., in) on the grid of ``spec``, differentiable; ``static``: the static step."""
+    levels = spec.activation_levels
+    assert levels is not None
+    rows = own_rows(x, spec.input_group)
+    step = activation_step(rows, spec, static, context)
+    rounded = scaled_round_clip(widen(rows), levels, step, spec.surrogate)
+    return rounded.to(x.dtype).reshape(x.shape)
+
+
+class ActivationQuantizer(nn.Module):
+    """The round-clip on a layer's input; static steps are learned as their logarithm.
+
+    ``log_step`` (1,) is NaN until calibrated. In the log domain an Adam step is a relative change,
+    so that one learning rate fits steps of 0.002 and of 20 (not in the paper).
+    """
+
+    def __init__(
+        self, spec: LinearSpec, context: BatchContext, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        assert spec.activation_levels is not None
+        self.levels, self.spec, self.context = spec.activation_levels, spec, context
+        self.log_step: nn.Parameter | None = None
+        if spec.static_activations:
+            self.log_step = nn.Parameter(torch.empty(1, device=device, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.log_step is not None:
+            nn.init.constant_(self.log_step, float("nan"))
+
+    @property
+    def calibrated(self) -> bool:
+        return self.log_step is None or not bool(self.log_step.isnan().any())
+
+    def set_step(self, step: float | Tensor) -> None:
+        """Set the static step (distance between two levels, in units of the input)."""
+        if self.log_step is None:
+            raise ValueError("per-token quantisers take their step from each token")
+        with torch.no_grad():
+            self.log_step.copy_(torch.as_tensor(step).log())
+
+    def _static_step(self) -> Tensor | None:
+        return None if self.log_step is None else self.log_step.exp()
+
+    def clipped(self, x: Tensor) -> Tensor:
+        """Share of ``x`` (..., in) beyond the outermost levels by more than half a step: ()."""
+        rows = own_rows(x, self.spec.input_group)
+        step = activation_step(rows, self.spec, self._static_step(), self.context)
+        return (rows.abs() > step * (self.levels / 2)).float().mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        if self.log_step is None and spec.surrogate == "clip":
+            grid = (self.levels, spec.activation_clip_ratio, spec.input_group)
+            return self.context.once(x, grid, _round_for_product)
+        return round_inputs(x, spec, self._static_step(), self.context)
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}, scaling={self.spec.activation_scaling}"

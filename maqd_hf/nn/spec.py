@@ -1,0 +1,114 @@
+"""How one layer is quantised, in plain values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from ..functional import check_levels, get_surrogate
+from .context import FirstToken
+
+ActivationScaling = Literal["static", "token", "group"]
+"""Whose step an input is rounded with: "static", one learned step, so that nothing is reduced at
+inference; "token", one a token, from its absmax; "group", one for every group of a token's inputs
+that share a weight scale, from that group's absmax (one a token where a row has one scale).
+
+The paper has the first. Steps of groups are Atom's (arXiv:2310.19102): a large input then coarsens
+the grid of its neighbours only, which few levels need (``functional.token_step`` has figures). In
+the compiled product they are one more multiplication a group and row: 1.03 of the time of one a
+token for one token, 1.0 to 1.15 for 64 (groups of 64, 1536 x 1536, 2 and 4 bit, one thread)."""
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """How one layer is quantised; plain values, as they stand in a checkpoint's config.
+
+    Args:
+        weight_levels: M of the weights, 2..256, or None to keep them float.
+        activation_levels: M of the input, 2..256, or None to keep it float.
+        activation_scaling: "static", "token" or "group", see ``ActivationScaling``.
+        activation_clip_ratio: share of its absmax that the grid of a token, or group, covers, in
+            (0, 1]; what lies beyond is clipped. 1: nothing is (``functional.token_step`` has
+            figures).
+        first_token: "own": with static scaling, the first token of a sequence still gets a step
+            of its own (pretrained models park a massive activation there); or "shared".
+        group_size: inputs that share a weight scale, must divide the input width; None: the row.
+        weight_offset: keep the row mean that standardisation removes as a learned offset.
+        surrogate: gradient of the activation staircase, a key of ``functional.SURROGATES``.
+        rotation: inputs that a Hadamard transform mixes before they are quantised, a power of two,
+            or less where it does not divide the width (``rotation_size``); None: not rotated.
+    """
+
+    weight_levels: int | None = 16
+    activation_levels: int | None = 255
+    activation_scaling: ActivationScaling = "static"
+    activation_clip_ratio: float = 1.0
+    first_token: FirstToken = "shared"
+    group_size: int | None = None
+    weight_offset: bool = True
+    surrogate: str = "clip"
+    rotation: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight_levels is not None:
+            check_levels(self.weight_levels, "weight_levels")
+        if self.activation_levels is not None:
+            check_levels(self.activation_levels, "activation_levels")
+        if self.activation_scaling not in get_args(ActivationScaling):
+            raise ValueError(
+                f"activation_scaling={self.activation_scaling!r}: choose 'static', 'token' or "
+                "'group'"
+            )
+        if self.input_group is not None and (self.activation_levels or 1) % 2 == 0:
+            raise ValueError(
+                f"activation_levels={self.activation_levels}: steps of groups want an odd number, "
+                "of which zero is one, such as 3, 15 or 255"
+            )
+        ratio = self.activation_clip_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+            raise ValueError(
+                f"activation_clip_ratio={ratio!r}: a number in (0, 1], 1 clips nothing"
+            )
+        if self.first_token not in ("own", "shared"):
+            raise ValueError(f"first_token={self.first_token!r}: choose 'own' or 'shared'")
+        size = self.group_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"group_size={size!r}: a positive int, or None for the row")
+        get_surrogate(self.surrogate)
+        turn = self.rotation
+        if turn is not None and (
+            isinstance(turn, bool) or not isinstance(turn, int) or turn < 2 or turn & (turn - 1)
+        ):
+            raise ValueError(f"rotation={turn!r}: a power of two from 2, or None")
+
+    @property
+    def static_activations(self) -> bool:
+        return self.activation_levels is not None and self.activation_scaling == "static"
+
+    @property
+    def input_group(self) -> int | None:
+        """Inputs of a token that share a step of their own, where not all do."""
+        return self.group_size if self.activation_scaling == "group" else None
+
+    def groups(self, in_features: int) -> int:
+        """Groups a row of ``in_features`` has; ``ValueError`` if ``group_size`` does not divide."""
+        if self.group_size is None:
+            return 1
+        if in_features % self.group_size:
+            raise ValueError(
+                f"group_size={self.group_size} does not divide the input width {in_features}; "
+                "choose a divisor, or None (one scale per row) for this layer with an override"
+            )
+        return in_features // self.group_size
+
+    def on_table(self, levels: int) -> LinearSpec:
+        """The settings of a head that shares an embedding's grid of ``levels``."""
+        return replace(
+            self, weight_levels=levels, group_size=None, weight_offset=True, rotation=None
+        )
+
+    def rotation_size(self, in_features: int) -> int:
+        """Neighbouring inputs that are mixed: the largest power of two up to ``rotation`` that
+        divides the width; 1: none are."""
+        return math.gcd(self.rotation or 1, in_features)
