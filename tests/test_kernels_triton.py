@@ -268,7 +268,12 @@ def test_equals_the_reference(weight_levels, activation_levels, dtype, device):
 @pytest.mark.parametrize("activation_levels", [3, 15, 255])
 @pytest.mark.parametrize("weight_levels", LEVELS)
 def test_steps_of_groups(weight_levels, activation_levels, device):
-    for tokens, columns, rows, group in [(1, 64, 33, 32), (3, 192, 5, 96), (17, 256, 20, 64)]:
+    for tokens, columns, rows, group in [
+        (1, 64, 33, 32),
+        (3, 192, 5, 96),
+        (17, 256, 20, 64),
+        (2, 64, 7, 64),  # one group
+    ]:
         layer = packed(
             columns, rows, weight_levels, activation_levels, "group", group_size=group
         ).to(device)

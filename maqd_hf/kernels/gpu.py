@@ -142,7 +142,8 @@ class GpuWeight:
     ) -> None:
         self.rows, self.columns, self.groups = words.shape[0], columns, scale.shape[1]
         self.levels, self.activation_levels = levels, activation_levels
-        self.activation_clip_ratio, self.group_steps = activation_clip_ratio, group_steps
+        self.activation_clip_ratio = activation_clip_ratio
+        self.group_steps = group_steps and self.groups > 1
         self.codes = repack(words, levels, columns)
         scales = scale.detach().to(scale_dtype(self.groups)).t().contiguous()
         zeros = torch.zeros(self.rows, device=scale.device)
