@@ -404,7 +404,9 @@ def quality(result: dict[str, Any]) -> str:
         f"{base['windows']} windows of {base['window']} tokens of each text. Bits count the scales "
         "a package stores. Most peers leave the inputs in float, which is easier for them; rows "
         "with tokens are trained (distillation), the others are not, so compare a trained row with "
-        "its own start values too. M is the number of levels: 16 is 4 bit, 4 is 2 bit, 3 ternary."
+        "its own start values too. M is the number of levels: 16 is 4 bit, 4 is 2 bit, 3 ternary. "
+        "g64: 64 inputs share a weight scale; inputs have a step a token, or with `inputs g64` one "
+        "for every 64 of a token."
         f"{_seen(runs)}",
         table(header, rows),
     ]
