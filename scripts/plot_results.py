@@ -36,7 +36,7 @@ def family(run: dict[str, Any]) -> str:
 
 
 def quality(content: dict[str, Any]) -> Figure | None:
-    """Perplexity against bits a weight, one panel a text."""
+    """Perplexity against bits a weight, one panel a text; of a family the best at equal bits."""
     runs = [r for r in content["runs"] if r["table"] == "llm" and "4-bit inputs" not in r["name"]]
     base = next((r for r in runs if r["method"] == "float"), None)
     rest = [r for r in runs if r["method"] != "float"]
@@ -54,11 +54,11 @@ def quality(content: dict[str, Any]) -> Figure | None:
         )
         markers = cycle("sD^vPX*<>hp")
         for name in families:
-            points = sorted(
-                (r["bits_per_weight"], min(r["texts"][text]["perplexity"], MOST_PERPLEXITY))
-                for r in rest
-                if family(r) == name
-            )
+            best: dict[float, float] = {}
+            for run in (r for r in rest if family(r) == name):
+                bits, found = run["bits_per_weight"], run["texts"][text]["perplexity"]
+                best[bits] = min(found, best.get(bits, MOST_PERPLEXITY))
+            points = sorted(best.items())
             ours = name == "MaQD, trained"
             panel.plot(
                 *zip(*points, strict=True),
