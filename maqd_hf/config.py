@@ -16,7 +16,9 @@ from .nn import ActivationScaling, FirstToken, LinearSpec, NormSpec
 QUANT_METHOD = "maqd"
 FORMAT_VERSION = 1
 
-# What "auto" means for coarse grids.
+# What "auto" means for fine grids (and in files from before there was such a setting), and for
+# coarse ones.
+_FINE: dict[str, Any] = {"rotation": None, "activation_clip_ratio": 1.0}
 _ROTATION = 512
 _CLIP_RATIO = 0.8
 _LINEAR_FIELDS = tuple(f.name for f in fields(LinearSpec))
@@ -30,9 +32,8 @@ def _patterns(value: Any, what: str) -> list[str]:
 
 def _settle(settings: dict[str, Any]) -> LinearSpec:
     """A layer's settings with "auto" decided."""
-    fine = {"rotation": None, "activation_clip_ratio": 1.0}
-    automatic = {name for name in fine if settings[name] == "auto"}
-    spec = LinearSpec(**settings | {name: fine[name] for name in automatic})
+    automatic = {name for name in _FINE if settings[name] == "auto"}
+    spec = LinearSpec(**settings | {name: _FINE[name] for name in automatic})
     coarse_inputs = (spec.activation_levels or 256) <= 16
     if "rotation" in automatic and (coarse_inputs or (spec.weight_levels or 256) < 16):
         spec = replace(spec, rotation=_ROTATION)
@@ -131,10 +132,9 @@ class MaQDConfig(QuantizationConfigMixin):
             check_levels(self.embedding_levels, "embedding_levels")
         self.targets = None if self.targets is None else _patterns(self.targets, "targets")
         self.exclude = _patterns(self.exclude, "exclude")
-        if self.modules is not None:  # written before there were these
-            self.rotation = None if self.rotation == "auto" else self.rotation
-            if self.activation_clip_ratio == "auto":
-                self.activation_clip_ratio = 1.0
+        for name, value in _FINE.items():
+            if self.modules is not None and getattr(self, name) == "auto":  # written before it was
+                setattr(self, name, value)
         self.overrides = dict(self.overrides)
         for pattern, settings in self.overrides.items():
             unknown = sorted(set(settings) - set(_LINEAR_FIELDS))
@@ -154,9 +154,7 @@ class MaQDConfig(QuantizationConfigMixin):
     def settled(self) -> MaQDConfig:
         """A copy without "auto": what a checkpoint says, whatever later releases make of it."""
         plain = self.plain_linear_spec()
-        return replace(
-            self, rotation=plain.rotation, activation_clip_ratio=plain.activation_clip_ratio
-        )
+        return replace(self, **{name: getattr(plain, name) for name in _FINE})
 
     def linear_spec(self, name: str, **defaults: Any) -> LinearSpec:
         """The settings in force for the layer called ``name``.
