@@ -35,7 +35,7 @@ def _settle(settings: dict[str, Any]) -> LinearSpec:
     automatic = {name for name in _FINE if settings[name] == "auto"}
     spec = LinearSpec(**settings | {name: _FINE[name] for name in automatic})
     coarse_inputs = (spec.activation_levels or 256) <= 16
-    if "rotation" in automatic and (coarse_inputs or (spec.weight_levels or 256) < 16):
+    if "rotation" in automatic and (coarse_inputs or (spec.weight_levels or 256) <= 16):
         spec = replace(spec, rotation=_ROTATION)
     by_token = not spec.static_activations and spec.input_group is None
     if "activation_clip_ratio" in automatic and coarse_inputs and by_token:
@@ -61,8 +61,7 @@ class MaQDConfig(QuantizationConfigMixin):
         surrogate: gradient of the activation staircase, see ``functional.SURROGATES``.
         rotation: neighbouring inputs that a Hadamard transform mixes before they are quantised, a
             power of two (``LinearSpec.rotation_size``); None: not rotated; "auto": 512 for layers
-            with less than 16 levels of weights or at most 16 of inputs (``functional.hadamard``
-            has the figures).
+            with at most 16 levels of weights or inputs (``functional.hadamard`` has the figures).
         first_token: "own": the first token of a sequence keeps its own step and statistic
             (pretrained decoders need it); "shared": it is treated like any other.
         layer_batch_norm: replace norms by Layer-Batch Normalization with its gate closed.

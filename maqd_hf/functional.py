@@ -406,11 +406,10 @@ def hadamard(x: Tensor, size: int) -> Tensor:
     without, 88.4 / 126.0 with sizes up to 64, 87.7 / 127.1 up to 512; 16 levels with 4-bit inputs
     148.3 / 268.4 without (calibrated on other text), 54.3 / 78.6 up to 64 and 51.1 / 76.5 up to 512
     with a smoothing that did not know of it, 47.4 / 69.8 as it is. 16 levels with 8-bit inputs,
-    trained on 262,144 tokens: 33.9 / 50.3 without, 33.5 / 49.6 up to 512; it is not on by
-    itself there, as it takes some per cent of the time. Steps of groups of 64 do not replace
-    it: float weights, inputs of 15 levels, 8 windows: 77.2 / 121.7 without, 37.7 / 60.0 with
-    size 32, 36.3 / 58.4 with 64, 36.7 / 58.7 with 512. Without either, clipping is no help:
-    8400 / 8408, clipped at 0.8 3550 / 3783.
+    36.3 / 53.6 without, 34.9 / 51.9 up to 512, and after training on 262,144 tokens 33.9 / 50.3
+    and 33.5 / 49.6. Steps of groups of 64 do not replace it: float weights, inputs of 15 levels,
+    8 windows: 77.2 / 121.7 without, 37.7 / 60.0 with size 32, 36.3 / 58.4 with 64, 36.7 / 58.7
+    with 512. Without either, clipping is no help: 8400 / 8408, clipped at 0.8 3550 / 3783.
 
     Sums and differences in this order, in float32 at least; the compiled ones
     (``kernels.hadamard``) are the same to the last bit.

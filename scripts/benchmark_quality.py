@@ -42,6 +42,7 @@ import torch
 from quality_peers import PEERS, finish_qat, quantize_peer
 from quality_rules import RULES, apply_rule
 from quality_task import TABLES, Arguments, Row, Task, remembering
+from targets import quality_targets
 from transformers import HfArgumentParser, PreTrainedModel, default_data_collator, set_seed
 
 from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
@@ -260,6 +261,7 @@ def summarize(results: Results) -> str:
         values = "".join(f"{name:>12} {t['perplexity']:9.3f}" for name, t in run["texts"].items())
         lines.append(f"{run['name']:<36}{run['bits_per_weight']:>7.3f} bit{values}")
     lines += [f"missing: {name}: {reason}" for name, reason in results.missing.items()]
+    lines += [" | ".join(target.cells()) for target in quality_targets(results.runs)]
     return "\n".join(lines)
 
 

@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from speed_kernels import matrices, plot_roofline
 from speed_rivals import PACKAGES, unavailable
+from targets import speed_targets
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -55,6 +56,13 @@ from maqd_hf.embedded import SMOLLM2, embedded_gguf, embedded_text, resolve_mode
 from maqd_hf.versions import package_versions
 
 LLAMA_CPP = {"Q8_0": 7, "Q4_0": 2, "TQ2_0": 37}  # llama.cpp's numbers of its file types
+MODELS: tuple[tuple[int, int | None, int, str], ...] = (  # levels, group, head's levels, name
+    (4, None, 255, "2 bit, 8-bit head"),
+    (4, 64, 255, "2 bit g64, 8-bit head"),
+    (4, None, 16, "2 bit, 4-bit head"),
+    (16, None, 255, "4 bit, 8-bit head"),
+    (16, 64, 255, "4 bit g64, 8-bit head"),
+)
 PROMPT, NEW, PREFILL, BATCH = 16, 64, 512, 8
 MIB = 2**20
 
@@ -202,18 +210,20 @@ def model_sources(folder: Path, config: Any, float_model: str | None) -> dict[st
     found: dict[str, Any] = {
         "transformers bf16": ("hf", float_model, {"native": None, "dtype": "bfloat16"})
     }
-    for levels, head, name in ((4, 255, "2 bit, 8-bit head"), (16, 255, "4 bit, 8-bit head"),
-                               (4, 16, "2 bit, 4-bit head")):  # fmt: skip
-        target = folder / f"w{levels}h{head}"
+    for levels, group, head, name in MODELS:
+        target = folder / name.replace(" ", "-").replace(",", "")
         model = build(config)
         settings = MaQDConfig(
-            weight_levels=levels, embedding_levels=head, activation_scaling="token"
+            weight_levels=levels,
+            group_size=group,
+            embedding_levels=head,
+            activation_scaling="token",
         )
         quantize_model(model, settings, start="range")
         pack_model(model)
         model.save_pretrained(target)
         found[f"maqd {name}"] = ("hf", str(target), {"native": True, "dtype": "float32"})
-        if head == 255:
+        if head == 255 and group is None:
             own = {"native": False, "dtype": "float32"}
             found[f"maqd {name}, the model's own forward"] = ("hf", str(target), own)
     return found
@@ -448,6 +458,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             place.mkdir()
             sources = model_sources(place, large_config(), None)
             keep("large", models(args, sources, "random Llama, 1 B", 0))
+    for target in speed_targets(report):
+        print(" | ".join(target.cells()))
     return report
 
 

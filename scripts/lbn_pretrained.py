@@ -63,7 +63,8 @@ from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments
 GRID: dict[str, Any] = {
     "weight_levels": 16,
     "activation_levels": 255,
-    "norm_affine": "absorb",  # a static norm then leaves nothing at all
+    "norm_affine": "absorb",  # with the next, a static norm then leaves nothing at all
+    "rotation": None,
 }
 
 

@@ -63,18 +63,19 @@ def _llm_rows() -> list[Row]:
     for levels in (16, 8, 4, 3):
         rows.append(Row(f"round to nearest M={levels} g64", "MaQD", levels, 64, 255, start="range"))
         rows.append(Row(f"MaQD start M={levels} g64", "MaQD", levels, 64, 255))
-    absorbed = Row("", "MaQD", 16, 64, 255, norm_affine="absorb", smoothing=False)
+    absorbed = Row("", "MaQD", 16, 64, 255, norm_affine="absorb", rotation=None, smoothing=False)
     rows += [
         replace(absorbed, name="round to nearest M=16 g64, gamma absorbed", start="range"),
         replace(absorbed, name="MaQD start M=16 g64, gamma absorbed"),
     ]
     plain = Row("", "MaQD", 16, 64, 255)
+    not_rotated = replace(plain, rotation=None)
     few = replace(plain, activations=15, scaling="group")
     few_name = "MaQD start M=16 g64, 4-bit inputs g64"
     rows += [
-        replace(plain, name="MaQD start M=16 g64, not smoothed", smoothing=False),
+        replace(not_rotated, name="MaQD start M=16 g64, not rotated"),
+        replace(not_rotated, name="round to nearest M=16 g64, not rotated", start="range"),
         replace(plain, name="MaQD start M=4 g64, not smoothed", levels=4, smoothing=False),
-        replace(plain, name="MaQD start M=16 g64, rotated", rotation=512),
         replace(plain, name="MaQD start M=4 g64, not rotated", levels=4, rotation=None),
         replace(few, name="MaQD start M=16 g64, 4-bit inputs", scaling="token"),
         replace(few, name=few_name),
@@ -87,15 +88,13 @@ def _llm_rows() -> list[Row]:
             Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=rates[levels])
         )
     coarse = (learning_rate(16, few.activations),)
-    rotated = replace(plain, rotation=512, learning_rates=rates[16])
     rows += [
-        replace(rotated, name="MaQD M=16 g64, rotated"),
-        replace(rotated, name="MaQD M=16 a row, static, rotated", group=None, scaling="static"),
         Row("MaQD M=16 a row, static", "MaQD", 16, None, 255, "static", learning_rates=rates[16]),
+        replace(not_rotated, name="MaQD M=16 g64, not rotated", learning_rates=rates[16]),
         replace(few, name="MaQD M=16 g64, 4-bit inputs g64", learning_rates=coarse),
         replace(few, name="MaQD M=16 g64, 4-bit inputs", scaling="token", learning_rates=coarse),
-        Row("SEQ M=4 a row", "SEQ", 4, None, 255, learning_rates=rates[4]),
-        Row("LSQ M=4 a row", "LSQ", 4, None, 255, learning_rates=rates[4]),
+        Row("SEQ M=4 g64", "SEQ", 4, 64, 255, learning_rates=rates[4]),
+        Row("LSQ M=4 g64", "LSQ", 4, 64, 255, learning_rates=rates[4]),
         Row("BitNet M=3", "BitNet", 3, None, 255, learning_rates=rates[3]),
     ]
     for peer, widths in PEERS.items():

@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from targets import Target, encoder_targets, quality_targets, speed_targets
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
 
@@ -25,6 +27,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def aims(targets: Sequence[Target], text: str) -> str:
+    """What was aimed at beside what came out."""
+    rows = [target.cells() for target in targets]
+    return f"{text}\n\n" + table(("", "aim", "found", ""), rows)
 
 
 def main_job(result: dict[str, Any]) -> str:
@@ -246,7 +254,8 @@ def encoders(result: list[dict[str, Any]]) -> str:
         f"{models} with a classification head, accuracy in per cent on held-out texts: "
         f"{'; '.join(texts)}. Float: {result[0]['float_bytes'] / 2**20:.1f} MiB."
     )
-    return f"{text}\n\n" + table(header, rows)
+    aimed = aims(encoder_targets(result), "What was aimed at:")
+    return f"{text}\n\n{table(header, rows)}\n\n{aimed}"
 
 
 def block_wise(result: list[dict[str, Any]]) -> str:
@@ -377,6 +386,7 @@ def speed(result: dict[str, Any]) -> str:
         ]
         text = f"One matrix, {tokens} token(s), {chosen[0]['threads']} threads, microseconds."
         tables.append(f"{text}\n\n{table(['', *(f'{a} x {b}' for a, b in shapes)], rows)}")
+    tables.append(aims(speed_targets(result), "Ratios that were aimed at (`scripts/targets.py`):"))
     return "\n\n".join(tables)
 
 
@@ -412,6 +422,7 @@ def quality(result: dict[str, Any]) -> str:
     ]
     if trained:
         parts.append("![perplexity against bits a weight](results/plots/quality.png)")
+        parts.append(aims(quality_targets(runs), "What was aimed at, on the worse text:"))
     if result["missing"]:
         named = "; ".join(f"{name}: {reason}" for name, reason in result["missing"].items())
         parts.append(f"Did not run: {named}.")

@@ -55,7 +55,8 @@ def packed(model: PreTrainedModel, ids: Tensor, static: bool) -> PreTrainedModel
     """A packed copy with norms and steps all static (but the final norm), or all per token."""
     copied = copy.deepcopy(model)
     scaling: Any = "static" if static else "token"
-    quantize_model(copied, MaQDConfig(weight_levels=16, activation_scaling=scaling))
+    config = MaQDConfig(weight_levels=16, activation_scaling=scaling, rotation=None)
+    quantize_model(copied, config)
     if static:
         calibrate_activations(copied, ids, progress=False)
         calibrate_norm_statistics(copied, ids)

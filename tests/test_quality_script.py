@@ -55,7 +55,7 @@ def job(tmp_path, tiny_llama, byte_tokenizer, sample_text, load):
 
 def test_rows_run_are_measured_on_both_texts_and_are_not_repeated(job, monkeypatch):
     script, arguments = job
-    rows = ["float", "round to nearest M=4 g64", "MaQD M=4 g64", "SEQ M=4 a row"]
+    rows = ["float", "round to nearest M=4 g64", "MaQD M=4 g64", "SEQ M=4 g64"]
     found = script.main(arguments(rows=rows))
     assert [run["name"] for run in found.runs] == rows
     for run in found.runs:
@@ -293,3 +293,41 @@ def test_plots_and_table_are_made_from_what_is_there(load, job, tmp_path, capsys
     assert {path.name for path in written} == {"quality.png", "loss.png"}
     assert all(path.stat().st_size > 1000 for path in written)
     assert "lbn_batch.png skipped" in capsys.readouterr().out
+
+
+def test_targets_are_judged_by_the_worse_text_and_the_best_run(load):
+    targets = load("targets")
+    text = lambda a, b: {"wikitext": {"perplexity": a}, "imdb": {"perplexity": b}}  # noqa: E731
+    eight = {"table": "llm", "method": "MaQD", "name": "MaQD M=8 g64"}
+    runs = [
+        {"table": "llm", "method": "float", "name": "float", "texts": text(20.0, 40.0)},
+        {**eight, "tokens": 10, "texts": text(22, 50)},
+        {**eight, "tokens": 20, "texts": text(23, 44)},
+        {"table": "rules", "method": "MaQD", "name": "MaQD M=4 g64", "tokens": 20, "texts": {}},
+    ]
+    (found,) = targets.quality_targets(runs)
+    assert found.what == "MaQD M=8 g64, 20 tokens"
+    assert found.found == pytest.approx(15) and not found.met
+    assert found.cells()[1:3] == ("at most 12 %", "15.0 %")
+    assert targets.quality_targets([]) == []
+
+
+def test_targets_of_speed_are_ratios_of_one_run_and_need_their_rival(load):
+    targets = load("targets")
+    shape = {"columns": 64, "tokens": 1}
+    report = {
+        "matrices": [
+            {**shape, "rows": rows, "name": name, "seconds": seconds}
+            for rows, name, seconds in (
+                (1536, "maqd 2 bit", 9.0),  # too small to count
+                (2048, "maqd 2 bit", 2.0),
+                (4096, "maqd 2 bit", 3.0),
+                (1536, "torch bf16", 9.0),
+                (2048, "torch bf16", 22.0),
+                (4096, "torch bf16", 27.0),
+            )
+        ]
+    }
+    (found,) = targets.speed_targets(report)
+    assert found.found == 9 and not found.met and "missed" in found.cells()[-1]
+    assert found.what == "one token, 2 bit, to torch bf16, worst of 2 matrices"

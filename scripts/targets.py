@@ -1,0 +1,181 @@
+"""What this package is meant to reach, and what the files in results/ say of it.
+
+`speed_targets` reads what `benchmark_speed` wrote (every target is a ratio of two figures of the
+same run), `quality_targets` what `benchmark_quality` and `encoder_targets` what `qat_encoder` did.
+A target that was missed is shown with what limits it, as far as we know; one whose competitor is
+missing is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_CALL = (
+    "larger matrices run at the rate of the machine's byte dot product; at 2048 x 2048 the call "
+    "from Python and waking the second thread take half of the time"
+)
+_PEAK = (
+    "the product runs at the rate of the machine's byte dot product, which on a CPU without AMX is "
+    "at most twice that of its bfloat16 one"
+)
+_PREFILL = (
+    "products take 57 % of the time, at the rate of the byte dot product, and attention 19 %, at "
+    "that of float32 (`perf`, one thread): what is left to gain is some per cent"
+)
+_DECODE = (
+    "codes and head of a token come from memory, which two threads read not twice as fast, and "
+    "`generate()` itself takes 0.7 ms of Python a token"
+)
+_TRITS = (
+    "five codes take as many products as ten of 2 bits, and products are what takes the time of "
+    "one token; so ternary weights are kept in 2 bits, unless no cache holds them"
+)
+_FORWARD = "the rest is transformers' own Python around the layers; the native step has none"
+_LONGER = "falls with the tokens, of which a million were allowed"
+
+
+@dataclass(frozen=True)
+class Target:
+    """``found`` should be at least ``wanted`` or, with ``most``, at most; both in ``unit``."""
+
+    what: str
+    wanted: float
+    found: float
+    limit: str = ""
+    most: bool = False
+    unit: str = "x"
+
+    @property
+    def met(self) -> bool:
+        return self.found <= self.wanted if self.most else self.found >= self.wanted
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """What, wanted, found, and whether that is enough."""
+        sign = "at most" if self.most else "at least"
+        verdict = "met" if self.met else f"missed: {self.limit}" if self.limit else "missed"
+        digits = 2 if self.unit == "x" else 1
+        return (
+            self.what,
+            f"{sign} {self.wanted:g}{self.unit}",
+            f"{self.found:.{digits}f}{self.unit}",
+            verdict,
+        )
+
+
+# --------------------------------------------------------------------------------------- speed
+
+
+def _matrices(rows: list[dict[str, Any]]) -> Iterator[Target]:
+    seconds = {(r["name"], r["rows"], r["tokens"]): r["seconds"] for r in rows if "rows" in r}
+    large = sorted({count for _, count, _ in seconds if count >= 2048})
+    for what, wanted, ours, rival, tokens, limit in (
+        ("one token, 2 bit, to llama.cpp TQ2_0", 2.5, "2", "llama.cpp TQ2_0", 1, _CALL),
+        ("one token, 2 bit, to torch bf16", 10, "2", "torch bf16", 1, _CALL),
+        ("one token, 4 bit, to llama.cpp Q4_0", 1.2, "4", "llama.cpp Q4_0", 1, _CALL),
+        ("one token, 1.6 bit, to 2 bit", 0.87, "1.6", "maqd 2 bit", 1, _TRITS),
+        ("512 tokens, 2 bit, to torch bf16", 2, "2", "torch bf16", 512, _PEAK),
+        ("512 tokens, 4 bit, to torch bf16", 2, "4", "torch bf16", 512, _PEAK),
+    ):
+        pairs = [((rival, n, tokens), (f"maqd {ours} bit", n, tokens)) for n in large]
+        ratios = [seconds[a] / seconds[b] for a, b in pairs if a in seconds and b in seconds]
+        if ratios:
+            yield Target(f"{what}, worst of {len(ratios)} matrices", wanted, min(ratios), limit)
+    ceiling = next((r["bytes_per_second"] for r in rows if r["name"] == "ceilings"), None)
+    single = [r for r in rows if r["name"] == "maqd 8 bit" and r["tokens"] == 1]
+    if ceiling and single:
+        largest = max(single, key=lambda r: r["rows"] * r["columns"])
+        size = largest["rows"] * largest["columns"] / 2**20
+        what = f"one token, 8 bit, {size:.0f} MiB of weights, to the bandwidth measured"
+        yield Target(what, 0.8, largest["bytes_per_second"] / ceiling)
+
+
+_TWO, _FOUR = "maqd 2 bit, 8-bit head", "maqd 4 bit, 8-bit head"
+_OWN = f"{_TWO}, the model's own forward"
+
+
+def _models(report: dict[str, Any], threads: int) -> Iterator[Target]:
+    rows = {r["name"]: r for r in report["models"] if r["threads"] == threads}
+    rivals = [row for name, row in rows.items() if name.startswith("llama.cpp")]
+    busy = {r["name"]: r for r in report.get("busy", []) if r["threads"] == threads}
+    tokens, prefill = "tokens_per_second", "prefill_tokens_per_second"
+    best = {key: max((row[key] for row in rivals), default=None) for key in (tokens, prefill)}
+    plain, q4 = (rows.get(name, {}).get(tokens) for name in ("transformers bf16", "llama.cpp Q4_0"))
+    at = f"{threads} thread(s)"
+    for what, wanted, name, key, rival, limit in (
+        ("own forward, 2 bit, to bf16", 3, _OWN, tokens, plain, _FORWARD),
+        ("decode, 2 bit, to the best llama.cpp", 2.5, _TWO, tokens, best[tokens], _DECODE),
+        ("decode, 4 bit, to llama.cpp Q4_0", 1.6, _FOUR, tokens, q4, _DECODE),
+        ("prefill, 2 bit, to the best llama.cpp", 3, _TWO, prefill, best[prefill], _PREFILL),
+    ):
+        if rival and name in rows:
+            yield Target(f"{what}, {at}", wanted, rows[name][key] / rival, limit)
+    if _TWO in busy and _TWO in rows:
+        share = busy[_TWO][tokens] / rows[_TWO][tokens]
+        yield Target(f"decode, 2 bit, beside busy processes, to alone, {at}", 0.3, share)
+
+
+def _others(report: dict[str, Any]) -> Iterator[Target]:
+    for row in report.get("compiled", [])[1:]:
+        what = f"compiled decode, 2 bit, to bf16 compiled, {row['threads']} thread(s)"
+        yield Target(what, 4, row["to_bf16"])
+    found = next((r for r in report.get("models", []) if r["name"] == _TWO), None)
+    if found:
+        least = found["read_seconds"] + report["import_seconds"]
+        load = (found["load_seconds"] + report["import_seconds"]) / least
+        yield Target("load, 2 bit, to reading the bytes and importing", 1.5, load, most=True)
+        memory = found["peak_bytes"] / found["file_bytes"]
+        yield Target("peak memory, 2 bit, to the packed file", 1.3, memory, most=True)
+    large = next((r for r in report.get("large", []) if r["name"] == _TWO), None)
+    if large:
+        what = "memory of a random Llama of 1 B, 2 bit"
+        yield Target(what, 1.2, large["peak_bytes"] / 1e9, most=True, unit=" GB")
+
+
+def speed_targets(report: dict[str, Any]) -> list[Target]:
+    """Those that the tables of ``report``, the JSON of `benchmark_speed`, say something of."""
+    found = list(_matrices(report.get("matrices", [])))
+    for threads in sorted({row["threads"] for row in report.get("models", [])}):
+        found += _models(report, threads)
+    return found + list(_others(report))
+
+
+# ------------------------------------------------------------------------------------- quality
+
+
+def quality_targets(runs: list[dict[str, Any]]) -> list[Target]:
+    """Perplexity to float of the ``runs`` of table ``llm``, on the worse text, in per cent; of
+    several runs of a row the best."""
+    runs = [run for run in runs if run["table"] == "llm"]
+    base: dict[str, Any] = next((run["texts"] for run in runs if run["method"] == "float"), {})
+    found = []
+    for name, wanted in (
+        ("MaQD M=16 a row, static", 5),
+        ("MaQD M=16 g64", 3),
+        ("MaQD M=8 g64", 12),
+        ("MaQD M=4 g64", 45),
+        ("MaQD M=3 g64", 70),
+        ("MaQD M=16 g64, 4-bit inputs g64", 15),
+    ):
+        costs = {}
+        for run in (run for run in runs if run["name"] == name):
+            ratios = [t["perplexity"] / base[n]["perplexity"] for n, t in run["texts"].items()]
+            costs[100 * (max(ratios) - 1)] = run["tokens"]
+        if costs:
+            best = min(costs)
+            what = f"{name}, {costs[best]:,} tokens"
+            found.append(Target(what, wanted, best, _LONGER, most=True, unit=" %"))
+    return found
+
+
+def encoder_targets(rows: list[dict[str, Any]]) -> list[Target]:
+    """Accuracy lost to float with 8-bit inputs, in points."""
+    found = []
+    for row in rows:
+        wanted = {16: 0.5, 4: 1.5}.get(row["weight_levels"])
+        if wanted is not None and row["activation_levels"] == 255:
+            lost = 100 * (row["accuracy"]["float"] - row["accuracy"]["packed"])
+            what = f"{row['model']} on {row['dataset']}, M={row['weight_levels']}, accuracy lost"
+            found.append(Target(what, wanted, lost, most=True, unit=" points"))
+    return found
