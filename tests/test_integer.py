@@ -79,7 +79,7 @@ FUNCTIONS = {
 def packed_block(family: str, **settings: Any) -> tuple[nn.Module, dict[str, nn.Module]]:
     """A packed tiny model with static norms, and the modules of its second block's MLP."""
     model = tiny(family)
-    quantize_model(model, MaQDConfig(first_token="shared", **settings))
+    quantize_model(model, MaQDConfig(first_token="shared", rotation=None, **settings))
     for norm in gated_norms(model).values():
         for affine in norm.parameters():
             nn.init.uniform_(affine, 0.2, 2)
@@ -104,7 +104,7 @@ def test_a_block_gives_the_codes_of_the_packed_one(
     family: str, levels: int, group: int | None, norm_affine: str
 ) -> None:
     model, parts = packed_block(
-        family, weight_levels=levels, group_size=group, norm_affine=norm_affine, rotation=None
+        family, weight_levels=levels, group_size=group, norm_affine=norm_affine
     )
     assert parts["norm"].spec.absorbed == (group is None or norm_affine == "keep")
     assert (parts["norm"].weight is None) == (norm_affine == "absorb")

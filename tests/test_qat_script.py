@@ -121,7 +121,3 @@ def test_a_full_run_directory_is_not_overwritten(job, tmp_path):
     with pytest.raises(SystemExit, match="no complete checkpoint"):
         script.main(job(resume_from_checkpoint="true"))
     assert (tmp_path / "run" / "mine.txt").read_text() == "precious"
-
-
-def test_readme_says_what_results_say():
-    assert load("render_readme").main(["--check"]) == 0

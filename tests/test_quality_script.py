@@ -331,3 +331,7 @@ def test_targets_of_speed_are_ratios_of_one_run_and_need_their_rival(load):
     (found,) = targets.speed_targets(report)
     assert found.found == 9 and not found.met and "missed" in found.cells()[-1]
     assert found.what == "one token, 2 bit, to torch bf16, worst of 2 matrices"
+
+
+def test_readme_says_what_results_say(load):
+    assert load("render_readme").main(["--check"]) == 0
