@@ -88,13 +88,14 @@ def _llm_rows() -> list[Row]:
             Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=rates[levels])
         )
     coarse = (learning_rate(16, few.activations),)
+    twice = (*rates[4], 2 * rates[4][0])  # on a small model other rules liked it faster than ours
     rows += [
         Row("MaQD M=16 a row, static", "MaQD", 16, None, 255, "static", learning_rates=rates[16]),
         replace(not_rotated, name="MaQD M=16 g64, not rotated", learning_rates=rates[16]),
         replace(few, name="MaQD M=16 g64, 4-bit inputs g64", learning_rates=coarse),
         replace(few, name="MaQD M=16 g64, 4-bit inputs", scaling="token", learning_rates=coarse),
-        Row("SEQ M=4 g64", "SEQ", 4, 64, 255, learning_rates=rates[4]),
-        Row("LSQ M=4 g64", "LSQ", 4, 64, 255, learning_rates=rates[4]),
+        Row("SEQ M=4 g64", "SEQ", 4, 64, 255, learning_rates=twice),
+        Row("LSQ M=4 g64", "LSQ", 4, 64, 255, learning_rates=twice),
         Row("BitNet M=3", "BitNet", 3, None, 255, learning_rates=rates[3]),
     ]
     for peer, widths in PEERS.items():
