@@ -57,14 +57,14 @@ def test_rows_run_are_measured_on_both_texts_and_are_not_repeated(job, monkeypat
     script, arguments = job
     rows = ["float", "round to nearest M=4 g64", "MaQD M=4 g64", "SEQ M=4 g64"]
     found = script.main(arguments(rows=rows))
-    assert [run["name"] for run in found.runs] == rows
+    assert [run["name"] for run in found.runs] == [*rows, "SEQ M=4 g64"]  # at two rates
     for run in found.runs:
         assert {name: t["tokens"] for name, t in run["texts"].items()} == {
             "wikitext": 62,
             "imdb": 62,
         }
         assert all(math.isfinite(text["perplexity"]) for text in run["texts"].values())
-    assert [len(run.get("loss", ())) for run in found.runs] == [0, 0, 3, 3]
+    assert [len(run.get("loss", ())) for run in found.runs] == [0, 0, 3, 3, 3]
     assert found.runs[0]["bits_per_weight"] == 32
     assert found.runs[1]["bits_per_weight"] == pytest.approx(2 + 0.5 + 32 / 64, abs=0.3)
 
