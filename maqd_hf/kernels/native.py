@@ -148,13 +148,13 @@ class NativeWeight:
                 f"{levels} levels, {self.groups} groups of {columns // self.groups} inputs: no "
                 f"storage of {storage or 'any kind'} fits; use groups of a multiple of 32"
             )
+        even = activation_levels is not None and activation_levels % 2 == 0
+        if even and group_steps:
+            raise ValueError(f"activation_levels={activation_levels}: steps of groups want it odd")
         units = -(-columns // chosen.inputs)
         blocks = -(-self.rows // _ROWS)
         self.stride = units * chosen.inputs
         self.codes = arena.zeros(blocks * units * chosen.planes * 64)
-        even = activation_levels is not None and activation_levels % 2 == 0
-        if even and group_steps:
-            raise ValueError(f"activation_levels={activation_levels}: steps of groups want it odd")
         self.group_steps = group_steps and activation_levels is not None
         halves = []
         step = max(1, _PIECE // words.shape[1] // _ROWS) * _ROWS
