@@ -57,12 +57,14 @@ from maqd_hf.versions import package_versions
 
 LLAMA_CPP = {"Q8_0": 7, "Q4_0": 2, "TQ2_0": 37}  # llama.cpp's numbers of its file types
 MODELS: tuple[tuple[int, int | None, int, str], ...] = (  # levels, group, head's levels, name
+    (3, None, 255, "ternary, 8-bit head"),
     (4, None, 255, "2 bit, 8-bit head"),
     (4, 64, 255, "2 bit g64, 8-bit head"),
     (4, None, 16, "2 bit, 4-bit head"),
     (16, None, 255, "4 bit, 8-bit head"),
     (16, 64, 255, "4 bit g64, 8-bit head"),
 )
+OWN = ("2 bit, 8-bit head", "4 bit, 8-bit head")  # also through the model's own forward
 PROMPT, NEW, PREFILL, BATCH = 16, 64, 512, 8
 MIB = 2**20
 
@@ -223,7 +225,7 @@ def model_sources(folder: Path, config: Any, float_model: str | None) -> dict[st
         pack_model(model)
         model.save_pretrained(target)
         found[f"maqd {name}"] = ("hf", str(target), {"native": True, "dtype": "float32"})
-        if head == 255 and group is None:
+        if name in OWN:
             own = {"native": False, "dtype": "float32"}
             found[f"maqd {name}, the model's own forward"] = ("hf", str(target), own)
     return found

@@ -30,7 +30,7 @@ _DECODE = (
 )
 _TRITS = (
     "five codes take as many products as ten of 2 bits, and products are what takes the time of "
-    "one token; so ternary weights are kept in 2 bits, unless no cache holds them"
+    "one token; so ternary weights are kept in 2 bits, unless no cache holds their model"
 )
 _FORWARD = "the rest is transformers' own Python around the layers; the native step has none"
 _LONGER = "falls with the tokens, of which a million were allowed"

@@ -88,6 +88,17 @@ def test_a_storage_that_does_not_fit_is_refused():
         native.NativeWeight(*arguments)(torch.ones(2, 7), torch.ones(1))
 
 
+def test_ternary_weights_are_trits_where_their_model_fits_no_cache():
+    def chosen(rows, columns, groups=1, levels=3):
+        return native.storage_for(levels, rows, columns, groups)
+
+    trits, plain = native.STORAGES["1.6"], native.STORAGES["2"]
+    assert chosen(2048, 2048) is chosen(5632, 2048) is trits
+    assert chosen(2047, 2048) is chosen(1536, 576) is plain
+    assert chosen(2048, 2048, groups=32) is chosen(2048, 2048, levels=4) is plain
+    assert chosen(2048, 1 << 16) is plain  # a sum of trits might not fit its accumulator
+
+
 @pytest.mark.parametrize("storage", list(native.STORAGES))
 def test_repacked_piece_by_piece(path, storage, monkeypatch):
     """All words are released, a piece of 16 rows at a time, and the pieces change nothing."""

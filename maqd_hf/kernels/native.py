@@ -82,14 +82,16 @@ STORAGES = {
     "8": Storage(8, 256, 4),
 }
 _TRIT_COLUMNS = 1 << 15  # beyond them a sum of trits might not fit its accumulator
-# Trits save a fifth of the bytes for more arithmetic. Measured on 2 threads, to 2 bit: 0.83 to 1.04
-# of the time where weights come from memory, 1.16 to 1.43 where they stay in the caches.
-_TRITS_FROM = 1 << 26  # weights of a matrix
+# Trits save a fifth of the bytes for twice the products. Measured, to 2 bit: matrices one at a time
+# on 2 threads 0.83 to 1.04 of the time where weights come from memory, 1.16 to 1.43 where they stay
+# in the caches; a token of a ternary Llama of 1 B parameters 0.82 on 2 threads, 1.06 on one. Such a
+# large matrix belongs to a model that no cache holds.
+_TRITS_FROM = 1 << 22  # weights of a matrix
 
 
 def storage_for(levels: int, rows: int, columns: int, groups: int) -> Storage | None:
     """The narrowest storage that covers M levels and these groups, or None; trits only for
-    matrices that no cache holds."""
+    matrices of models that no cache holds."""
     trits = groups == 1 and columns <= _TRIT_COLUMNS and rows * columns >= _TRITS_FROM
     for name, storage in STORAGES.items():
         if storage.covers(levels, columns, groups) and (trits or name != "1.6"):
