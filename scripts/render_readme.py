@@ -417,7 +417,8 @@ def quality(result: dict[str, Any]) -> str:
         "its own start values too. M is the number of levels: 16 is 4 bit, 4 is 2 bit, 3 ternary. "
         "g64: 64 inputs share a weight scale; inputs have a step a token, or with `inputs g64` one "
         "for every 64 of a token. SEQ, LSQ and BitNet are the rules of other papers "
-        "(`scripts/quality_rules.py`), trained as MaQD is and shown at the best rate tried."
+        "(`scripts/quality_rules.py`); they and torchao's QAT are trained by the same loop as "
+        "MaQD, and shown at the best rate tried."
         f"{_seen(runs)}",
         table(header, rows),
     ]
