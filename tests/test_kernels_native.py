@@ -239,9 +239,9 @@ def test_unknown_path_is_named(monkeypatch):
 
 
 def test_whole_model_generates_alike(path, tiny_llama, monkeypatch):
-    quantize_model(
-        tiny_llama, MaQDConfig(weight_levels=16, activation_scaling="token", embedding_levels=255)
-    )
+    # not rotated: sums of this table's few values lie on ties more often, where codes tip over
+    config = MaQDConfig(activation_scaling="token", embedding_levels=255, rotation=None)
+    quantize_model(tiny_llama, config)
     pack_model(tiny_llama)
     ids = torch.randint(3, 250, (2, 7))
     with torch.no_grad():
