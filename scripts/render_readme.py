@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from targets import Target, encoder_targets, quality_targets, speed_targets
+from targets import Target, encoder_targets, load_ratio, quality_targets, speed_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
@@ -297,12 +297,11 @@ def loading(result: dict[str, Any]) -> list[str]:
     if "import_seconds" not in result:
         return []
     row = next(row for row in result["models"] if row["name"] == "maqd 2 bit, 8-bit head")
-    least = row["read_seconds"] + result["import_seconds"]
     return [
         f"Importing torch and transformers takes {result['import_seconds']:.1f} s, reading the "
         f"{row['file_bytes'] / 2**20:.0f} MiB of the 2-bit model {row['read_seconds']:.2f} s, "
         f"loading it {row['load_seconds']:.2f} s: "
-        f"{(result['import_seconds'] + row['load_seconds']) / least:.2f} times both."
+        f"{load_ratio(row, result['import_seconds']):.2f} times both."
     ]
 
 
