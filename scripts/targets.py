@@ -14,8 +14,8 @@ from typing import Any
 
 # What these reasons rest on, by hand (Zen 4, 2 cores): 2048 x 2048 at 2 bits takes 23 us, of which
 # the call 5; 4096 x 4096 runs at 98 % of the byte dot product's rate on one thread. Products take
-# 57 % of a prefill on one thread and attention 19 % (`perf`). A token's native step takes 2.35 ms on
-# one thread and 1.7 on two, its 54 MiB at the bandwidth measured 1.6, `generate()` around it 0.7.
+# 57 % of a prefill on one thread and attention 19 % (`perf`). A token's native step takes 2.35 ms
+# on one thread and 1.7 on two, its 54 MiB at the bandwidth measured 1.6, `generate()` outside 0.7.
 _CALL = (
     "larger matrices run at the rate of the machine's byte dot product; at 2048 x 2048 the call "
     "from Python and waking the second thread show"
