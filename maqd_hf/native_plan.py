@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import loader, native
-from .kernels.decoder import BlockStep, LinearStep, NativeDecoder, NormStep
+from .kernels.decoder import BlockStep, LinearStep, NativeDecoder
+from .kernels.norm import NativeNorm
 from .nn import BatchContext, LayerBatchNorm, PackedEmbedding, PackedLinear
 
 _SLIDING = "sliding_attention"
@@ -185,35 +185,20 @@ def _table(embedding: nn.Module) -> native.Table | None:
 
 
 def _is_plain(head: Any) -> bool:
-    """Whether the library can multiply with the head; it does not rotate its input."""
-    return (
-        isinstance(head, PackedLinear)
-        and head.rotation == 1
-        and native.fits(head.in_features, head.weight_scale.shape[1], head.levels)
+    """Whether the library can multiply with the head."""
+    return isinstance(head, PackedLinear) and native.fits(
+        head.in_features, head.weight_scale.shape[1], head.levels
     )
 
 
-def _norm(norm: Any, where: str) -> NormStep:
+def _norm(norm: Any, where: str) -> NativeNorm:
     if not isinstance(norm, LayerBatchNorm):
         if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
-            return NormStep(len(norm.weight), norm.variance_epsilon, weight=norm.weight)
+            return NativeNorm(len(norm.weight), norm.variance_epsilon, weight=norm.weight)
         raise UnsupportedError(f"{where}: a norm of type {type(norm).__name__}")
-    spec = norm.spec
-    if spec.statistics == "gated":
+    if norm.spec.statistics == "gated":
         raise UnsupportedError(f"{where}: a norm in training")
-    static = spec.statistics == "static"
-    log_ms = float(norm.running_log_ms)
-    return NormStep(
-        norm.features,
-        norm.eps,
-        token=not static,
-        constant=1.0 if spec.absorbed or not static else math.exp(-log_ms / 2),
-        first_factor=math.exp(log_ms / 2) if static and spec.absorbed else 1.0,
-        own_first=static and spec.first_token == "own",
-        centered=spec.centered,
-        weight=norm.weight,
-        bias=norm.bias,
-    )
+    return norm.native_norm()
 
 
 def _linear(layer: Any, where: str) -> LinearStep:
@@ -225,4 +210,4 @@ def _linear(layer: Any, where: str) -> LinearStep:
     static = layer.activation_step
     own_first = static is not None and layer.spec.first_token == "own"
     step = 0.0 if static is None else float(static)
-    return LinearStep(layer.native_weight(), step, own_first, layer.rotation)
+    return LinearStep(layer.native_weight(), step, own_first)

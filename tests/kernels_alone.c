@@ -10,7 +10,10 @@ const char *maqd_path_name(int32_t);
 void maqd_repack(const int32_t *, int64_t, int64_t, int32_t, int32_t, int32_t, uint8_t *, int32_t);
 int32_t maqd_linear(const maqd_weight *, const float *, int64_t, int32_t, const float *, int64_t,
                     float *, int32_t, int32_t);
-void maqd_take_inputs(const maqd_weight *, const float *, int64_t, int32_t, maqd_input *, int32_t);
+void maqd_take_inputs(const maqd_weight *, const float *, int64_t, int32_t, maqd_input *, float *,
+                      int32_t);
+void maqd_normalize(const maqd_norm *, const float *, const uint8_t *, int64_t, float *, int32_t,
+                    int32_t);
 void maqd_embedding(const maqd_table *, const int64_t *, int64_t, float *);
 void maqd_compensate(float *, const float *, const float *, const float *, float *, float *,
                      int64_t, int64_t, int64_t, int64_t);
@@ -124,9 +127,12 @@ static layer make(int32_t levels, int32_t bits, int64_t rows, int64_t columns, i
     }
     maqd_repack(all, rows, columns, levels, digits, bits, panels, 1 + (int)draw(2));
     const int has_constant = activation_levels && activation_levels % 2 == 0;
+    int32_t rotation = 1;
+    while (draw(4) && columns % (2 * rotation) == 0) rotation *= 2;
     l.w = (maqd_weight){panels, groups > 1 ? (void *)group_scale : scale, with ? offset : NULL, has_constant ? constant : NULL,
                         with ? bias : NULL, rows, columns, groups, units, bits, levels > 128,
-                        (float)zero, draw(2) ? 1 : 0.75f, groups > 1 && activation_levels % 2 && draw(2)};
+                        (float)zero, draw(2) ? 1 : 0.75f, groups > 1 && activation_levels % 2 && draw(2),
+                        rotation};
     return l;
 }
 
@@ -145,6 +151,8 @@ static void product_case(int path, int32_t levels, int32_t bits, int64_t rows, i
     if (!activation_levels) step = NULL;
     expect(!maqd_linear(&l.w, x, tokens, activation_levels, step, every, y, path, threads), "memory",
            path, levels, bits, 0);
+    float *rotated = get(tokens * columns * 4), *row = get(columns * 4);
+    maqd_get_path(path)->hadamard(x, tokens * columns, l.w.rotation, rotated);
     double wrong = 0, size = 1e-6;
     for (int64_t t = 0; t < tokens; ++t) {
         const int64_t parts = l.w.group_steps ? groups : 1, width = columns / parts;
@@ -152,14 +160,14 @@ static void product_case(int path, int32_t levels, int32_t bits, int64_t rows, i
         for (int64_t p = 0; p < parts && (steps[0] == 0 || l.w.group_steps); ++p) {
             float most = 0;
             for (int64_t k = p * width; k < (p + 1) * width; ++k)
-                most = fmaxf(most, fabsf(x[t * columns + k]));
+                most = fmaxf(most, fabsf(rotated[t * columns + k]));
             steps[p] = most / ((float)(activation_levels - 1) / 2) * l.w.clip_ratio;
             steps[p] = fmaxf(steps[p], 1.17549435e-38f);
         }
         for (int64_t n = 0; n < rows; ++n) {
             double sum = 0;
             for (int64_t k = 0; k < columns; ++k) {
-                const float v = x[t * columns + k], s = steps[k / width];
+                const float v = rotated[t * columns + k], s = steps[k / width];
                 sum += l.matrix[n * columns + k] *
                        (activation_levels ? s * on_grid(v, s, activation_levels) : v);
             }
@@ -175,7 +183,7 @@ static void product_case(int path, int32_t levels, int32_t bits, int64_t rows, i
                             get(tokens * (groups + 1) * 4), NULL, 1};
         if (!l.w.group_steps) taken.group_step = NULL;
         for (int64_t t = 0; t < tokens; ++t) taken.step[t] = step[every * t];
-        maqd_take_inputs(&l.w, x, tokens, activation_levels, &taken, path);
+        maqd_take_inputs(&l.w, x, tokens, activation_levels, &taken, row, path);
         for (int64_t t = 0; t < tokens; ++t) {
             double sum = 0;
             for (int64_t k = 0; k < maqd_stride(&l.w); ++k) {
@@ -184,7 +192,7 @@ static void product_case(int path, int32_t levels, int32_t bits, int64_t rows, i
                 const float s = own ? own[t * groups + k * groups / columns] : taken.step[t];
                 sum += own ? s * (double)code : code;
                 if (k < columns) {
-                    const double q = on_grid(x[t * columns + k], s, activation_levels);
+                    const double q = on_grid(rotated[t * columns + k], s, activation_levels);
                     expect(code == (int)floor(q), "code", path, activation_levels, (int)t, (int)k);
                 } else {
                     expect(code == 0, "padding", path, activation_levels, (int)t, (int)k);
@@ -261,14 +269,7 @@ static void tables(void) {
 enum { HIDDEN_SIZE = 23, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 10, INTERMEDIATE = 37, WORDS = 29, BATCH = 2 };
 
 static linear linear_of(layer *l, int own_first) {
-    int32_t rotation = 1;
-    while (l->w.columns % (2 * rotation) == 0) rotation *= 2;
-    return (linear){&l->w, l->activation_levels ? 0.02f : 0, l->activation_levels, own_first, rotation};
-}
-
-static linear unrotated(linear l) {
-    l.rotation = 1;
-    return l;
+    return (linear){&l->w, l->activation_levels ? 0.02f : 0, l->activation_levels, own_first};
 }
 
 static maqd_norm norm_of(int64_t features, int token) {
@@ -322,6 +323,28 @@ static void rotations(int path) {
     drop();
 }
 
+static void norms(int path) {
+    for (int64_t features = 1; features < 40; features += 13)
+        for (int kind = 0; kind < 4; ++kind) {
+            const int64_t rows = 5, threads = 1 + kind % 2;
+            maqd_norm norm = norm_of(features, kind / 2);
+            const uint8_t marks[] = {1, 0, 0, 1, 0}, *first = kind % 2 ? marks : NULL;
+            float *x = reals(rows * features), *y = get(rows * features * 4);
+            maqd_normalize(&norm, x, first, rows, y, path, (int32_t)threads);
+            for (int64_t i = 0; i < rows * features; ++i) {
+                const float *row = x + i / features * features;
+                double mean = 0, square = 0, factor = norm.constant;
+                for (int64_t k = 0; k < features; ++k) mean += norm.centered ? row[k] / (double)features : 0;
+                for (int64_t k = 0; k < features; ++k) square += (row[k] - mean) * (row[k] - mean);
+                if (norm.token || (first && first[i / features]))
+                    factor = norm.first_factor / sqrt(square / (double)features + norm.eps);
+                const double wanted = (x[i] - mean) * factor * norm.weight[i % features] + norm.bias[i % features];
+                expect(fabs(wanted - y[i]) < 1e-4, "norm", path, (int)features, kind, (int)i);
+            }
+            drop();
+        }
+}
+
 static void decoders(int path, int levels, int32_t bits, int activation_levels, int bytes) {
     enum { BLOCK_COUNT = 2, TOKENS = 19 };
     const int64_t queries = HEADS * HEAD_DIM, pairs = KV_HEADS * HEAD_DIM;
@@ -352,7 +375,7 @@ static void decoders(int path, int levels, int32_t bits, int activation_levels, 
     maqd_table table = {rows, scale, NULL, HIDDEN_SIZE, 255, digits_of(255), 1};
     float *frequencies = reals(HEAD_DIM / 2);
     maqd_decoder m = {BLOCK_COUNT, HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, 0.3f, 1.0f,
-                      frequencies, blocks_of, norm_of(HIDDEN_SIZE, 1), &table, unrotated(linear_of(&head, 1)),
+                      frequencies, blocks_of, norm_of(HIDDEN_SIZE, 1), &table, linear_of(&head, 1),
                       !activation_levels};
     int64_t *ids = get(BATCH * TOKENS * 8);
     for (int64_t i = 0; i < BATCH * TOKENS; ++i) ids[i] = draw(WORDS);
@@ -455,6 +478,7 @@ int main(void) {
         products(path);
         strange_inputs(path);
         rotations(path);
+        norms(path);
         decoders(path, 4, 2, 0, 0);
         decoders(path, 4, 2, 0, 1);
         decoders(path, 3, TRITS, 255, 0);

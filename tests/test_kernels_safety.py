@@ -19,7 +19,8 @@ from torch import nn
 from maqd_hf import MaQDConfig, pack_model, quantize_model
 from maqd_hf.kernels import NativeWeight, Table, loader
 from maqd_hf.kernels.columns import compensate_columns, descend_columns
-from maqd_hf.kernels.decoder import KeyValues, NormStep
+from maqd_hf.kernels.decoder import KeyValues
+from maqd_hf.kernels.norm import NativeNorm
 from maqd_hf.nn import LinearSpec, MaQDEmbedding, MaQDLinear, PackedEmbedding, PackedLinear
 from maqd_hf.packing import pack_codes
 
@@ -78,6 +79,10 @@ def arguments(**changes):
         {"bias": torch.zeros(ROWS, device="meta")},
         {"storage": "2"},
         {"storage": "1.6"},
+        {"rotation": 0},
+        {"rotation": -2},
+        {"rotation": 24},
+        {"rotation": 2 * COLUMNS},
     ],
     ids=lambda c: ", ".join(f"{k}={getattr(v, 'shape', v)}" for k, v in c.items()),
 )
@@ -497,13 +502,20 @@ def test_a_store_of_another_model_is_refused(store, best):
         decoder(torch.randn(1, 40, 64), torch.arange(40)[None], KeyValues(*store))
 
 
-def test_norms_of_any_stride_and_no_other_length():
+def test_norms_of_any_stride_and_no_other_length(best):
     weight = torch.randn(64, 2)[:, 0]
-    kept = []
-    NormStep(64, 1e-5, weight=weight, bias=weight).struct(kept)
-    assert all(tensor.is_contiguous() and torch.equal(tensor, weight) for tensor in kept)
+    x = torch.randn(3, 64)
+    strided = NativeNorm(64, 1e-5, weight=weight, bias=weight)
+    plain = NativeNorm(64, 1e-5, weight=weight.clone(), bias=weight.clone())
+    assert torch.equal(strided(x), plain(x))
+    assert torch.equal(plain(x.t().contiguous().t()), plain(x))
     with pytest.raises(ValueError):
-        NormStep(64, 1e-5, weight=weight[:32]).struct([])
+        NativeNorm(64, 1e-5, weight=weight[:32])
+    for wrong in (torch.ones(3, 63), torch.ones(3, 64).double(), torch.ones(64, 3), torch.ones(())):
+        with pytest.raises(ValueError):
+            plain(wrong)
+    with pytest.raises(ValueError):
+        plain(x, torch.ones(2, dtype=torch.bool))
 
 
 @torch.no_grad()

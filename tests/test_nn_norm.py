@@ -299,6 +299,52 @@ def test_static_equals_the_open_gate_in_eval_and_absorbed_differs_by_the_scalar(
     torch.testing.assert_close(rest, centred)
 
 
+@pytest.mark.parametrize("absorbed", [False, True])
+@pytest.mark.parametrize("statistics", ["token", "static"])
+@pytest.mark.parametrize("first_token", ["own", "shared"])
+@pytest.mark.parametrize("spec", [RMS, LAYER, replace(RMS, weight=False)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 4, 3), (2, 0)], ids=str)
+@torch.no_grad()
+def test_the_compiled_norm_is_the_same(
+    shape: tuple[int, ...],
+    spec: NormSpec,
+    first_token: Literal["own", "shared"],
+    statistics: Literal["token", "static"],
+    absorbed: bool,
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    static = absorbed and statistics == "static"
+    spec = replace(spec, statistics=statistics, first_token=first_token, absorbed=static)
+    norm = norm_of(spec, features=37)
+    norm.running_log_ms.fill_(1.3)
+    norm.context.first = torch.tensor([[True, False, False], [False, True, False]])
+    x = torch.randn(*shape, 37) * 3 + 1
+    for _ in range(2):  # a change is noticed
+        found = norm(x)
+        with monkeypatch.context() as patch:
+            patch.setenv("MAQD_KERNEL", "reference")
+            torch.testing.assert_close(found, norm(x), rtol=1e-5, atol=1e-5)
+        norm.running_log_ms.add_(1)
+        if norm.weight is not None:
+            norm.weight.mul_(-1)
+
+
+def test_the_compiled_norm_leaves_training_and_other_dtypes_to_torch(path: str) -> None:
+    norm = norm_of(replace(LAYER, statistics="token"))
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    norm(x).square().sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    with torch.no_grad():
+        again = pickle.loads(pickle.dumps(norm))
+        torch.testing.assert_close(again(x), norm(x))
+        assert norm(x.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(norm(x.double()).float(), norm(x))
+        changed = copy.deepcopy(norm)
+        changed.spec = replace(norm.spec, centered=False)
+        assert not torch.allclose(changed(x), norm(x))
+
+
 # --------------------------------------------------------------------------------- as a module
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -10,7 +11,14 @@ from families import FAMILIES, example, output, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from maqd_hf import MaQDConfig, dequantize_model, functional, pack_model, quantize_model
+from maqd_hf import (
+    MaQDConfig,
+    dequantize_model,
+    functional,
+    pack_model,
+    quantize_model,
+    use_native,
+)
 from maqd_hf.calibration import calibrate, gptq, smooth
 from maqd_hf.calibration.blocks import float_activations, float_weights
 from maqd_hf.integer import check_integer
@@ -182,6 +190,44 @@ def test_a_compiled_graph_holds_the_rotation(scaling: Literal["token", "group"],
     torch.testing.assert_close(compiled(x), layer(x))
     exported = torch.export.export(layer, (x,)).module()
     torch.testing.assert_close(exported(x), layer(x))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("scaling", [None, "token", "group", "static"])
+def test_the_packed_product_rotates_its_inputs_itself(
+    scaling: Literal["token", "group", "static"] | None, tokens: int, path: str
+) -> None:
+    """To the last bit what it makes of inputs that were rotated before."""
+    levels = None if scaling is None else 15
+    spec = LinearSpec(4, levels, scaling or "token", group_size=32, rotation=16)
+    layer = MaQDLinear.from_linear(nn.Linear(96, 40), spec, start="range")
+    if scaling == "static":
+        layer.activation.set_step(0.3)
+    turning = PackedLinear.from_qat(layer).native_weight()
+    layer.spec = layer.activation.spec = replace(spec, rotation=None)
+    layer.rotation = 1
+    plain = PackedLinear.from_qat(layer).native_weight()
+    x, step = torch.randn(tokens, 96), torch.tensor([0.3]) if scaling == "static" else None
+    expected = plain(functional.hadamard(x, 16), step)
+    assert torch.equal(turning(x, step), expected)
+    assert not torch.allclose(plain(x, step), expected, rtol=0.1)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_a_rotated_head_belongs_to_the_native_step(tokens: int, path: str) -> None:
+    model = tiny("llama-untied").eval()
+    targets = ["*", "/lm_head"]
+    config = MaQDConfig(rotation=16, targets=targets, activation_scaling="token")
+    quantize_model(model, config)
+    pack_model(model)
+    assert model.lm_head.rotation == 16
+    ids = torch.randint(3, 60, (2, tokens))
+    own = output(model, {"input_ids": ids})
+    use_native(model)
+    with torch.no_grad():
+        native = model(input_ids=ids).logits
+    assert model.forward._decoder.head is not None
+    torch.testing.assert_close(native, own, rtol=1e-3, atol=1e-3)
 
 
 def test_inference_mode_sees_changes_in_place() -> None:

@@ -56,11 +56,11 @@ def _exporting() -> bool:
 
 def native_serves(x: Tensor, weight: Tensor, levels: int, groups: int) -> bool:
     """Whether a compiled kernel can multiply ``x`` (..., columns) with this packed weight."""
-    if _exporting() or x.device != weight.device or x.dtype == torch.float64:
+    if x.dtype == torch.float64 or not x.numel() or type(x) is not Tensor or _exporting():
         return False
-    if not x.numel() or (torch.is_grad_enabled() and x.requires_grad) or type(x) is not Tensor:
+    if x.device != weight.device or (torch.is_grad_enabled() and x.requires_grad):
         return False
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return _has_library() and native.fits(x.shape[-1], groups, levels)
     return _gpu_serves(x.device) and gpu.fits(x.shape[-1], groups)
 

@@ -17,18 +17,9 @@ from torch import Tensor
 from .key_values import KeyValues, KeyValueType
 from .loader import FLOATS, library, path_number, pointer
 from .native import NativeWeight, Table, TableStruct, WeightStruct
+from .norm import NativeNorm, NormStruct
 
 MAX_TOKENS = 512  # of a call: scratch memory grows with them
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = [
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("features", ctypes.c_int64),
-        *((name, ctypes.c_float) for name in ("eps", "constant", "first_factor")),
-        *((name, ctypes.c_int32) for name in ("token", "own_first", "centered")),
-    ]
 
 
 class _Linear(ctypes.Structure):
@@ -37,7 +28,6 @@ class _Linear(ctypes.Structure):
         ("step", ctypes.c_float),
         ("levels", ctypes.c_int32),
         ("own_first", ctypes.c_int32),
-        ("rotation", ctypes.c_int32),
     ]
 
 
@@ -47,7 +37,7 @@ _LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 class _Block(ctypes.Structure):
     _fields_ = [
-        *((name, _Norm) for name in _NORMS),
+        *((name, NormStruct) for name in _NORMS),
         *((name, _Linear) for name in _LINEARS),
         ("window", ctypes.c_int64),
     ]
@@ -63,7 +53,7 @@ class _Decoder(ctypes.Structure):
         ("rope_scale", ctypes.c_float),
         ("frequencies", ctypes.c_void_p),
         ("block", ctypes.POINTER(_Block)),
-        ("norm", _Norm),
+        ("norm", NormStruct),
         ("table", ctypes.POINTER(TableStruct)),
         ("head", _Linear),
         *((name, ctypes.c_int32) for name in ("floats", "group_steps")),
@@ -100,64 +90,19 @@ class _Call(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class NormStep:
-    """A norm as the library runs it: ``y = (x - mean) * factor * weight + bias``.
-
-    ``factor`` is 1 / rms of the token where ``token``; else ``constant``, but on first tokens, if
-    ``own_first``, ``first_factor`` / rms. ``mean`` is subtracted where ``centered``.
-    """
-
-    features: int
-    eps: float
-    token: bool = True
-    constant: float = 1.0
-    first_factor: float = 1.0
-    own_first: bool = False
-    centered: bool = False
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-    def struct(self, keep: list[object]) -> _Norm:
-        """The C structure; tensors it points to are added to ``keep``."""
-        for tensor in (self.weight, self.bias):
-            if tensor is not None and tensor.shape != (self.features,):
-                raise ValueError(f"{tuple(tensor.shape)} for a norm of {self.features} features")
-        weight, bias = (
-            None if tensor is None else tensor.detach().float().contiguous()
-            for tensor in (self.weight, self.bias)
-        )
-        keep += [weight, bias]
-        return _Norm(
-            pointer(weight),
-            pointer(bias),
-            self.features,
-            self.eps,
-            self.constant,
-            self.first_factor,
-            self.token,
-            self.own_first,
-            self.centered,
-        )
-
-
-@dataclass(frozen=True)
 class LinearStep:
-    """A packed layer and its activation step; ``step=0``: one per token.
-
-    ``rotation``: neighbouring inputs that are rotated first (``functional.hadamard``); 1: none.
-    """
+    """A packed layer and its activation step; ``step=0``: one per token."""
 
     weight: NativeWeight
     step: float
     own_first: bool
-    rotation: int = 1
 
     def struct(self, keep: list[object]) -> _Linear:
         """The C structure; what it points to is added to ``keep``."""
         keep.append(self.weight)
         weight = ctypes.pointer(self.weight.struct)
         levels = self.weight.activation_levels or 0
-        return _Linear(weight, self.step, levels, self.own_first, self.rotation)
+        return _Linear(weight, self.step, levels, self.own_first)
 
 
 @dataclass(frozen=True)
@@ -168,7 +113,7 @@ class BlockStep:
     gated activations. ``window``: positions a token sees, itself one of them; 0: all before it.
     """
 
-    norms: dict[Literal["input_norm", "post_norm", "query_norm", "key_norm"], NormStep]
+    norms: dict[Literal["input_norm", "post_norm", "query_norm", "key_norm"], NativeNorm]
     linears: dict[Literal["q", "k", "v", "o", "gate", "up", "down"], LinearStep]
     window: int = 0
 
@@ -184,7 +129,7 @@ class NativeDecoder:
     """
 
     blocks: Sequence[BlockStep]
-    norm: NormStep
+    norm: NativeNorm
     heads: int
     kv_heads: int
     head_dim: int
@@ -201,7 +146,7 @@ class NativeDecoder:
         structs = (_Block * len(self.blocks))()
         for struct, block in zip(structs, self.blocks, strict=True):
             for name, norm in block.norms.items():
-                setattr(struct, name, norm.struct(self._keep))
+                setattr(struct, name, norm.struct)
             for layer, linear in block.linears.items():
                 setattr(struct, layer, linear.struct(self._keep))
             struct.window = block.window
@@ -221,7 +166,7 @@ class NativeDecoder:
             self.rope_scale,
             pointer(frequencies),
             ctypes.cast(structs, ctypes.POINTER(_Block)),
-            self.norm.struct(self._keep),
+            self.norm.struct,
             ctypes.pointer(self.table.struct) if self.table else None,
             self.head.struct(self._keep) if self.head else _Linear(),
             any(linear.weight.activation_levels is None for linear in self._linears()),

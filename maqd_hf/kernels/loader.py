@@ -36,10 +36,11 @@ def library() -> ctypes.CDLL | None:
     lib.maqd_path_name.restype = ctypes.c_char_p
     lib.maqd_repack.argtypes = [p, i64, i64, i32, i32, i32, p, i32]
     lib.maqd_linear.argtypes = [p, p, i64, i32, p, i64, p, i32, i32]
-    lib.maqd_take_inputs.argtypes = [p, p, i64, i32, p, i32]
+    lib.maqd_take_inputs.argtypes = [p, p, i64, i32, p, p, i32]
     lib.maqd_embedding.argtypes = [p, p, i64, p]
-    for function in (lib.maqd_repack, lib.maqd_take_inputs, lib.maqd_embedding):
-        function.restype = None
+    lib.maqd_normalize.argtypes = [p, p, p, i64, p, i32, i32]
+    for name in ("repack", "take_inputs", "embedding", "normalize"):
+        getattr(lib, f"maqd_{name}").restype = None
     lib.maqd_decode.argtypes = [p, p, i32, i32]
     return lib
 

@@ -32,7 +32,7 @@ class WeightStruct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "columns", "groups", "units")),
         *((name, ctypes.c_int32) for name in ("bits", "wide")),
         *((name, ctypes.c_float) for name in ("zero", "clip_ratio")),
-        ("group_steps", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("group_steps", "rotation")),
     ]
 
 
@@ -101,6 +101,8 @@ def storage_for(levels: int, rows: int, columns: int, groups: int) -> Storage | 
 
 def fits(columns: int, groups: int, levels: int) -> bool:
     """Whether the layout covers this shape: groups must consist of whole units."""
+    if groups == 1:  # asked at every product, and no other question then
+        return levels <= STORAGES["8"].levels
     return storage_for(levels, 1, columns, groups) is not None
 
 
@@ -119,9 +121,11 @@ class NativeWeight:
             of its own covers.
         group_steps: every group of a token's inputs has a step of its own; takes odd
             ``activation_levels``.
+        rotation: neighbouring inputs that the library rotates first (``functional.hadamard``).
 
     Raises:
-        ValueError: tensors whose shapes do not belong together, or no storage that fits.
+        ValueError: tensors whose shapes do not belong together, no storage that fits, or a rotation
+            that is no power of two or does not divide the columns.
     """
 
     def __init__(
@@ -136,6 +140,7 @@ class NativeWeight:
         storage: str | None = None,
         activation_clip_ratio: float = 1.0,
         group_steps: bool = False,
+        rotation: int = 1,
     ) -> None:
         lib = library()
         assert lib is not None
@@ -153,6 +158,8 @@ class NativeWeight:
         even = activation_levels is not None and activation_levels % 2 == 0
         if even and group_steps:
             raise ValueError(f"activation_levels={activation_levels}: steps of groups want it odd")
+        if rotation < 1 or rotation & (rotation - 1) or columns % rotation:
+            raise ValueError(f"rotation={rotation}: want a power of two that divides {columns}")
         units = -(-columns // chosen.inputs)
         blocks = -(-self.rows // _ROWS)
         self.stride = units * chosen.inputs
@@ -203,6 +210,7 @@ class NativeWeight:
             grid_center(levels),
             activation_clip_ratio,
             self.group_steps,
+            rotation,
         )
         self._address = ctypes.addressof(self.struct)
 
@@ -265,12 +273,14 @@ class NativeWeight:
         names = ("codes", "step", "group_step", "sums")
         struct = _Input(*(pointer(taken.get(name)) for name in names), None, 1)
         x = x.detach().float().contiguous()
+        rotated = torch.empty(self.columns, **FLOATS)
         self._lib.maqd_take_inputs(
             self._address,
             pointer(x),
             tokens,
             self.activation_levels or 0,
             ctypes.byref(struct),
+            pointer(rotated),
             path_number(),
         )
         return taken

@@ -25,6 +25,7 @@ PRepBN/SLAB (2405.11582), RBN (2210.05153), PowerNorm (2003.07845).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,8 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import normalize, pooled_log_ms, token_log_ms, widen
+from ..kernels import loader
+from ..kernels.norm import NativeNorm
 from .context import BatchContext, FirstToken
 from .precision import Apply, without_narrowing
+from .stamp import Stamp
 
 Statistics = Literal["token", "gated", "static"]
 
@@ -110,6 +114,7 @@ class LayerBatchNorm(nn.Module):
         self.features, self.spec, self.eps = features, spec, eps
         self.context = context or BatchContext()
         self.fixed = False
+        self._native: tuple[NormSpec, Stamp, NativeNorm] | None = None
 
         def affine(wanted: bool) -> nn.Parameter | None:
             empty = torch.empty(features, device=device, dtype=dtype)
@@ -136,8 +141,40 @@ class LayerBatchNorm(nn.Module):
     def _apply(self, fn: Apply, recurse: bool = True) -> LayerBatchNorm:
         return super()._apply(without_narrowing(fn, [*self.parameters(), *self.buffers()]), recurse)
 
+    def native_norm(self) -> NativeNorm:
+        """What the compiled library is given of a norm that is not "gated", made again whenever its
+        spec or a tensor changed."""
+        tensors, known = (self.weight, self.bias, self.running_log_ms), self._native
+        if known is None or known[0] is not self.spec or not known[1].fits(tensors):
+            static, absorbed = self.spec.statistics == "static", self.spec.absorbed
+            log_ms = float(self.running_log_ms)
+            norm = NativeNorm(
+                self.features,
+                self.eps,
+                token=not static,
+                constant=math.exp(-log_ms / 2) if static and not absorbed else 1.0,
+                first_factor=math.exp(log_ms / 2) if static and absorbed else 1.0,
+                own_first=static and self.spec.first_token == "own",
+                centered=self.spec.centered,
+                weight=self.weight,
+                bias=self.bias,
+            )
+            known = self._native = (self.spec, Stamp(tensors), norm)
+        return known[2]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_native": None}  # pointers do not travel
+
+    def _native_serves(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() or self.spec.statistics == "gated" or x.dtype != torch.float32:
+            return False
+        return x.numel() > 0 and loader.reads(x, self.running_log_ms)
+
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ..., features) -> the same shape and dtype."""
+        if self._native_serves(x):
+            norm = self.native_norm()
+            return norm(x, self.context.masks_for(x)[1] if norm.own_first else None)
         y = widen(x)
         if self.spec.centered:
             y = y - y.mean(dim=-1, keepdim=True)

@@ -128,6 +128,8 @@ class PackedLinear(nn.Module):
         changed."""
         tensors = (self.weight, self.weight_scale, self.weight_offset, self.bias)
         if self._native is None or not self._native[0].fits(tensors):
+            # The library rotates a token as it quantises it; on a GPU `forward` did so before.
+            rotation = {"rotation": self.rotation} if self.weight.is_cpu else {}
             weight = kernels.weight_type(self.weight.device)(
                 self.weight,
                 self.levels,
@@ -138,6 +140,7 @@ class PackedLinear(nn.Module):
                 self.spec.activation_levels,
                 activation_clip_ratio=self.spec.activation_clip_ratio,
                 group_steps=self.spec.input_group is not None,
+                **rotation,
             )
             self._native = (Stamp(tensors), weight)
         return self._native[1]
@@ -158,12 +161,15 @@ class PackedLinear(nn.Module):
         return activation_step(x, self.spec, self.activation_step, self.context, own)
 
     def product(self, x: Tensor, step: Tensor | None) -> Tensor:
-        """The compiled kernel's product of ``x`` (..., in), quantised with ``step`` unless None."""
+        """The compiled kernel's product of ``x`` (..., in), quantised with ``step`` unless None;
+        the one for the CPU rotates ``x`` first, the one for a GPU takes it rotated."""
         return self.native_weight()(x, step)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = rotate(x, self.rotation, self.context)
-        if kernels.native_serves(x, self.weight, self.levels, self.weight_scale.shape[1]):
+        serves = kernels.native_serves(x, self.weight, self.levels, self.weight_scale.shape[1])
+        if not (serves and x.is_cpu):
+            x = rotate(x, self.rotation, self.context)
+        if serves:
             step = self._native_step(x)
             if torch.compiler.is_compiling():
                 return kernels.packed_linear_op(x, step, self._number, self.out_features)

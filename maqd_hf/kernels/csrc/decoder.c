@@ -13,7 +13,6 @@ typedef struct {
     const maqd_weight *weight;
     float step; /* of the activations; 0: one per token */
     int32_t levels, own_first; /* levels 0: float activations */
-    int32_t rotation;          /* neighbouring inputs that are rotated first; 1: none */
 } linear;
 
 typedef struct {
@@ -107,11 +106,17 @@ static uint8_t *panel_of(const state *s, int thread) {
     return s->panels + thread * maqd_panel(s->stride);
 }
 
+/* The thread's scratch for two rows: a normalised one, a rotated one. */
+static float *rows_of(const state *s, int thread) {
+    return s->private ? s->feeding[thread].row : s->feeding->row + thread * 2 * s->widest;
+}
+
 static int same_input(const linear *a, const linear *b) {
     return a->step == b->step && a->levels == b->levels && a->own_first == b->own_first &&
-           a->rotation == b->rotation && a->weight->groups == b->weight->groups &&
-           a->weight->bits == b->weight->bits && a->weight->clip_ratio == b->weight->clip_ratio &&
-           a->weight->group_steps == b->weight->group_steps;
+           a->weight->groups == b->weight->groups && a->weight->bits == b->weight->bits &&
+           a->weight->clip_ratio == b->weight->clip_ratio &&
+           a->weight->group_steps == b->weight->group_steps &&
+           a->weight->rotation == b->weight->rotation;
 }
 
 /* The parts of `input` that a layer's inputs have. */
@@ -126,8 +131,7 @@ static maqd_input input_of(maqd_input input, const linear *layer) {
 static void feed(const state *s, int thread, const float *add, const float *rows, int64_t width,
                  const maqd_norm *norm, const linear *const *layers, int n, maqd_input *input) {
     const feeding *f = s->feeding + (s->private ? thread : 0);
-    float *scratch = f->row + (s->private ? 0 : thread * 2 * s->widest);
-    float *rotated = scratch + s->widest;
+    float *scratch = rows_of(s, thread);
     int64_t from = 0, to = s->count;
     if (!s->private) maqd_share(s->count, thread, s->threads, &from, &to);
     for (int i = 0; i < n; ++i) {
@@ -146,13 +150,9 @@ static void feed(const state *s, int thread, const float *add, const float *rows
         }
         for (int i = 0; i < n; ++i) {
             if (input[i].codes != f->input[i].codes) continue;
-            const float *taken = row;
-            if (layers[i]->rotation > 1) {
-                s->path->hadamard(row, width, layers[i]->rotation, rotated);
-                taken = rotated;
-            }
             input[i].step[t] = layers[i]->own_first && first ? 0 : layers[i]->step;
-            maqd_take(s->path, layers[i]->weight, taken, layers[i]->levels, input + i, t);
+            maqd_take(s->path, layers[i]->weight, row, layers[i]->levels, input + i, t,
+                      scratch + s->widest);
         }
     }
     if (!s->private) maqd_barrier(s->team);
@@ -304,7 +304,8 @@ static void head(const state *s, int thread) {
     for (int64_t b = from; b < to; ++b) {
         const int64_t t = (b + 1) * c->tokens - 1;
         input.step[b] = m->head.own_first && c->first && c->first[t] ? 0 : m->head.step;
-        maqd_take(s->path, m->head.weight, c->hidden + t * m->hidden, m->head.levels, &input, b);
+        maqd_take(s->path, m->head.weight, c->hidden + t * m->hidden, m->head.levels, &input, b,
+                  rows_of(s, thread));
     }
     maqd_barrier(s->team);
     maqd_share(maqd_blocks(m->head.weight), thread, s->threads, &from, &to);

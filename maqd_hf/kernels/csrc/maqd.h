@@ -60,6 +60,8 @@ typedef struct {
     float zero;
     float clip_ratio; /* of its absmax, what the grid of a token with a step of its own covers */
     int32_t group_steps; /* every group of a token's inputs has a step of its own */
+    int32_t rotation; /* neighbouring inputs that are rotated (maqd_path.hadamard) before anything
+                         else; 1: none */
 } maqd_weight;
 
 static inline int64_t maqd_planes(int32_t bits) { return bits == 3 ? 3 : 1; }
@@ -167,12 +169,17 @@ static inline int64_t maqd_tile(const maqd_path *path, int64_t tokens) {
     return tokens < MANY ? 1 : path->tile;
 }
 
-/* Quantises, or for `levels` 0 copies, one token: `x` becomes row `token` of `input`. */
+/* Rotates, then quantises or for `levels` 0 copies, one token: `x` becomes row `token` of `input`.
+ * `rotated`: room for a row, if the weight wants it rotated. */
 static inline void maqd_take(const maqd_path *path, const maqd_weight *w, const float *x,
-                             int32_t levels, maqd_input *input, int64_t token) {
+                             int32_t levels, maqd_input *input, int64_t token, float *rotated) {
     const int64_t stride = maqd_stride(w), sums = w->groups + 1, tile = input->tile;
     int8_t *codes = input->codes + token / tile * tile * stride + token % tile * 4;
     float *group_step = input->group_step ? input->group_step + token * w->groups : NULL;
+    if (w->rotation > 1) {
+        path->hadamard(x, w->columns, w->rotation, rotated);
+        x = rotated;
+    }
     if (levels)
         path->quantize(x, w->columns, w->groups, levels, w->clip_ratio, input->step + token,
                        group_step, codes, 4 * tile, stride, input->sums + token * sums);

@@ -83,6 +83,7 @@ typedef struct {
     int64_t tokens, step_every;
     int32_t levels;
     float *y;
+    float *rotated; /* a row for every thread */
     uint8_t *panels;
 } product;
 
@@ -95,9 +96,9 @@ static void product_share(void *argument, maqd_team *team, int thread, int threa
     maqd_share(p->tokens, threads - 1 - thread, threads, &from, &to);
     for (int64_t t = from; t < to; ++t) {
         p->input.step[t] = p->step ? p->step[t * p->step_every] : 0;
-        maqd_take(p->path, w, p->x + t * w->columns, p->levels, &p->input, t);
+        maqd_take(p->path, w, p->x + t * w->columns, p->levels, &p->input, t,
+                  p->rotated + thread * w->columns);
     }
-    if (!p->y) return;
     maqd_barrier(team);
     maqd_share(maqd_blocks(w), thread, threads, &from, &to);
     if (from < to) p->path->matmul(w, &p->input, from, to, p->tokens, p->y, w->rows, panel);
@@ -117,6 +118,7 @@ int32_t maqd_linear(const maqd_weight *w, const float *x, int64_t tokens, int32_
         if (base) memory.base += 64 - (uintptr_t)base % 64;
         p.input = maqd_cut_input(&memory, tokens, levels ? maqd_tile(p.path, tokens) : 1,
                                  maqd_stride(w), w->groups, !levels, w->group_steps);
+        p.rotated = maqd_cut_floats(&memory, threads * w->columns);
         p.panels = maqd_cut(&memory, threads * maqd_panel(maqd_stride(w)));
         if (!base && !(base = malloc(memory.used + 64))) return 1;
     }
@@ -125,11 +127,12 @@ int32_t maqd_linear(const maqd_weight *w, const float *x, int64_t tokens, int32_
     return 0;
 }
 
-/* What maqd_linear makes of its inputs, row by row: `input` holds the results and the steps. */
+/* What maqd_linear makes of its inputs, row by row: `input` holds the results and the steps.
+ * `rotated` has room for a row. */
 void maqd_take_inputs(const maqd_weight *w, const float *x, int64_t tokens, int32_t levels,
-                      maqd_input *input, int32_t path) {
+                      maqd_input *input, float *rotated, int32_t path) {
     for (int64_t t = 0; t < tokens; ++t)
-        maqd_take(PATHS[path], w, x + t * w->columns, levels, input, t);
+        maqd_take(PATHS[path], w, x + t * w->columns, levels, input, t, rotated);
 }
 
 typedef struct {
@@ -154,6 +157,32 @@ void maqd_hadamard(const float *x, float *y, int64_t rows, int64_t columns, int6
                    int32_t path, int32_t threads) {
     rotation r = {PATHS[path], x, y, rows, columns, size};
     maqd_run(rotate_share, &r, threads);
+}
+
+typedef struct {
+    const maqd_path *path;
+    const maqd_norm *norm;
+    const float *x;
+    const uint8_t *first;
+    float *y;
+    int64_t rows;
+} normalizing;
+
+static void normalize_share(void *argument, maqd_team *team, int thread, int threads) {
+    (void)team;
+    const normalizing *n = argument;
+    const int64_t features = n->norm->features;
+    int64_t from, to;
+    maqd_share(n->rows, thread, threads, &from, &to);
+    for (int64_t i = from; i < to; ++i)
+        n->path->norm(n->norm, n->first && n->first[i], n->x + i * features, n->y + i * features);
+}
+
+/* Rows of x (rows, features) normalised, to y; `first` (rows) or NULL: 1 on first tokens. */
+void maqd_normalize(const maqd_norm *norm, const float *x, const uint8_t *first, int64_t rows,
+                    float *y, int32_t path, int32_t threads) {
+    normalizing n = {PATHS[path], norm, x, first, y, rows};
+    maqd_run(normalize_share, &n, threads);
 }
 
 /* Row `id` of a table of packed words with one scale and offset a row: y (columns). */

@@ -1,0 +1,101 @@
+"""Norms in one compiled pass over a row, for inference; ``nn.norm`` trains them with plain torch.
+
+There a norm is eight operators, which for one token cost several times what they compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .loader import FLOATS, library, path_number, pointer
+
+_PARALLEL = 1 << 18  # elements below which waking a second thread costs more than it brings
+
+
+class NormStruct(ctypes.Structure):
+    """``maqd_norm`` of maqd.h."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("features", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("eps", "constant", "first_factor")),
+        *((name, ctypes.c_int32) for name in ("token", "own_first", "centered")),
+    ]
+
+
+class NativeNorm:
+    """A norm as the library runs it: ``y = (x - mean) * factor * weight + bias``.
+
+    ``factor`` is 1 / rms of the token where ``token``; else ``constant``, but on first tokens, if
+    ``own_first``, ``first_factor`` / rms. ``mean`` is subtracted where ``centered``. ``weight`` and
+    ``bias`` are (features,) or None.
+
+    Raises:
+        ValueError: ``weight`` or ``bias`` of another shape, or not on the CPU.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        eps: float,
+        *,
+        token: bool = True,
+        constant: float = 1.0,
+        first_factor: float = 1.0,
+        own_first: bool = False,
+        centered: bool = False,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        self.features, self.own_first = features, own_first
+        self._kept: list[Tensor | None] = []  # what the structure points to
+        for tensor in (weight, bias):
+            if tensor is not None and (tensor.shape != (features,) or not tensor.is_cpu):
+                raise ValueError(
+                    f"{tuple(tensor.shape)} on {tensor.device} for a norm of {features} features: "
+                    f"want ({features},), cpu"
+                )
+            self._kept.append(None if tensor is None else tensor.detach().float().contiguous())
+        self.struct = NormStruct(
+            *(pointer(tensor) for tensor in self._kept),
+            features,
+            eps,
+            constant,
+            first_factor,
+            token,
+            own_first,
+            centered,
+        )
+
+    def __call__(self, x: Tensor, first: Tensor | None = None) -> Tensor:
+        """``x`` (..., features), float32, normalised; ``first`` (...) bool: first tokens.
+
+        Raises:
+            ValueError: other shapes or dtypes, or not on the CPU.
+        """
+        fits = x.shape[-1:] == (self.features,) and x.dtype == torch.float32 and x.is_cpu
+        if not fits or (first is not None and first.shape != x.shape[:-1]):
+            raise ValueError(
+                f"x {tuple(x.shape)} of {x.dtype} on {x.device}, first "
+                f"{None if first is None else tuple(first.shape)}: want (..., {self.features}) of "
+                "float32 on the CPU, and (...)"
+            )
+        x = x.contiguous()
+        first = None if first is None else first.bool().contiguous()
+        out = torch.empty(x.shape, **FLOATS)
+        lib = library()
+        assert lib is not None
+        lib.maqd_normalize(
+            ctypes.addressof(self.struct),
+            x.data_ptr(),
+            pointer(first),
+            x.numel() // self.features,
+            out.data_ptr(),
+            path_number(),
+            torch.get_num_threads() if x.numel() >= _PARALLEL else 1,
+        )
+        return out
