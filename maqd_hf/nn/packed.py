@@ -46,6 +46,11 @@ class PackedLinear(nn.Module):
 
     The compiled kernel sums integers, the torch reference floats: both use the same codes, and
     their outputs agree to float32 rounding (about 1e-6 of the output's norm).
+
+    Every layer multiplies for itself. Tried: the first of those that read one input, as q, k and v
+    do, for all of them in one call, found by watching who follows whom on the same tensor. A token
+    of SmolLM2-135M's own forward took 17.9 ms so and 17.7 without on one thread, 24.5 and 21.5 on
+    two: the watching takes what the calls save. The native decode step is one call anyway.
     """
 
     def __init__(
