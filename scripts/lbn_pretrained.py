@@ -3,8 +3,8 @@
     python scripts/lbn_pretrained.py --data_dir data                    # all tables
     python scripts/lbn_pretrained.py --data_dir data --tables stories260K --seeds 0 1 2
 
-Every row converts one pretrained model, calibrates it and, except for SmolLM2, distils it from its
-float self for the same steps on the same text; only the norms differ:
+Every row converts one pretrained model, calibrates it and distils it from its float self for the
+same steps on the same text; only the norms differ:
 
 - ``per token``: no Layer-Batch Normalization, the training to compare with;
 - ``static``: every norm but the final one is static (its gate opens over the first steps);
@@ -57,6 +57,7 @@ from maqd_hf.calibration import calibrate
 from maqd_hf.callbacks import gated_norms
 from maqd_hf.data import load_text, tokenize_blocks
 from maqd_hf.embedded import MINILM, SMOLLM2, resolve_model
+from maqd_hf.nn.precision import fast_bf16
 from maqd_hf.sensitivity import NormSelection, calibrate_norm_statistics, select_static_norms
 from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments
 
@@ -83,6 +84,9 @@ class Arguments:
     tolerance: float = field(default=0.05, metadata={"help": "Of ``selected``, nats."})
     steps: int = field(default=300, metadata={"help": "Of stories260K: 16 x 256 tokens each."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Of stories260K."})
+    llm_steps: int = field(
+        default=256, metadata={"help": "Of SmolLM2: 256 tokens each; 0: measured untrained."}
+    )
     encoder: str = field(default=MINILM, metadata={"help": "Of the table of that name."})
     encoder_steps: int = field(default=120, metadata={"help": "Of MiniLM: 32 texts each."})
     encoder_folder: Path = field(
@@ -112,77 +116,104 @@ def selected_norms(model: nn.Module, norms: str, data: Any, tolerance: float) ->
     return {"gated": len(gated), "static": chosen.static, **measured}
 
 
-def stories(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
+@dataclass
+class Text:
+    """A language model's text, ids (blocks, tokens), and how long it trains on it."""
+
+    train: Tensor
+    held_out: Tensor
+    steps: int
+    batch_size: int
+    learning_rate: float | None  # None: that of `maqd_hf.recipes`, and the scales' too
+    group_size: int | None = None
+    judged: int = 8  # blocks that `select_static_norms` looks at
+    bf16: bool = False
+
+
+def stories(arguments: Arguments) -> tuple[str, Text]:
     """stories260K on TinyStories; the last 64 blocks of 256 are kept for evaluation."""
-    folder = arguments.data_dir / "models" / "stories260K"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenized = tokenize_blocks(
-        load_text(str(arguments.data_dir / "tinystories")), tokenizer, block_size=256
-    )
+    folder = str(arguments.data_dir / "models" / "stories260K")
+    text = load_text(str(arguments.data_dir / "tinystories"))
+    tokenized = tokenize_blocks(text, AutoTokenizer.from_pretrained(folder), block_size=256)
     blocks = torch.tensor(tokenized["input_ids"])
-    train, held_out = blocks[:-64], blocks[-64:]
+    return folder, Text(blocks[:-64], blocks[-64:], arguments.steps, 16, arguments.learning_rate)
+
+
+def smollm2(arguments: Arguments) -> tuple[str, Text]:
+    """SmolLM2-135M, groups of 64, on the embedded articles; 16 held-out blocks of 256."""
+    folder = resolve_model(SMOLLM2)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def blocks(split: str) -> Tensor:
+        found = tokenize_blocks(load_text("embedded", split=split), tokenizer, 256)
+        return torch.tensor(found.shuffle(seed=0)["input_ids"])
+
+    held_out = blocks("eval")[:16]
+    bf16 = fast_bf16("cuda" if torch.cuda.is_available() else "cpu")
+    return folder, Text(blocks("train"), held_out, arguments.llm_steps, 1, None, 64, 2, bf16)
+
+
+def language_model(
+    arguments: Arguments, norms: str, seed: int, folder: str, text: Text
+) -> dict[str, Any]:
+    """One row."""
     set_seed(seed)
     teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     student = copy.deepcopy(teacher)
-    quantize_model(student, MaQDConfig(**GRID), start="range")
-    sample = train[torch.randperm(len(train))[:32]]
+    quantize_model(student, MaQDConfig(**GRID, group_size=text.group_size), start="range")
+    sample = text.train[torch.randperm(len(text.train))[:32]]
     calibrate(student, sample, smoothing=False, progress=False)
-    start = token_loss(student, held_out)
-    chosen = selected_norms(student, norms, sample[:8], arguments.tolerance)
+    start = token_loss(student, text.held_out)
+    chosen = selected_norms(student, norms, sample[: text.judged], arguments.tolerance)
+    if text.steps:
+        distil(student, teacher, norms, seed, text, chosen["static"])
+    else:
+        if norms.startswith("static"):
+            calibrate_norm_statistics(student, sample[: text.judged])
+        for name in chosen["static"]:
+            gated_norms(student)[name].gate.fill_(1.0)
+    trained = token_loss(student, text.held_out)
+    pack_model(student)
+    losses = {"float": token_loss(teacher, text.held_out), "start": start, "trained": trained}
+    return {**losses, "loss": token_loss(student, text.held_out), **chosen}
+
+
+def distil(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    norms: str,
+    seed: int,
+    text: Text,
+    static: list[str],
+) -> None:
+    """Train ``student`` on what ``teacher`` predicts, the norms ``static`` moving to constants."""
     with tempfile.TemporaryDirectory() as scratch:
         training = MaQDTrainingArguments(
             output_dir=scratch,
-            max_steps=arguments.steps,
-            per_device_train_batch_size=16,
-            learning_rate=arguments.learning_rate,
-            scale_learning_rate=1e-4,
+            max_steps=text.steps,
+            per_device_train_batch_size=text.batch_size,
+            learning_rate=text.learning_rate,
+            scale_learning_rate=None if text.learning_rate is None else 1e-4,
             lr_scheduler_type="cosine",
-            warmup_steps=arguments.steps // 20,
-            lbn_norms=chosen["static"],
+            warmup_steps=text.steps // 20,
+            lbn_norms=static,
             lbn_fixed=0.4 if norms == "static, fixed end" else 1.0,
             quantizer_logging_steps=0,
             save_strategy="no",
             report_to="none",
+            bf16=text.bf16,
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=False,
             seed=seed,
         )
+        rows = {"input_ids": text.train, "labels": text.train}
         MaQDTrainer(
             student,
             training,
             default_data_collator,
-            Dataset.from_dict({"input_ids": train, "labels": train}).with_format("torch"),
+            Dataset.from_dict(rows).with_format("torch"),
             teacher=teacher,
         ).train()
-    trained = token_loss(student, held_out)
-    pack_model(student)
-    losses = {"float": token_loss(teacher, held_out), "start": start, "trained": trained}
-    return {**losses, "loss": token_loss(student, held_out), **chosen}
-
-
-def smollm2(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
-    """SmolLM2-135M, groups of 64, nothing trained: 4 held-out windows of 256 tokens."""
-    source = resolve_model(SMOLLM2)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-
-    def windows(split: str, count: int) -> Tensor:
-        blocks = tokenize_blocks(
-            load_text("embedded", split=split), tokenizer, 256, max_tokens=256 * 400
-        )
-        return torch.tensor(blocks.shuffle(seed=seed)[:count]["input_ids"])
-
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    held_out, sample = windows("eval", 4), windows("train", 16)
-    losses = {"float": token_loss(model, held_out)}
-    quantize_model(model, MaQDConfig(**GRID, group_size=64), start="range")
-    calibrate(model, sample, smoothing=False, progress=False)
-    losses["start"] = token_loss(model, held_out)
-    chosen = selected_norms(model, norms, sample[:2], arguments.tolerance)
-    if norms.startswith("static"):
-        calibrate_norm_statistics(model, sample[:2])
-    for name in chosen["static"]:
-        gated_norms(model)[name].gate.fill_(1.0)
-    return {**losses, "loss": token_loss(model, held_out), **chosen}
 
 
 # ------------------------------------------------------------------------------------- encoders
@@ -242,7 +273,7 @@ def text_loss(work: Job, model: PreTrainedModel) -> float:
 
 # ------------------------------------------------------------------------------------ the whole
 
-TABLES = {"stories260K": stories, MINILM: minilm, SMOLLM2: smollm2}
+LANGUAGE_MODELS = {"stories260K": stories, SMOLLM2: smollm2}
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -265,7 +296,7 @@ def main(arguments: Arguments) -> list[dict[str, Any]]:
     trained: dict[str, dict[str, Any]] = {
         "stories260K": {"steps": arguments.steps, "learning_rate": arguments.learning_rate},
         MINILM: {"steps": arguments.encoder_steps},
-        SMOLLM2: {"steps": 0},
+        SMOLLM2: {"steps": arguments.llm_steps},
     }
     wanted = [
         (table, norms, seed)
@@ -279,7 +310,10 @@ def main(arguments: Arguments) -> list[dict[str, Any]]:
         if any(key.items() <= row.items() for row in rows):
             continue
         began = time.perf_counter()
-        found = TABLES[table](arguments, norms, seed)
+        if table == MINILM:
+            found = minilm(arguments, norms, seed)
+        else:
+            found = language_model(arguments, norms, seed, *LANGUAGE_MODELS[table](arguments))
         rows.append({**key, **found, "seconds": round(time.perf_counter() - began)})
         path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
         print(summary(rows), flush=True)
