@@ -32,10 +32,14 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def data(tmp_path: Path, sample_text: str) -> Path:
-    """A folder of bytes and of 32 x 32 pictures whose brightness is their class."""
+    """A folder of texts and of 32 x 32 pictures whose brightness is their class."""
     folder = tmp_path / "data"
     (folder / "text").mkdir(parents=True)
     (folder / "text" / "tinyshakespeare.txt").write_text(sample_text[:20_000], "utf-8")
+    for start, source in enumerate(("tinystories", "imdb", "wiki-sample")):
+        (folder / source).mkdir()
+        rows = Dataset.from_dict({"text": [sample_text[5000 * start :][:5000]]})
+        rows.to_parquet(folder / source / "train.parquet")
     labels = torch.randint(10, (40,)).tolist()
     pictures = [(torch.full((32, 32, 3), 25 * label)).byte().numpy() for label in labels]
     features = Features({"image": Image(), "label": Value("int64")})
@@ -63,7 +67,7 @@ def test_batch_sizes(load: Any, data: Path, tmp_path: Path, capsys: Any) -> None
         script.FAMILIES, 4
     )
     for row in rows:
-        assert 0 < row["loss"] < 400 and ("accuracy" in row) == (row["family"] == "vit")
+        assert 0 < row["loss"] < 400 and ("accuracy" in row) == (row["family"] in ("bert", "vit"))
         if row["norm"] in ("float", "lbn, fixed end"):  # one statistic in training and after
             assert row["trained"] == pytest.approx(row["loss"], rel=1e-4)
     assert "batch" in capsys.readouterr().out
