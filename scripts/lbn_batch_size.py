@@ -48,6 +48,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from targets import batch_size_targets
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -90,7 +91,8 @@ def build(family: str) -> PreTrainedModel:
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**size, **text, tie_word_embeddings=True))
     if family == "bert":
-        config = BertConfig(**size, **text, **still, num_labels=len(SOURCES))
+        classes: dict[str, Any] = {"num_labels": len(SOURCES)}
+        config = BertConfig(**size, **text, **still, **classes)
         return BertForSequenceClassification(config)
     if family == "vit":
         picture: dict[str, Any] = {"image_size": 32, "patch_size": 4, "num_labels": 10}
@@ -346,6 +348,8 @@ def main(arguments: Arguments) -> list[dict[str, Any]]:
         path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
         print(rows[-1], flush=True)
     print(table(rows))
+    for target in batch_size_targets(rows):
+        print(" | ".join(target.cells()))
     return rows
 
 

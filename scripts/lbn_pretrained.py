@@ -42,6 +42,7 @@ import torch
 from datasets import Dataset
 from qat_encoder import Job
 from qat_encoder import parse as encoder_arguments
+from targets import static_norm_targets
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -317,6 +318,8 @@ def main(arguments: Arguments) -> list[dict[str, Any]]:
         rows.append({**key, **found, "seconds": round(time.perf_counter() - began)})
         path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
         print(summary(rows), flush=True)
+    for target in static_norm_targets(rows):
+        print(" | ".join(target.cells()))
     return rows
 
 

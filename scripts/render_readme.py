@@ -17,7 +17,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from targets import Target, encoder_targets, load_ratio, quality_targets, speed_targets
+from targets import (
+    Target,
+    batch_size_targets,
+    encoder_targets,
+    load_ratio,
+    quality_targets,
+    speed_targets,
+    static_norm_targets,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
@@ -147,7 +155,9 @@ def batch_sizes(result: list[dict[str, Any]]) -> str:
         "each batch size sees the same samples in the same order. LBN is evaluated with constants."
     )
     numbers = table(("model", "norms", *(f"{size} a step" for size in sizes)), rows)
-    return f"{text}\n\n{numbers}\n\n![loss against batch size](results/plots/lbn_batch.png)"
+    aimed = aims(batch_size_targets(result), "What was aimed at:")
+    plot = "![loss against batch size](results/plots/lbn_batch.png)"
+    return "\n\n".join((text, numbers, plot, aimed))
 
 
 def pretrained_norms(result: list[dict[str, Any]]) -> str:
@@ -164,7 +174,7 @@ def pretrained_norms(result: list[dict[str, Any]]) -> str:
     ]
     header = ("model", "norms", "seed", "static norms", "float", "start", "packed")
     text = "16 weight levels, 8-bit static activations, held-out loss in nats."
-    parts = [text, table(header, rows)]
+    parts = [text, table(header, rows), aims(static_norm_targets(result), "What was aimed at:")]
     for row in result:
         costs = {choice["name"]: choice["alone"] for choice in row.get("choices", [])}
         if costs:

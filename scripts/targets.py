@@ -1,7 +1,8 @@
 """What this package is meant to reach, and what the files in results/ say of it.
 
 `speed_targets` reads what `benchmark_speed` wrote (every target is a ratio of two figures of the
-same run), `quality_targets` what `benchmark_quality` and `encoder_targets` what `qat_encoder` did.
+same run), `quality_targets` what `benchmark_quality` did, `encoder_targets` what `qat_encoder`,
+`batch_size_targets` what `lbn_batch_size` and `static_norm_targets` what `lbn_pretrained`.
 A target that was missed is shown with what limits it, as far as we know; one whose competitor is
 missing is left out.
 """
@@ -38,6 +39,9 @@ _TRITS = (
 )
 _FORWARD = "the rest is transformers' own Python around the layers; the native step has none"
 _LONGER = "falls with the tokens, of which a million were allowed"
+_PICTURES = "the constants: pictures differ more than texts do"
+_POOLED = "statistics pooled over a sample; with those of each token nothing is lost"
+_TRAINED = "falls with the training (`scripts/lbn_experiments.py`)"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Target:
         """What, wanted, found, and whether that is enough."""
         sign = "at most" if self.most else "at least"
         verdict = "met" if self.met else f"missed: {self.limit}" if self.limit else "missed"
-        digits = 2 if self.unit == "x" else 1
+        digits = {"x": 2, " nats": 3}.get(self.unit, 1)
         return (
             self.what,
             f"{sign} {self.wanted:g}{self.unit}",
@@ -186,4 +190,51 @@ def encoder_targets(rows: list[dict[str, Any]]) -> list[Target]:
             lost = 100 * (row["accuracy"]["float"] - row["accuracy"]["packed"])
             what = f"{row['model']} on {row['dataset']}, M={row['weight_levels']}, accuracy lost"
             found.append(Target(what, wanted, lost, most=True, unit=" points"))
+    return found
+
+
+# ---------------------------------------------------------------------------------------- norms
+
+_STATIC = {"lbn", "lbn, fixed end", "static", "static, fixed end"}  # every norm, or all but one
+
+
+def batch_size_targets(rows: list[dict[str, Any]]) -> list[Target]:
+    """Static norms to float ones, of models trained from scratch: what is lost at the worst batch
+    size, in points or nats; of several ways to train static norms the better one."""
+    found = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == family]
+        points = "accuracy" in own[0]
+        lost: dict[int, float] = {}
+        for base in (row for row in own if row["norm"] == "float"):
+            for row in own:
+                key = ("batch_size", "seed", "samples")
+                if row["norm"] in _STATIC and all(row[k] == base[k] for k in key):
+                    worse = row["loss"] - base["loss"]
+                    if points:
+                        worse = 100 * (base["accuracy"] - row["accuracy"])
+                    size = row["batch_size"]
+                    lost[size] = min(worse, lost.get(size, worse))
+        if lost:
+            what = f"{family} from scratch, static norms to float ones, worst of {len(lost)} sizes"
+            wanted, unit = (0.3, " points") if points else (0.01, " nats")
+            limit = {"vit": _PICTURES, "llama": _POOLED}.get(family, "")
+            found.append(Target(what, wanted, max(lost.values()), limit, most=True, unit=unit))
+    return found
+
+
+def static_norm_targets(rows: list[dict[str, Any]]) -> list[Target]:
+    """Loss of pretrained models with static norms over the same training without, nats."""
+    found = []
+    for base in (row for row in rows if row["norms"] == "per token"):
+        same = [r for r in rows if all(r[k] == base[k] for k in ("model", "steps", "seed"))]
+        whole = [row["loss"] for row in same if row["norms"] in _STATIC]
+        where = f"{base['model']}, {base['steps']} steps"
+        cases = [(f"all {base['gated']} norms static", min(whole))] if whole else []
+        for row in (row for row in same if row["norms"] == "selected"):
+            cases.append((f"{len(row['static'])} of {row['gated']} selected", row["loss"]))
+        for case, loss in cases:
+            what = f"{where}, {case}, to norms per token"
+            lost = loss - base["loss"]
+            found.append(Target(what, 0.03, lost, _TRAINED, most=True, unit=" nats"))
     return found

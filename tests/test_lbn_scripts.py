@@ -165,3 +165,42 @@ def test_static_inference(
             assert block[stage]["differ"] < 0.005 * block[stage]["codes"]
         assert block["output error, from equal hidden"] < 1e-5
     assert "hidden, from equal inputs" in load("render_readme").static_inference([row])
+
+
+def test_what_was_aimed_at_is_read_off_the_rows(load: Any) -> None:
+    """The worst batch size counts, the better of the static rows, and equal samples and seeds."""
+    targets = load("targets")
+    key = {"seed": 0, "samples": 8}
+
+    def row(family: str, norm: str, size: int, loss: float, **more: Any) -> dict[str, Any]:
+        return {"family": family, "norm": norm, "batch_size": size, "loss": loss, **key, **more}
+
+    rows = [
+        row("gpt2", "float", 1, 2.0),
+        row("gpt2", "lbn", 1, 2.5),
+        row("gpt2", "lbn, fixed end", 1, 2.005),
+        row("gpt2", "float", 8, 3.0),
+        row("gpt2", "lbn", 8, 2.0),
+        row("gpt2", "batch", 8, 9.0),
+        row("gpt2", "lbn", 8, 9.0, samples=9),
+        row("vit", "float", 1, 1.0, accuracy=0.5),
+        row("vit", "lbn", 1, 0.5, accuracy=0.49),
+    ]
+    gpt2, vit = targets.batch_size_targets(rows)
+    assert gpt2.found == pytest.approx(0.005) and gpt2.met and "2 sizes" in gpt2.what
+    assert vit.found == pytest.approx(1.0) and not vit.met and vit.unit == " points"
+
+    run = {"model": "m", "steps": 2, "seed": 0, "gated": 3}
+    found = targets.static_norm_targets(
+        [
+            {**run, "norms": "per token", "loss": 1.0, "static": []},
+            {**run, "norms": "static", "loss": 1.05, "static": ["a", "b", "c"]},
+            {**run, "norms": "selected", "loss": 1.02, "static": ["a"]},
+            {**run, "norms": "static", "loss": 1.0, "static": ["a"], "steps": 3},
+        ]
+    )
+    assert [(target.met, round(target.found, 2)) for target in found] == [
+        (False, 0.05),
+        (True, 0.02),
+    ]
+    assert found[0].cells()[2] == "0.050 nats" and found[0].cells()[3].startswith("missed: ")
