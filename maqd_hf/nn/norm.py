@@ -144,7 +144,8 @@ class LayerBatchNorm(nn.Module):
     def native_norm(self) -> NativeNorm:
         """What the compiled library is given of a norm that is not "gated", made again whenever its
         spec or a tensor changed."""
-        tensors, known = (self.weight, self.bias, self.running_log_ms), self._native
+        tensors = (*self._parameters.values(), self._buffers["running_log_ms"])
+        known = self._native
         if known is None or known[0] is not self.spec or not known[1].fits(tensors):
             static, absorbed = self.spec.statistics == "static", self.spec.absorbed
             log_ms = float(self.running_log_ms)

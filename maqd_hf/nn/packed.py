@@ -71,7 +71,8 @@ class PackedLinear(nn.Module):
         words = words_per_row(in_features, self.levels)
         floats = torch.float32
         self.weight = _frozen((out_features, words), torch.int32, device)
-        groups, self.rotation = spec.groups(in_features), spec.rotation_size(in_features)
+        groups = self.groups = spec.groups(in_features)
+        self.rotation = spec.rotation_size(in_features)
         self.weight_scale = _frozen((out_features, groups), scale_dtype(groups), device)
         self.weight_offset = (
             _frozen((out_features, 1), floats, device) if spec.weight_offset else None
@@ -131,7 +132,7 @@ class PackedLinear(nn.Module):
     def native_weight(self) -> kernels.NativeWeight:
         """The weight in the kernel's layout (``GpuWeight`` on a GPU), made again whenever a tensor
         changed."""
-        tensors = (self.weight, self.weight_scale, self.weight_offset, self.bias)
+        tensors = self._parameters.values()  # by name each would take `Module` longer to find
         if self._native is None or not self._native[0].fits(tensors):
             # The library rotates a token as it quantises it; on a GPU `forward` did so before.
             rotation = {"rotation": self.rotation} if self.weight.is_cpu else {}
@@ -171,7 +172,7 @@ class PackedLinear(nn.Module):
         return self.native_weight()(x, step)
 
     def forward(self, x: Tensor) -> Tensor:
-        serves = kernels.native_serves(x, self.weight, self.levels, self.weight_scale.shape[1])
+        serves = kernels.native_serves(x, self.weight, self.levels, self.groups)
         if not (serves and x.is_cpu):
             x = rotate(x, self.rotation, self.context)
         if serves:
