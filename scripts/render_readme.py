@@ -427,7 +427,8 @@ def quality(result: dict[str, Any]) -> str:
         "g64: 64 inputs share a weight scale; inputs have a step a token, or with `inputs g64` one "
         "for every 64 of a token. SEQ, LSQ and BitNet are the rules of other papers "
         "(`scripts/quality_rules.py`); they and torchao's QAT are trained by the same loop as "
-        "MaQD, and shown at the best rate tried."
+        "MaQD, and shown at the best rate tried. auto-round is given fewer steps than its own "
+        "default, which takes hours here (`scripts/quality_peers.py`)."
         f"{_seen(runs)}",
         table(header, rows),
     ]
