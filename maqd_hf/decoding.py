@@ -109,7 +109,7 @@ class NativeForward:
         self.number = ops.register(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() or self.model.training:
+        if torch.is_grad_enabled() or self.model.training or torch.jit.is_tracing():
             return type(self.model).forward(self.model, *args, **kwargs)
         if torch.compiler.is_compiling():
             traced = self._traced({**dict(zip(self._names, args, strict=False)), **kwargs})

@@ -10,7 +10,15 @@ from torch import nn
 from maqd_hf import MaQDConfig, kernels, pack_model, quantize_model
 from maqd_hf.functional import quantize, token_step
 from maqd_hf.kernels import loader, native
-from maqd_hf.nn import LinearSpec, MaQDLinear, PackedLinear
+from maqd_hf.nn import (
+    LayerBatchNorm,
+    LinearSpec,
+    MaQDEmbedding,
+    MaQDLinear,
+    NormSpec,
+    PackedEmbedding,
+    PackedLinear,
+)
 from maqd_hf.packing import pack_codes
 
 PATHS = list(loader.paths())
@@ -284,3 +292,16 @@ def test_a_graph_of_a_deleted_layer_says_so():
     number = packed(8, 8)._number
     with pytest.raises(RuntimeError, match="is gone"):
         torch.ops.maqd.packed_linear(torch.ones(1, 8), torch.ones(1), number, 8)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # torch calls its own tracer old
+def test_a_trace_holds_the_operations_not_their_results(best):
+    table = PackedEmbedding.from_qat(MaQDEmbedding.from_embedding(nn.Embedding(50, 32), 255))
+    norm = LayerBatchNorm(32, NormSpec(statistics="token"))
+    spec = LinearSpec(4, 255, "token", rotation=16)
+    linear = PackedLinear.from_qat(MaQDLinear.from_linear(nn.Linear(32, 8), spec, start="range"))
+    model = nn.Sequential(table, norm, linear).eval()
+    traced = torch.jit.trace(model, torch.arange(7).view(1, 7))
+    others = torch.tensor([[3, 3, 49, 0, 11, 12, 40]])
+    torch.testing.assert_close(traced(others), model(others), rtol=1e-4, atol=1e-4)

@@ -50,8 +50,10 @@ def _gpu_serves(device: torch.device) -> bool:
 
 
 def _exporting() -> bool:
-    """An exported program must run where this package is not: it gets plain torch."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    """An exported or traced program must run where this package is not: it gets plain torch."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_dynamo_compiling()
+    return torch.jit.is_tracing()
 
 
 def native_serves(x: Tensor, weight: Tensor, levels: int, groups: int) -> bool:
@@ -73,7 +75,8 @@ def weight_type(device: torch.device) -> type[Any]:
 def native_looks_up(ids: Tensor, weight: Tensor) -> bool:
     """Whether the compiled library can look up rows of this packed table."""
     on_cpu = ids.device.type == weight.device.type == "cpu"
-    return on_cpu and not torch.compiler.is_compiling() and _has_library()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return on_cpu and not traced and _has_library()
 
 
 def info() -> dict[str, object]:

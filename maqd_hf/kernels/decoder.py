@@ -20,8 +20,8 @@ from .native import NativeWeight, Table, TableStruct, WeightStruct
 from .norm import NativeNorm, NormStruct
 
 # Of a call: scratch memory grows with them, and what a layer writes should still be cached when the
-# next one reads it. 512 tokens of SmolLM2-135M at 2 bits take 532, 508, 503 and 513 ms on one thread
-# with 512, 264, 132 and 96, and 280, 270, 275 and 284 on two (Zen 4, 1 MiB of second-level cache).
+# next one reads it. With 512, 264, 132 and 96 a prefill of 512 tokens (SmolLM2-135M, 2 bits) takes
+# 532, 508, 503 and 513 ms on one thread, 280, 270, 275 and 284 on two (second-level cache: 1 MiB).
 MAX_TOKENS = 256
 
 

@@ -81,8 +81,8 @@ def path_number() -> int:
 
 
 def reads(*tensors: Tensor) -> bool:
-    """Whether a library is chosen and these are plain CPU tensors, outside a compiler's trace."""
-    if torch.compiler.is_compiling() or chosen_path() is None:
+    """Whether a library is chosen and these are plain CPU tensors that nobody traces."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or chosen_path() is None:
         return False
     return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
 
