@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, mode
 from typing import Any
 
 from targets import (
@@ -57,10 +57,12 @@ def main_job(result: dict[str, Any]) -> str:
         for stage, value in result["perplexity"].items()
     ]
     static, token = result["report"]["static norms"], result["report"]["norms per token"]
+    usual = mode(result["report"]["layers"].values())
     return "\n".join(
         [
             f"`{result['base_model']}`, {result['training']['tokens']:,} training tokens, "
-            f"{result['seconds']['total']:.0f} s in all. {result['protocol']}",
+            f"{result['seconds']['total']:.0f} s in all. Most layers: {usual}. "
+            f"{result['protocol']}",
             "",
             table(("stage", "perplexity", "to float"), rows),
             "",
