@@ -1,7 +1,10 @@
 """Quantise, train, pack, reload and evaluate a small language model: the main job, one command.
 
 Without arguments: SmolLM2-135M-Instruct and 105 Wikipedia articles, both from ordinary packages, to
-4-bit weights, 8-bit static activations and Layer-Batch Normalization where the budget allows it.
+4-bit weights, 8-bit activations and Layer-Batch Normalization where the budget allows it. A token's
+inputs have a step of their own: one learned step a layer (``--activation_scaling static``), which
+leaves nothing to compute, starts at a perplexity of 38.8 and ends at 37.5, where this starts at
+37.5 (float 33.0): a budget this short wins back a part only.
 
     python scripts/qat_llm.py
     python scripts/qat_llm.py --model someone/some-llm --dataset someone/some-text --weight_levels 4
@@ -85,8 +88,8 @@ class JobArguments:
     weight_levels: int = field(default=16, metadata={"help": "Levels of a weight (16 = 4 bit)."})
     activation_levels: int | None = field(default=255, metadata={"help": "Levels of an input."})
     activation_scaling: Literal["static", "token", "group"] = field(
-        default="static",
-        metadata={"help": "One learned step, one per token, or one per group of a token."},
+        default="token",
+        metadata={"help": "One step per token, one per group of it, or one learned per layer."},
     )
     group_size: int | None = field(default=64, metadata={"help": "Inputs that share a scale."})
     embedding_levels: int | None = field(default=255, metadata={"help": "Embedding and head."})
