@@ -40,6 +40,7 @@ _TRITS = (
 _FORWARD = "the rest is transformers' own Python around the layers; the native step has none"
 _LONGER = "falls with the tokens, of which a million were allowed"
 _PICTURES = "the constants: pictures differ more than texts do"
+_NOISE = "less than one seed on so few samples can tell"
 _POOLED = "statistics pooled over a sample; with those of each token nothing is lost"
 _TRAINED = "falls with the training (`scripts/lbn_experiments.py`)"
 _SHORT = "far too short: published removals of norms (`nn/norm.py`) train a thousand times as long"
@@ -219,7 +220,7 @@ def batch_size_targets(rows: list[dict[str, Any]]) -> list[Target]:
         if lost:
             what = f"{family} from scratch, static norms to float ones, worst of {len(lost)} sizes"
             wanted, unit = (0.3, " points") if points else (0.01, " nats")
-            limit = {"vit": _PICTURES, "llama": _POOLED}.get(family, "")
+            limit = {"vit": _PICTURES, "llama": _POOLED, "bert": _NOISE}.get(family, "")
             found.append(Target(what, wanted, max(lost.values()), limit, most=True, unit=unit))
     return found
 
