@@ -74,9 +74,7 @@ def weight_type(device: torch.device) -> type[Any]:
 
 def native_looks_up(ids: Tensor, weight: Tensor) -> bool:
     """Whether the compiled library can look up rows of this packed table."""
-    on_cpu = ids.device.type == weight.device.type == "cpu"
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return on_cpu and not traced and _has_library()
+    return loader.reads(ids, weight)
 
 
 def info() -> dict[str, object]:

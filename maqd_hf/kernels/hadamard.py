@@ -16,8 +16,6 @@ from torch import Tensor
 from .. import functional
 from . import loader
 
-_PARALLEL = 1 << 18  # elements below which waking a second thread costs more than it brings
-
 
 def hadamard(x: Tensor, size: int) -> Tensor:
     """``functional.hadamard``, bit for bit; ``x`` (..., D), D a multiple of ``size``.
@@ -48,7 +46,7 @@ class _Hadamard(torch.autograd.Function):
         ctx.size = size
         rows = x.contiguous()
         out, width = torch.empty_like(rows), rows.shape[-1]
-        threads = torch.get_num_threads() if rows.numel() >= _PARALLEL else 1
+        threads = loader.threads_for(rows.numel())
         sizes = [ctypes.c_int64(n) for n in (rows.numel() // width, width, size)]
         options = [ctypes.c_int32(n) for n in (loader.path_number(), threads)]
         loader.run("maqd_hadamard", (rows, out), *sizes, *options)

@@ -87,6 +87,15 @@ def reads(*tensors: Tensor) -> bool:
     return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
 
 
+# Elements that a pass reads once, below which waking a second thread costs more than it brings.
+_PARALLEL = 1 << 18
+
+
+def threads_for(elements: int) -> int:
+    """Threads for one pass over so many elements."""
+    return torch.get_num_threads() if elements >= _PARALLEL else 1
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a contiguous tensor's data."""
     return None if tensor is None else int(tensor.data_ptr())

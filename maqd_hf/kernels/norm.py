@@ -10,9 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .loader import FLOATS, library, path_number, pointer
-
-_PARALLEL = 1 << 18  # elements below which waking a second thread costs more than it brings
+from .loader import FLOATS, library, path_number, pointer, threads_for
 
 
 class NormStruct(ctypes.Structure):
@@ -96,6 +94,6 @@ class NativeNorm:
             x.numel() // self.features,
             out.data_ptr(),
             path_number(),
-            torch.get_num_threads() if x.numel() >= _PARALLEL else 1,
+            threads_for(x.numel()),
         )
         return out
