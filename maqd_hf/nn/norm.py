@@ -37,7 +37,7 @@ from ..kernels import loader
 from ..kernels.norm import NativeNorm
 from .context import BatchContext, FirstToken
 from .precision import Apply, without_narrowing
-from .stamp import Stamp
+from .stamp import Derived
 
 Statistics = Literal["token", "gated", "static"]
 
@@ -114,7 +114,7 @@ class LayerBatchNorm(nn.Module):
         self.features, self.spec, self.eps = features, spec, eps
         self.context = context or BatchContext()
         self.fixed = False
-        self._native: tuple[NormSpec, Stamp, NativeNorm] | None = None
+        self._native: Derived[NativeNorm] = Derived()
 
         def affine(wanted: bool) -> nn.Parameter | None:
             empty = torch.empty(features, device=device, dtype=dtype)
@@ -142,29 +142,24 @@ class LayerBatchNorm(nn.Module):
         return super()._apply(without_narrowing(fn, [*self.parameters(), *self.buffers()]), recurse)
 
     def native_norm(self) -> NativeNorm:
-        """What the compiled library is given of a norm that is not "gated", made again whenever its
-        spec or a tensor changed."""
+        """What the compiled library is given of a norm that is not "gated"."""
         tensors = (*self._parameters.values(), self._buffers["running_log_ms"])
-        known = self._native
-        if known is None or known[0] is not self.spec or not known[1].fits(tensors):
-            static, absorbed = self.spec.statistics == "static", self.spec.absorbed
-            log_ms = float(self.running_log_ms)
-            norm = NativeNorm(
-                self.features,
-                self.eps,
-                token=not static,
-                constant=math.exp(-log_ms / 2) if static and not absorbed else 1.0,
-                first_factor=math.exp(log_ms / 2) if static and absorbed else 1.0,
-                own_first=static and self.spec.first_token == "own",
-                centered=self.spec.centered,
-                weight=self.weight,
-                bias=self.bias,
-            )
-            known = self._native = (self.spec, Stamp(tensors), norm)
-        return known[2]
+        return self._native.get(tensors, self._make_native, self.spec)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_native": None}  # pointers do not travel
+    def _make_native(self) -> NativeNorm:
+        static, absorbed = self.spec.statistics == "static", self.spec.absorbed
+        log_ms = float(self.running_log_ms)
+        return NativeNorm(
+            self.features,
+            self.eps,
+            token=not static,
+            constant=math.exp(-log_ms / 2) if static and not absorbed else 1.0,
+            first_factor=math.exp(log_ms / 2) if static and absorbed else 1.0,
+            own_first=static and self.spec.first_token == "own",
+            centered=self.spec.centered,
+            weight=self.weight,
+            bias=self.bias,
+        )
 
     def _native_serves(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or self.spec.statistics == "gated" or x.dtype != torch.float32:

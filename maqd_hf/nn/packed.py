@@ -18,7 +18,7 @@ from .embedding import MaQDEmbedding
 from .linear import MaQDLinear
 from .precision import Apply, mark_output_dtype, without_narrowing
 from .spec import LinearSpec
-from .stamp import Stamp
+from .stamp import Derived
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: object = None) -> nn.Parameter:
@@ -79,7 +79,7 @@ class PackedLinear(nn.Module):
         )
         self.activation_step = _frozen((1,), floats, device) if spec.static_activations else None
         self.bias = _frozen((out_features,), floats, device) if bias else None
-        self._native: tuple[Stamp, kernels.NativeWeight] | None = None
+        self._native: Derived[kernels.NativeWeight] = Derived()
         self._number = kernels.register(self)  # by which compiled graphs find the layer
 
     @classmethod
@@ -130,29 +130,25 @@ class PackedLinear(nn.Module):
         )
 
     def native_weight(self) -> kernels.NativeWeight:
-        """The weight in the kernel's layout (``GpuWeight`` on a GPU), made again whenever a tensor
-        changed."""
-        tensors = self._parameters.values()  # by name each would take `Module` longer to find
-        if self._native is None or not self._native[0].fits(tensors):
-            # The library rotates a token as it quantises it; on a GPU `forward` did so before.
-            rotation = {"rotation": self.rotation} if self.weight.is_cpu else {}
-            weight = kernels.weight_type(self.weight.device)(
-                self.weight,
-                self.levels,
-                self.in_features,
-                self.weight_scale,
-                self.weight_offset,
-                self.bias,
-                self.spec.activation_levels,
-                activation_clip_ratio=self.spec.activation_clip_ratio,
-                group_steps=self.spec.input_group is not None,
-                **rotation,
-            )
-            self._native = (Stamp(tensors), weight)
-        return self._native[1]
+        """The weight in the kernel's layout (``GpuWeight`` on a GPU)."""
+        # All of them: to take some by name, `Module` has to look for each.
+        return self._native.get(self._parameters.values(), self._make_native)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_native": None}  # pointers do not travel: copies make their own
+    def _make_native(self) -> kernels.NativeWeight:
+        # The library rotates a token as it quantises it; on a GPU `forward` did so before.
+        rotation = {"rotation": self.rotation} if self.weight.is_cpu else {}
+        return kernels.weight_type(self.weight.device)(
+            self.weight,
+            self.levels,
+            self.in_features,
+            self.weight_scale,
+            self.weight_offset,
+            self.bias,
+            self.spec.activation_levels,
+            activation_clip_ratio=self.spec.activation_clip_ratio,
+            group_steps=self.spec.input_group is not None,
+            **rotation,
+        )
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
@@ -219,7 +215,7 @@ class PackedEmbedding(nn.Module):
         self.weight_scale = _frozen((num_embeddings, 1), torch.float32, device)
         self.weight_offset = _frozen((num_embeddings, 1), torch.float32, device)
         mark_output_dtype(self, output_dtype or torch.float32)
-        self._native: tuple[Stamp, kernels.Table] | None = None
+        self._native: Derived[kernels.Table] = Derived()
 
     @classmethod
     @torch.no_grad()
@@ -255,18 +251,15 @@ class PackedEmbedding(nn.Module):
         )
 
     def native_table(self) -> kernels.Table:
-        """The table as the compiled library reads it, made again whenever a tensor changed."""
-        tensors = (self.weight, self.weight_scale, self.weight_offset)
-        if self._native is None or not self._native[0].fits(tensors):
-            words, scale, offset = tensors
-            table = kernels.Table(
+        """The table as the compiled library reads it."""
+        words, scale, offset = self.weight, self.weight_scale, self.weight_offset
+
+        def make() -> kernels.Table:
+            return kernels.Table(
                 words, self.levels, self.embedding_dim, scale, offset, self.output_scale
             )
-            self._native = (Stamp(tensors), table)
-        return self._native[1]
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_native": None}
+        return self._native.get((words, scale, offset), make)
 
     def forward(self, ids: Tensor) -> Tensor:
         if kernels.native_looks_up(ids, self.weight):
