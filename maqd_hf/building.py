@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .config import MaQDConfig
-from .matching import Names, find_module, is_linear
+from .matching import Names, find_module
 from .nn import (
     ActivationQuantizer,
     BatchContext,
@@ -206,9 +207,9 @@ def _spec(entry: dict[str, Any], config: MaQDConfig) -> LinearSpec:
 def _build_linear(
     old: nn.Module, entry: dict[str, Any], config: MaQDConfig, context: BatchContext
 ) -> nn.Module:
-    if not is_linear(old):
+    if not isinstance(old, (nn.Linear, Conv1D)):
         raise ValueError("it should be a Linear")
-    shape: tuple[int, int] = tuple(old.weight.shape)  # type: ignore[arg-type]
+    shape: tuple[int, int] = tuple(old.weight.shape)
     out_features, in_features = shape if isinstance(old, nn.Linear) else shape[::-1]
     spec, bias, device = _spec(entry, config), bool(entry["bias"]), old.weight.device
     packed = config.state == "packed" and spec.weight_levels is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .building import (
     QUANTIZED,
@@ -21,7 +22,7 @@ from .conversion import make_report, quantization_config
 from .decoding import attach_native, use_native
 from .folding import absorb_scale, takes_scale
 from .integrity import checksum
-from .matching import Names, is_linear
+from .matching import Names
 from .nn import (
     LayerBatchNorm,
     LinearSpec,
@@ -178,8 +179,8 @@ def _plain_layer(original: nn.Module, layer: Any) -> nn.Module:
         kept = MaQDLinear(layer.in_features, layer.out_features, True, spec, device="meta")
         kept.weight, kept.bias = nn.Parameter(weight), nn.Parameter(bias.clone())
         return kept
-    is_conv1d = is_linear(original) and not isinstance(original, nn.Linear)
-    original.weight = nn.Parameter(weight.t().contiguous() if is_conv1d else weight)
+    transposed = isinstance(original, Conv1D)
+    original.weight = nn.Parameter(weight.t().contiguous() if transposed else weight)
     if bias is not None:
         original.bias = nn.Parameter(bias.clone())
     for name, buffer in original.named_buffers():  # Gemma's embed_scale

@@ -1,7 +1,7 @@
 """Which modules of a model are converted, and why the others are not.
 
-``plan_conversion`` decides everything before anything is touched. It looks at exact classes
-(Linear, Conv1D, Embedding) and at what ``probing`` found out about the norms.
+``plan_conversion`` decides everything before anything is touched. It looks at classes (Linear,
+Conv1D, Embedding) and at what ``probing`` found out about the norms and about others' Linears.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .probing import (
     Trace,
     looks_like_norm,
     probe_embedding,
+    probe_linear,
     probe_norm,
     trace_norms,
 )
@@ -78,7 +79,11 @@ class ConversionPlan:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A layer this version can convert: exactly Linear or Conv1D, subclasses may do anything."""
+    """A layer this version can convert: Linear, Conv1D, or a subclass that computes the same."""
+    return _is_plain(module) or (isinstance(module, nn.Linear) and probe_linear(module))
+
+
+def _is_plain(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D)
 
 
@@ -100,6 +105,11 @@ class _Survey:
     norms: dict[str, NormKind]
     shared: dict[str, list[str]]
     trace: Trace
+
+    def read(self, name: str) -> str | None:
+        """Why the weight of layer ``name`` cannot become codes, if it cannot."""
+        how = self.trace.reads.get(name)
+        return None if how is None else f"its weight is read by the model itself ({how})"
 
 
 def _shared_modules(model: nn.Module) -> dict[str, list[str]]:
@@ -134,6 +144,8 @@ def _survey(model: nn.Module, config: MaQDConfig, names: Names, plan: Conversion
         else:
             norms[name] = kind
     trace = trace_norms(model, {n: model.get_submodule(n) for n in norms}, linears)
+    # A subclass may exist because its owner calls something else (as nn.MultiheadAttention's does).
+    linears = {n: m for n, m in linears.items() if _is_plain(m) or trace.calls[n]}
     return _Survey(linears, norms, shared, trace)
 
 
@@ -166,6 +178,7 @@ def _plan_embedding(
     if tied and head_name is not None:
         head_reason = config.left_out(names.relative(head_name), outside=True)
         reason = reason or (head_reason and f"its tied head is {head_reason}")
+    reason = reason or found.read(name)
     if reason is not None:
         plan.kept[name] = reason
         if tied and head_name is not None:
@@ -174,7 +187,7 @@ def _plan_embedding(
         plan.embedding = name
         plan.embedding_scale = _check_embedding(embedding, name, head_name if tied else None, found)
     if head_name in found.linears and head_name not in plan.kept:
-        _plan_head(head_name, tied, config, names, plan)
+        _plan_head(head_name, tied, config, names, plan, found)
 
 
 def _check_embedding(
@@ -193,14 +206,19 @@ def _check_embedding(
 
 
 def _plan_head(
-    head: str, tied: bool, config: MaQDConfig, names: Names, plan: ConversionPlan
+    head: str,
+    tied: bool,
+    config: MaQDConfig,
+    names: Names,
+    plan: ConversionPlan,
+    found: _Survey,
 ) -> None:
     relative = names.relative(head)
     if config.embedding_levels is None:
         if not config.targeted(relative):
             plan.kept[head] = "embedding_levels is None"
         return  # else an ordinary layer
-    reason = config.left_out(relative, outside=True)
+    reason = config.left_out(relative, outside=True) or found.read(head)
     if reason is not None:
         plan.kept[head] = reason
         return
@@ -221,8 +239,7 @@ def _plan_linears(config: MaQDConfig, names: Names, plan: ConversionPlan, found:
         reason = config.left_out(names.relative(name), layer=True)
         if name in found.shared:
             reason = reason or f"shares its weight with {found.shared[name][0]}"
-        if name in found.trace.reads:
-            reason = reason or f"its weight is read by the model itself ({found.trace.reads[name]})"
+        reason = reason or found.read(name)
         if reason is not None:
             plan.kept[name] = reason
             continue

@@ -1,8 +1,9 @@
-"""What no class name tells: what a norm computes, and which layers read its output.
+"""What no class name tells: what a norm or a layer computes, and who reads a norm's output.
 
-Norms are *probed* with numbers (names lie: T5LayerNorm is an RMS norm, Gemma multiplies by
-1 + weight), consumers are found by one tiny *traced* forward. So there is no table of families, and
-an unknown one is named in the report instead of corrupted. Nothing here changes a model.
+Both are *probed* with numbers (names lie: T5LayerNorm is an RMS norm, Gemma multiplies by
+1 + weight, Falcon's layers are of a class of their own), consumers are found by one tiny *traced*
+forward. So there is no table of families, and an unknown one is named in the report instead of
+corrupted. Nothing here changes a model.
 """
 
 from __future__ import annotations
@@ -79,7 +80,31 @@ def probe_norm(norm: nn.Module) -> NormKind | str:
     return f"{type(norm).__name__} computes neither an RMS norm nor a layer norm"
 
 
-# ---------------------------------------------------------------------------------- embeddings
+# ------------------------------------------------------------------------- layers, embeddings
+
+
+def probe_linear(layer: nn.Linear) -> bool:
+    """Whether ``layer``, of a subclass of ``nn.Linear``, computes what an ``nn.Linear`` does.
+
+    >>> class Doubled(nn.Linear):
+    ...     def forward(self, input):
+    ...         return 2 * super().forward(input)
+    >>> probe_linear(nn.Linear(3, 2)), probe_linear(Doubled(3, 2))
+    (True, False)
+    """
+    weight, bias = layer.weight, layer.bias
+    own = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
+    if own - {"weight", "bias"} or [*layer.children()] or not weight.is_floating_point():
+        return False
+    x = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        with torch.no_grad():
+            found, expected = layer(x), nn.functional.linear(x, weight, bias)
+    except Exception:  # a forward of its own may want anything
+        return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
 
 
 def probe_embedding(embedding: nn.Embedding) -> float | str:
@@ -116,7 +141,8 @@ class Trace:
     """What one forward showed, by module name; or why there was none.
 
     ``uses`` and ``order`` speak of norms, ``calls`` of linears, ``reads`` of what a model does with
-    a linear's ``weight`` besides calling the layer (T5 asks its dtype, attention may multiply).
+    the ``weight`` of a linear or an embedding besides calling it (T5 asks its dtype, attention may
+    multiply).
     """
 
     uses: dict[str, NormUse] = field(default_factory=dict)
@@ -150,12 +176,14 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 class _Tracer(TorchFunctionMode):
     """Follows the outputs of norms by identity through one forward pass."""
 
-    def __init__(self, linears: dict[str, nn.Module]) -> None:
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
         super().__init__()
         self.trace = Trace()
-        self._weights = {id(module.weight): name for name, module in linears.items()}
+        self._weights: dict[int, list[str]] = {}  # tied ones have several names
+        for name, module in layers.items():
+            self._weights.setdefault(id(module.weight), []).append(name)
         self._made_by: dict[int, tuple[str, Tensor]] = {}  # keeps outputs alive: ids stay unique
-        self._inside = 0  # a linear or a norm: what happens in there is its own affair
+        self._inside = 0  # a layer or a norm: what happens in there is its own affair
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -166,8 +194,8 @@ class _Tracer(TorchFunctionMode):
             if name == "__get__":  # of an attribute: say which
                 name = func.__self__.__name__
             for tensor in _tensors((args, kwargs)):
-                if id(tensor) in self._weights:
-                    self.trace.reads[self._weights[id(tensor)]] = name
+                for layer in self._weights.get(id(tensor), ()):
+                    self.trace.reads[layer] = name
             if func not in _DESCRIBING:
                 self.note((args, kwargs), name)
         return func(*args, **kwargs)
@@ -188,6 +216,9 @@ class _Tracer(TorchFunctionMode):
             use.consumers.append(name)
         self._inside += 1
 
+    def enter_embedding(self) -> None:
+        self._inside += 1
+
     def enter_norm(self, name: str, tree: Any) -> None:
         self.note(tree, f"norm {name}")
         self._inside += 1
@@ -201,9 +232,16 @@ class _Tracer(TorchFunctionMode):
             self._made_by[id(output)] = (norm, output)
 
     def watch(
-        self, model: nn.Module, norms: dict[str, nn.Module], linears: dict[str, nn.Module]
+        self,
+        model: nn.Module,
+        norms: dict[str, nn.Module],
+        linears: dict[str, nn.Module],
+        embeddings: dict[str, nn.Module],
     ) -> Iterator[Any]:
         """Register the hooks of one forward; yields their handles."""
+        for module in embeddings.values():
+            yield module.register_forward_pre_hook(lambda *_: self.enter_embedding())
+            yield module.register_forward_hook(lambda *_: self.leave())
         for name, module in linears.items():
             enter = lambda _, args, kwargs, name=name: self.enter_linear(name, (args, kwargs))  # noqa: E731
             yield module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -241,11 +279,14 @@ def trace_norms(
 
     ``norms`` and ``linears`` are the modules to watch, by name.
     """
-    tracer, handles = _Tracer(linears), []
+    embeddings: dict[str, nn.Module] = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)
+    }
+    tracer, handles = _Tracer(linears | embeddings), []
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        handles = list(tracer.watch(model, norms, linears))
+        handles = list(tracer.watch(model, norms, linears, embeddings))
         with torch.no_grad(), tracer:
             model(**example_inputs(model))
     except Exception as error:  # a model's own code may raise anything; its norms stay as they are

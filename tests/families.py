@@ -34,6 +34,16 @@ def _opt() -> PreTrainedConfig:
     return hf.OPTConfig(**_SIZE, **_IDS, ffn_dim=48, word_embed_proj_dim=WIDTH)
 
 
+def _falcon() -> PreTrainedConfig:
+    size = {key: _SIZE[key] for key in list(_SIZE) if key != "intermediate_size"}
+    return hf.FalconConfig(**{**size, "num_hidden_layers": 3}, **_IDS, ffn_hidden_size=48)
+
+
+def _mamba() -> PreTrainedConfig:
+    size = {"hidden_size": WIDTH, "num_hidden_layers": 3, "state_size": 4}
+    return hf.MambaConfig(**size, **_IDS, vocab_size=VOCABULARY)
+
+
 def _distilbert() -> PreTrainedConfig:
     size = {"dim": WIDTH, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
     return hf.DistilBertConfig(**size, vocab_size=VOCABULARY, max_position_embeddings=64)
@@ -68,6 +78,8 @@ FAMILIES = {
     "gpt2": lambda: (hf.GPT2LMHeadModel, _gpt2()),
     "opt": lambda: (hf.OPTForCausalLM, _opt()),
     "gpt-neox": lambda: (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**_SIZE, **_IDS)),
+    "falcon": lambda: (hf.FalconForCausalLM, _falcon()),
+    "mamba": lambda: (hf.MambaForCausalLM, _mamba()),
     "bert": lambda: (hf.BertForSequenceClassification, hf.BertConfig(**_SIZE)),
     "bert-mlm": lambda: (hf.BertForMaskedLM, hf.BertConfig(**_SIZE)),
     "roberta": lambda: (hf.RobertaForSequenceClassification, hf.RobertaConfig(**_SIZE)),
@@ -78,11 +90,31 @@ FAMILIES = {
 }
 """Name -> (model class, tiny config)."""
 
-LAYER_NORM = ("gpt2", "opt", "gpt-neox", "bert", "bert-mlm", "roberta", "distilbert", "vit")
+LAYER_NORM = (
+    "gpt2",
+    "opt",
+    "gpt-neox",
+    "falcon",
+    "bert",
+    "bert-mlm",
+    "roberta",
+    "distilbert",
+    "vit",
+)
 """Families whose norms compute in the model's own dtype. RMS norms of transformers cast to float32,
 so a float64 model of theirs still agrees to float32 rounding only."""
 
-DECODERS = ("llama-tied", "llama-untied", "mistral", "qwen3", "gemma3", "gpt2", "opt", "gpt-neox")
+DECODERS = (
+    "llama-tied",
+    "llama-untied",
+    "mistral",
+    "qwen3",
+    "gemma3",
+    "gpt2",
+    "opt",
+    "gpt-neox",
+    "falcon",
+)
 
 
 def tiny(name: str, seed: int = 0) -> PreTrainedModel:

@@ -68,6 +68,8 @@ NOT_ABSORBED = {  # what the report says, by the end of the norm's name
     "gpt2": {"ln_f": "feeds"},
     "opt": {"final_layer_norm": "feeds"},
     "gpt-neox": {"final_layer_norm": "model's output"},
+    "falcon": {"ln_f": "feeds"},
+    "mamba": {"norm": "feeds mul", "norm_f": "feeds"},
     "bert": {"LayerNorm": "feeds"},
     "bert-mlm": {"LayerNorm": "feeds"},
     "roberta": {"LayerNorm": "feeds"},

@@ -23,6 +23,7 @@ from maqd_hf.probing import (
     example_inputs,
     looks_like_norm,
     probe_embedding,
+    probe_linear,
     probe_norm,
     trace_norms,
 )
@@ -109,7 +110,7 @@ def test_a_trace_leaves_no_trace() -> None:
     trace = trace_norms(model, norms, linears)
     assert not trace.failure and set(trace.uses) == set(norms) == set(trace.order)
     assert set(trace.calls) == set(linears) and set(trace.calls.values()) == {1}
-    assert trace.reads == {"lm_head": "embedding"}  # tied
+    assert not trace.reads  # the tied head's weight is the embedding's own affair
     use = trace.uses["model.layers.0.input_layernorm"]
     assert [n.rpartition(".")[2] for n in use.consumers] == ["q_proj", "k_proj", "v_proj"]
     assert not use.others and use.runs == 1
@@ -131,6 +132,47 @@ def test_weights_that_a_model_reads_itself_are_seen() -> None:
     model.model.layers[1].mlp.act_fn = attention  # never called, its out_proj is not a plain Linear
     plan = plan_conversion(model, MaQDConfig())
     assert "not a layer" in plan.kept["model.layers.1.mlp.act_fn.out_proj"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_whose_weight_the_model_reads_is_kept(tied: bool) -> None:
+    """Mamba asks it for its dtype: as words it would turn hidden states into integers."""
+    model = tiny("mamba")
+    if not tied:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    plan = plan_conversion(model, MaQDConfig(embedding_levels=15))
+    assert "read by the model itself (dtype)" in plan.kept["lm_head"] and plan.head is None
+    assert (plan.embedding is None) == ("backbone.embeddings" in plan.kept) == tied
+
+
+class Loud(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+class Chatty(nn.Linear):
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input), None
+
+
+class Quiet(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.t() + (0 if self.bias is None else self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_of_another_class_is_converted_where_it_computes_the_same(
+    dtype: torch.dtype,
+) -> None:
+    for kind in (Quiet, Loud, Chatty):
+        assert probe_linear(kind(WIDTH, 48).to(dtype)) == (kind is Quiet)
+    for kind in (Quiet, Loud):
+        model = tiny("llama-tied").to(dtype)
+        model.model.layers[0].mlp.up_proj.__class__ = kind
+        plan = plan_conversion(model, MaQDConfig())
+        assert ("model.layers.0.mlp.up_proj" in plan.linears) == (kind is Quiet)
+        assert "model.layers.1.mlp.up_proj" in plan.linears
+    assert "Loud is not a layer" in plan.kept["model.layers.0.mlp.up_proj"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from families import tiny
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -166,7 +167,7 @@ def firsts_during_generation(base: nn.Module, model: nn.Module, mask: Tensor) ->
 def test_generation_meets_a_first_token_once_per_sample(
     tiny_llama: LlamaForCausalLM, tiny_gpt2: GPT2LMHeadModel
 ) -> None:
-    for model in (tiny_llama, tiny_gpt2):
+    for model in (tiny_llama, tiny_gpt2, tiny("mamba")):  # the last one's cache has no length
         seen = firsts_during_generation(model.base_model, model, LEFT)
         assert [tuple(step.shape) for step in seen] == [(2, 4), (2, 1), (2, 1)]
         assert seen[0].tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]

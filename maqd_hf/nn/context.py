@@ -31,6 +31,14 @@ def given_cache(kwargs: Mapping[str, Any]) -> Any:
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
+def past_tokens(cache: Any) -> Any:
+    """Tokens that ``cache`` has seen; a state-space model's does not count them: 1 for any."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:  # it has no layer of keys and values
+        return int(cache.has_previous_state())
+
+
 class BatchContext:
     """Token masks of the current forward, each (batch, tokens) bool or None (= unknown).
 
@@ -91,7 +99,7 @@ class BatchContext:
         if isinstance(position, Tensor) and position.dim() == 2 and position.shape[1] == length:
             return (position == 0) & valid
         past = given_cache(kwargs)
-        seen = past.get_seq_length() if past is not None else 0
+        seen = past_tokens(past) if past is not None else 0
         uncovered = max(seen + length - mask.shape[1], 0)  # cached tokens, taken as text
         return (mask.cumsum(dim=1)[:, -length:] + uncovered == 1) & valid
 
