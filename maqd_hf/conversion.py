@@ -177,7 +177,8 @@ def _norm_text(norm: LayerBatchNorm, reason: str) -> str:
 def make_report(
     model: nn.Module, config: MaQDConfig, plan: ConversionPlan | None = None
 ) -> ConversionReport:
-    report = ConversionReport(config.state, size=model_size(model))
+    untraced = plan.untraced if plan else ""
+    report = ConversionReport(config.state, size=model_size(model), untraced=untraced)
     for name, layer in modules_of(model, MaQDLinear, PackedLinear):
         report.linears[name] = _levels_text(layer)
     for name, table in modules_of(model, MaQDEmbedding, PackedEmbedding):

@@ -76,6 +76,7 @@ class ConversionPlan:
     head_tied: bool = False
     embedding_scale: float = 1.0
     kept: dict[str, str] = field(default_factory=dict)
+    untraced: str = ""  # why no forward was seen
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -326,6 +327,7 @@ def plan_conversion(model: nn.Module, config: MaQDConfig) -> ConversionPlan:
         )
     names, plan = Names(model), ConversionPlan()
     found = _survey(model, config, names, plan)
+    plan.untraced = found.trace.failure
     if found.linears:
         _check_patterns(config, names, model, found.linears)
     _plan_embedding(model, config, names, plan, found)

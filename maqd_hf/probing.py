@@ -261,10 +261,15 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     """A tiny input for one forward of a transformers model, on its device and in its dtype."""
     config: Any = model.config
     first = next(model.parameters())
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        size = config.image_size
+    kind = getattr(model, "main_input_name", "input_ids")
+    if kind == "pixel_values":
+        size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {"pixel_values": first.new_zeros(1, config.num_channels, height, width)}
+        return {kind: first.new_zeros(1, config.num_channels, height, width)}
+    if kind == "input_values":  # half a second of sound, or a spectrogram
+        spectrogram = hasattr(config, "num_mel_bins")
+        shape = (1, config.max_length, config.num_mel_bins) if spectrogram else (1, 8000)
+        return {kind: first.new_zeros(shape)}
     ids = torch.arange(4, device=first.device).remainder(config.get_text_config().vocab_size)
     inputs = {"input_ids": ids.unsqueeze(0)}
     if "attention_mask" in inspect.signature(model.forward).parameters:

@@ -41,8 +41,9 @@ def _ranges(numbers: list[int]) -> str:
 class ConversionReport:
     """Result of ``quantize_model`` and ``pack_model``; ``str(report)`` is the readable form.
 
-    Every mapping goes from full module names to a few words. ``weights`` of ``total_weights`` are
-    on the grid; ``size`` says what the packed model takes.
+    Every mapping goes from full module names to a few words. ``size`` says what the packed model
+    takes, ``untraced`` why no forward of the model was seen, if so: a layer whose weight the model
+    reads by itself, instead of calling the layer, would then go unnoticed.
     """
 
     state: str
@@ -52,6 +53,7 @@ class ConversionReport:
     not_absorbed: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     size: ModelSize | None = None
+    untraced: str = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -64,6 +66,8 @@ class ConversionReport:
 
     def __str__(self) -> str:
         lines = [f"MaQD {self.state} model"]
+        if self.untraced:
+            lines.append(f"  {self.untraced}: weights it reads past their layers go unnoticed")
         for title, table in (
             ("layers", self.linears),
             ("embeddings", self.embeddings),

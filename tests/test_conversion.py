@@ -289,6 +289,8 @@ def test_a_model_that_cannot_be_traced_keeps_its_affines_and_says_why() -> None:
     report = quantize_model(model, MaQDConfig(**FLOAT, norm_affine="absorb"))
     assert set(report.not_absorbed) == set(report.norms)
     assert all("could not be traced (TypeError" in why for why in report.not_absorbed.values())
+    assert "could not be traced (TypeError" in report.untraced and report.untraced in str(report)
+    assert "untraced" in report.to_dict() and not quantize_model(tiny("llama-tied")).untraced
     assert "final norm" in report.norms["model.norm"]
     torch.testing.assert_close(output(model, inputs), before, rtol=1e-5, atol=1e-5)
 

@@ -154,6 +154,16 @@ def test_packed_parameters_are_frozen_words_named_weight() -> None:
     assert not list(packed.buffers())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_the_first_parameter_is_a_float_one(group_size: int | None, bias: bool) -> None:
+    """Swin v2 casts its table of coordinates to the dtype of a Sequential's first parameter."""
+    layer = trained(LinearSpec(4, None, group_size=group_size), bias=bias)
+    assert next(PackedLinear.from_qat(layer).parameters()).is_floating_point()
+    table = PackedEmbedding.from_qat(MaQDEmbedding(10, 8, levels=15))
+    assert next(table.parameters()).is_floating_point()
+
+
 def test_a_plain_linear_refuses_packed_weights() -> None:
     packed = PackedLinear.from_qat(trained(LinearSpec(16, None)))
     with pytest.raises(RuntimeError, match="size mismatch for weight"):

@@ -39,8 +39,8 @@ def check_calibrated(layer: MaQDLinear, name: str) -> None:
 class PackedLinear(nn.Module):
     """Linear layer on packed codes; the packed form of ``MaQDLinear``.
 
-    Frozen parameters (parameters and not buffers, so that offloading moves them): ``weight``
-    (out, words) int32, ``weight_scale`` (out, groups) of ``functional.scale_dtype``,
+    Frozen parameters (parameters and not buffers, so that offloading moves them): ``weight_scale``
+    (out, groups) of ``functional.scale_dtype``, ``weight`` (out, words) int32,
     ``weight_offset`` (out, 1) or None, ``activation_step`` (1,) or None and ``bias`` (out,) or
     None, all float32.
 
@@ -70,10 +70,11 @@ class PackedLinear(nn.Module):
         self.context = context or BatchContext()
         words = words_per_row(in_features, self.levels)
         floats = torch.float32
-        self.weight = _frozen((out_features, words), torch.int32, device)
         groups = self.groups = spec.groups(in_features)
         self.rotation = spec.rotation_size(in_features)
+        # First, as models take their first parameter's dtype for that of activations.
         self.weight_scale = _frozen((out_features, groups), scale_dtype(groups), device)
+        self.weight = _frozen((out_features, words), torch.int32, device)
         self.weight_offset = (
             _frozen((out_features, 1), floats, device) if spec.weight_offset else None
         )
