@@ -209,17 +209,23 @@ def hidden_distance(student: Tensor, teacher: Tensor, counted: Tensor | None = N
 class HiddenLoss(NamedTuple):
     """``hidden_distance`` summed over a batch: a sample weighs as much as it has labels.
 
-    ``ours`` holds the student's states once its forward has run (``last_hidden_states``).
+    ``ours`` and ``theirs`` hold the states of student and teacher once their forwards have run
+    (``last_hidden_states``).
     """
 
     ours: list[Tensor]
-    theirs: Tensor
+    theirs: list[Tensor]
     counted: Tensor | None
     weight: float
 
     def __call__(self, labels: Tensor) -> Tensor:
         """``labels``: (batch, ...), those that count are not ``IGNORE``."""
-        distance = hidden_distance(self.ours[0], self.theirs, self.counted)
+        if not self.ours or not self.theirs:
+            raise ValueError(
+                "this model's forward passes its base model by, so hidden_distillation finds no "
+                "hidden states: set it to 0"
+            )
+        distance = hidden_distance(self.ours[0], self.theirs[0], self.counted)
         counts = (labels != IGNORE).reshape(len(labels), -1).sum(1)
         return self.weight * (distance * counts).sum()
 
@@ -326,16 +332,13 @@ def head_is_deferrable(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def teacher_output(
-    teacher: nn.Module, inputs: dict[str, Any], deferred: bool
-) -> tuple[Logits, Tensor]:
-    """The teacher's prediction for every token (hidden states and head if its head is deferrable,
-    else logits), and its last hidden states."""
-    with last_hidden_states(teacher) as hidden:
-        if not deferred:
-            return Logits(teacher(**inputs).logits), hidden[0]
-        with deferred_head(teacher, _no_loss):
-            return head_of(teacher, teacher(**inputs).logits), hidden[0]
+def teacher_output(teacher: nn.Module, inputs: dict[str, Any], deferred: bool) -> Logits:
+    """The teacher's prediction for every token: hidden states and head if its head is deferrable,
+    else logits."""
+    if not deferred:
+        return Logits(teacher(**inputs).logits)
+    with deferred_head(teacher, _no_loss):
+        return head_of(teacher, teacher(**inputs).logits)
 
 
 def _no_loss(**kwargs: Any) -> Tensor:

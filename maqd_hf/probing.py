@@ -51,8 +51,10 @@ def probe_norm(norm: nn.Module) -> NormKind | str:
     (True, False)
     """
     weight = getattr(norm, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1:
-        return f"{type(norm).__name__} has no one-dimensional weight"
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
+        return f"{type(norm).__name__} has no one-dimensional weight that is trained"
+    if any(True for _ in norm.buffers()):
+        return f"{type(norm).__name__} has buffers"
     if len(inspect.signature(norm.forward).parameters) != 1:
         return f"{type(norm).__name__} takes more than the hidden states"
     eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))

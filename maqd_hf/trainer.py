@@ -276,9 +276,10 @@ class MaQDTrainer(Trainer):
             return Target()
         given = {k: v for k, v in inputs.items() if k not in ("labels", "num_items_in_batch")}
         deferred = self._defers.get(id(self.teacher), False)
-        logits, theirs = teacher_output(self.teacher, given, deferred)
         if not weight:
-            return Target(logits)
+            return Target(teacher_output(self.teacher, given, deferred))
+        with last_hidden_states(self.teacher) as theirs:
+            logits = teacher_output(self.teacher, given, deferred)
         ours = stack.enter_context(last_hidden_states(self.model))
         return Target(logits, HiddenLoss(ours, theirs, inputs.get("attention_mask"), weight))
 

@@ -170,7 +170,7 @@ def test_a_sample_weighs_as_much_as_it_has_labels(labels: list) -> None:
     ours, theirs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     first = hidden_distance(ours, theirs)[0]
     labels = torch.tensor(labels)
-    found = HiddenLoss([ours], theirs, None, 0.5)(labels)
+    found = HiddenLoss([ours], [theirs], None, 0.5)(labels)
     torch.testing.assert_close(found, 0.5 * first * labels.dim())
 
 

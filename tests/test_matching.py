@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from families import FAMILIES, WIDTH, tiny
 from torch import Tensor, nn
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaWeightlessRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import (
     Gemma3RMSNorm,
     Gemma3TextScaledWordEmbedding,
@@ -74,7 +75,8 @@ class Gated(nn.LayerNorm):
     [
         (Scaled(8), "Scaled computes neither"),
         (Gated(8), "Gated takes more than the hidden states"),
-        (nn.BatchNorm1d(8), "BatchNorm1d could not be probed|computes neither"),
+        (nn.BatchNorm1d(8), "BatchNorm1d has buffers"),
+        (FalconMambaWeightlessRMSNorm(8), "no one-dimensional weight that is trained"),
         (nn.GroupNorm(2, 8), "GroupNorm"),
         (nn.LayerNorm(8, elementwise_affine=False), "LayerNorm has no one-dimensional weight"),
         (nn.LayerNorm((3, 8)), "LayerNorm has no one-dimensional weight"),

@@ -20,6 +20,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2LMHeadModel,
@@ -316,6 +318,19 @@ def test_conv1d_models_and_folders_as_teachers(tiny_gpt2: GPT2LMHeadModel, tmp_p
     trainer = trainer_for(model, tmp_path, teacher=tmp_path / "teacher", max_steps=1)
     assert not trainer.teacher.training
     assert 0 < trainer.train().training_loss < 1
+
+
+def test_a_model_that_passes_its_base_model_by(tmp_path: Path) -> None:
+    """The decoder of an encoder-decoder, as a causal model, calls what its base model wraps."""
+    size = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    teacher = BartForCausalLM(BartConfig(**size, **ids, vocab_size=259, dropout=0.0)).eval()
+    model = to_qat(copy.deepcopy(teacher), weight_levels=None, activation_levels=None)
+    loss = trainer_for(model, tmp_path, teacher=teacher, max_steps=1).train().training_loss
+    assert abs(loss) < 1e-6, "it starts as its teacher"
+    trainer = trainer_for(model, tmp_path, teacher=teacher, max_steps=1, hidden_distillation=1.0)
+    with pytest.raises(ValueError, match="hidden_distillation finds no hidden states"):
+        trainer.train()
 
 
 # -------------------------------------------------------------------------- parameters and the gate
