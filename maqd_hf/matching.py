@@ -108,7 +108,7 @@ class _Survey:
     trace: Trace
 
     def read(self, name: str) -> str | None:
-        """Why the weight of layer ``name`` cannot become codes, if it cannot."""
+        """Why the weight of layer or norm ``name`` has to stay as it is, if so."""
         how = self.trace.reads.get(name)
         return None if how is None else f"its weight is read by the model itself ({how})"
 
@@ -147,7 +147,11 @@ def _survey(model: nn.Module, config: MaQDConfig, names: Names, plan: Conversion
     trace = trace_norms(model, {n: model.get_submodule(n) for n in norms}, linears)
     # A subclass may exist because its owner calls something else (as nn.MultiheadAttention's does).
     linears = {n: m for n, m in linears.items() if _is_plain(m) or trace.calls[n]}
-    return _Survey(linears, norms, shared, trace)
+    found = _Survey(linears, norms, shared, trace)
+    for name in [n for n in norms if n in trace.reads]:  # ours is float32, whatever the model's is
+        plan.kept[name] = str(found.read(name))
+        del norms[name]
+    return found
 
 
 # -------------------------------------------------------------------------- embedding and head

@@ -143,8 +143,8 @@ class Trace:
     """What one forward showed, by module name; or why there was none.
 
     ``uses`` and ``order`` speak of norms, ``calls`` of linears, ``reads`` of what a model does with
-    the ``weight`` of a linear or an embedding besides calling it (T5 asks its dtype, attention may
-    multiply).
+    the ``weight`` of a linear, embedding or norm besides calling it (T5 asks its dtype, attention
+    may multiply).
     """
 
     uses: dict[str, NormUse] = field(default_factory=dict)
@@ -289,7 +289,7 @@ def trace_norms(
     embeddings: dict[str, nn.Module] = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)
     }
-    tracer, handles = _Tracer(linears | embeddings), []
+    tracer, handles = _Tracer(linears | embeddings | norms), []
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()

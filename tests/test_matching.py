@@ -157,6 +157,7 @@ def test_a_head_whose_weight_the_model_reads_is_kept(tied: bool) -> None:
     plan = plan_conversion(model, MaQDConfig(embedding_levels=15))
     assert "read by the model itself (dtype)" in plan.kept["lm_head"] and plan.head is None
     assert (plan.embedding is None) == ("backbone.embeddings" in plan.kept) == tied
+    assert "read by the model itself (dtype)" in plan.kept["backbone.layers.0.norm"]
 
 
 class Loud(nn.Linear):
