@@ -41,7 +41,7 @@ def _falcon() -> PreTrainedConfig:
 
 def _mamba() -> PreTrainedConfig:
     size = {"hidden_size": WIDTH, "num_hidden_layers": 3, "state_size": 4}
-    return hf.MambaConfig(**size, **_IDS, vocab_size=VOCABULARY)
+    return hf.MambaConfig(**size, **_IDS, vocab_size=VOCABULARY, tie_word_embeddings=True)
 
 
 def _distilbert() -> PreTrainedConfig:

@@ -9,7 +9,6 @@ import torch
 import transformers as hf
 from families import FAMILIES, WIDTH, tiny
 from torch import Tensor, nn
-from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaWeightlessRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import (
     Gemma3RMSNorm,
     Gemma3TextScaledWordEmbedding,
@@ -65,6 +64,15 @@ class Scaled(nn.LayerNorm):
         return 2 * super().forward(x)
 
 
+class Constant(nn.LayerNorm):
+    """Its weight is a buffer, as in Falcon Mamba."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        del self.weight
+        self.register_buffer("weight", torch.ones(features))
+
+
 class Gated(nn.LayerNorm):
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x) * gate
@@ -76,7 +84,7 @@ class Gated(nn.LayerNorm):
         (Scaled(8), "Scaled computes neither"),
         (Gated(8), "Gated takes more than the hidden states"),
         (nn.BatchNorm1d(8), "BatchNorm1d has buffers"),
-        (FalconMambaWeightlessRMSNorm(8), "no one-dimensional weight that is trained"),
+        (Constant(8), "Constant has no one-dimensional weight that is trained"),
         (nn.GroupNorm(2, 8), "GroupNorm"),
         (nn.LayerNorm(8, elementwise_affine=False), "LayerNorm has no one-dimensional weight"),
         (nn.LayerNorm((3, 8)), "LayerNorm has no one-dimensional weight"),

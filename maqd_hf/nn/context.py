@@ -21,9 +21,9 @@ FirstToken = Literal["own", "shared"]
 park a massive activation there, which would own every shared scale; decoding never meets it."""
 
 
-CACHE_NAMES = ("cache", "past_key_values")
-"""What a model's ``forward`` calls its cache of keys and values: transformers 5.24 and newer, and
-before."""
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What a model's ``forward`` calls its cache: transformers 5.24 and newer; before, of keys and
+values; before, of a state-space model."""
 
 
 def given_cache(kwargs: Mapping[str, Any]) -> Any:
@@ -31,11 +31,20 @@ def given_cache(kwargs: Mapping[str, Any]) -> Any:
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
-def past_tokens(cache: Any) -> Any:
-    """Tokens that ``cache`` has seen; a state-space model's does not count them: 1 for any."""
+def past_tokens(kwargs: Mapping[str, Any]) -> Any:
+    """Tokens before those of a call, by the arguments of a model's ``forward``.
+
+    A cache of states alone does not count them: any are one.
+    """
+    cache = given_cache(kwargs)
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):  # Mamba's in transformers 5.0
+        position = kwargs.get("cache_position")
+        return 0 if position is None else int(position[0])
     try:
         return cache.get_seq_length()
-    except ValueError:  # it has no layer of keys and values
+    except ValueError:
         return int(cache.has_previous_state())
 
 
@@ -98,9 +107,7 @@ class BatchContext:
         position = kwargs.get("position_ids")
         if isinstance(position, Tensor) and position.dim() == 2 and position.shape[1] == length:
             return (position == 0) & valid
-        past = given_cache(kwargs)
-        seen = past_tokens(past) if past is not None else 0
-        uncovered = max(seen + length - mask.shape[1], 0)  # cached tokens, taken as text
+        uncovered = max(past_tokens(kwargs) + length - mask.shape[1], 0)  # cached, taken as text
         return (mask.cumsum(dim=1)[:, -length:] + uncovered == 1) & valid
 
     def masks_for(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
