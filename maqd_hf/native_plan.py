@@ -65,15 +65,19 @@ def _hooked(module: nn.Module) -> bool:
 def build(model: Any) -> NativeDecoder:
     """The plan of a model that passed ``check_model``."""
     config = model.config
-    blocks, norm, options = FAMILIES[config.model_type](model)
+    try:
+        blocks, norm, options = FAMILIES[config.model_type](model)
+    except AttributeError as error:  # another version of transformers, or someone's own block
+        raise UnsupportedError(f"a {config.model_type} of another build ({error})") from error
     steps = []
-    for index, (_, norms, layers) in enumerate(blocks):
+    for index, (attention, norms, layers) in enumerate(blocks):
         where = f"block {index}"
         steps.append(
             BlockStep(
                 cast(Any, {name: _norm(norm, where) for name, norm in norms.items()}),
                 cast(Any, {name: _linear(layer, where) for name, layer in layers.items()}),
                 _window(config, index),
+                bool(getattr(attention, "use_rope", True)),  # not in every fourth of SmolLM3
             )
         )
     return NativeDecoder(
@@ -81,7 +85,6 @@ def build(model: Any) -> NativeDecoder:
         _norm(norm, "the last norm"),
         heads=config.num_attention_heads,
         head_dim=blocks[0][0].head_dim,
-        attention_scale=blocks[0][0].scaling,
         table=_table(model.get_input_embeddings()),
         head=_linear(model.lm_head, "lm_head") if _is_plain(model.lm_head) else None,
         **{"kv_heads": config.num_attention_heads, **options},
@@ -110,7 +113,10 @@ def _llama(model: Any) -> Anatomy:
     if len(rotary.inv_freq) * 2 != attention.head_dim or attention.head_dim % 2:
         raise UnsupportedError("a rotary embedding of part of a head")
     options = {"frequencies": rotary.inv_freq, "rope_scale": rotary.attention_scaling}
-    options["kv_heads"] = model.config.num_key_value_heads
+    options |= {
+        "kv_heads": model.config.num_key_value_heads,
+        "attention_scale": attention.scaling,
+    }
     return blocks, model.model.norm, options | _activation(model.config.hidden_act, gated=True)
 
 
@@ -124,6 +130,7 @@ def _gpt2(model: Any) -> Anatomy:
         layers = {"q": attention.c_attn, "o": attention.c_proj, "up": mlp.c_fc, "down": mlp.c_proj}
         blocks.append((attention, {"input_norm": block.ln_1, "post_norm": block.ln_2}, layers))
     options = _activation(config.activation_function, gated=False)
+    options["attention_scale"] = attention.head_dim**-0.5 if config.scale_attn_weights else 1.0
     return blocks, body.ln_f, options | {"learned": _learned(body.wpe, 0)}
 
 
@@ -139,6 +146,7 @@ def _opt(model: Any) -> Anatomy:
         norms = {"input_norm": block.self_attn_layer_norm, "post_norm": block.final_layer_norm}
         blocks.append((attention, norms, layers))
     options = _activation(config.activation_function, gated=False)
+    options["attention_scale"] = attention.scaling
     learned = _learned(body.embed_positions, body.embed_positions.offset)
     return blocks, body.final_layer_norm, options | {"learned": learned}
 
@@ -148,6 +156,7 @@ FAMILIES: dict[str, Callable[[Any], Anatomy]] = {
     "mistral": _llama,
     "qwen2": _llama,
     "qwen3": _llama,
+    "smollm3": _llama,
     "gpt2": _gpt2,
     "opt": _opt,
 }

@@ -14,6 +14,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from maqd_hf import MaQDConfig, pack_model, quantize_model
@@ -71,6 +73,7 @@ FAMILIES = {
     "opt": (OPTForCausalLM, OPTConfig, {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 32}),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {"no_rope_layer_interval": 2}),
 }
 
 

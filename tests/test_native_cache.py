@@ -8,6 +8,7 @@ import pytest
 import torch
 from decoders import assert_equal, packed
 from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from maqd_hf import use_native
 from maqd_hf.decoding import CACHE_NAME, NativeForward
@@ -15,6 +16,10 @@ from maqd_hf.kernels.key_values import FixedKeyValues, KeyValues
 from maqd_hf.native_cache import NativeStaticLayer
 
 IDS = torch.arange(3, 3 + 24).view(2, 12)
+KNOWS_LENGTH = isinstance(getattr(StaticLayer(2), "cumulative_length", None), torch.Tensor)
+knows_length = pytest.mark.skipif(
+    not KNOWS_LENGTH, reason="static caches of this transformers version do not know their length"
+)
 
 
 def static(model, positions=20):
@@ -39,6 +44,7 @@ def steps(monkeypatch):
 
 
 @torch.no_grad()
+@knows_length
 @pytest.mark.parametrize("native_first", [True, False])
 def test_own_forward_and_native_share_a_static_cache(best, native_first):
     model = packed()
@@ -89,6 +95,19 @@ def test_masks_that_are_not_causal_are_the_models(best, caplog):
 
 
 @torch.no_grad()
+@pytest.mark.skipif(KNOWS_LENGTH, reason="static caches of this transformers version do")
+def test_static_caches_that_do_not_know_their_length_are_the_models(best):
+    model = packed()
+    whole, cache = model(IDS).logits[:, -1], static(model)
+    for past, part in zip((0, 6), IDS.split(6, dim=1), strict=True):
+        given = {CACHE_NAME: cache, "cache_position": torch.arange(past, past + 6)}
+        last = model(part, **given, use_cache=True).logits[:, -1]
+    assert_equal(last, whole)
+    assert type(cache.layers[0]) is StaticLayer
+
+
+@torch.no_grad()
+@knows_length
 def test_static_caches_the_library_leaves_alone(best, caplog):
     model = packed()
     cache = static(model)
@@ -114,6 +133,7 @@ def test_a_fixed_store_does_not_grow():
 
 
 @torch.no_grad()
+@knows_length
 @pytest.mark.parametrize("kv_cache", ["float32", "int8"])
 def test_a_compiled_step_is_one_operator(best, steps, kv_cache):
     model = packed(embedding_levels=255)
@@ -134,6 +154,7 @@ def test_a_compiled_step_is_one_operator(best, steps, kv_cache):
 
 
 @torch.no_grad()
+@knows_length
 def test_a_graph_outlives_neither_its_model_nor_foreign_caches(best, steps):
     model = packed(embedding_levels=255)
     run = torch.compile(model, fullgraph=True, backend="eager")
@@ -154,6 +175,7 @@ def test_a_graph_outlives_neither_its_model_nor_foreign_caches(best, steps):
         )
 
 
+@knows_length
 def test_generate_compiles_the_native_step(best, steps):
     model = packed(embedding_levels=255)
     mask = torch.ones_like(IDS)

@@ -43,6 +43,7 @@ class _Block(ctypes.Structure):
         *((name, NormStruct) for name in _NORMS),
         *((name, _Linear) for name in _LINEARS),
         ("window", ctypes.c_int64),
+        ("rotates", ctypes.c_int64),
     ]
 
 
@@ -114,11 +115,13 @@ class BlockStep:
 
     ``q`` may be all of q, k and v, one below the other, and stands alone then; ``gate`` belongs to
     gated activations. ``window``: positions a token sees, itself one of them; 0: all before it.
+    ``rotates``: whether queries and keys are, where the decoder has frequencies.
     """
 
     norms: dict[Literal["input_norm", "post_norm", "query_norm", "key_norm"], NativeNorm]
     linears: dict[Literal["q", "k", "v", "o", "gate", "up", "down"], LinearStep]
     window: int = 0
+    rotates: bool = True
 
 
 @dataclass
@@ -152,7 +155,7 @@ class NativeDecoder:
                 setattr(struct, name, norm.struct)
             for layer, linear in block.linears.items():
                 setattr(struct, layer, linear.struct(self._keep))
-            struct.window = block.window
+            struct.window, struct.rotates = block.window, block.rotates
         frequencies = self.frequencies
         if frequencies is not None:
             frequencies = frequencies.detach().float().contiguous()

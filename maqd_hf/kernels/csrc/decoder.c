@@ -20,6 +20,7 @@ typedef struct {
     linear q, k, v, o, gate, up, down; /* k, v: weight NULL where q gives all three; gate: NULL
                                           unless the activation is gated */
     int64_t window; /* positions a token sees, itself one of them; 0: all before it */
+    int64_t rotates; /* queries and keys, where there are frequencies */
 } block;
 
 typedef struct {
@@ -223,7 +224,8 @@ static void rotate(const state *s, int64_t layer, int thread) {
         const maqd_norm *norm = head < m->heads ? &b->query_norm : &b->key_norm;
         const int first = s->call->first && s->call->first[t];
         if (norm->features) s->path->norm(norm, first, x, x);
-        if (m->frequencies) s->path->rope(x, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
+        if (m->frequencies && b->rotates)
+            s->path->rope(x, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
         if (head < m->heads) continue;
         const memory_of_head memory =
             remember(s, layer, t / s->call->tokens, head - m->heads);
