@@ -508,6 +508,31 @@ def zero_shot(result: dict[str, Any]) -> str:
     return f"{text}\n\n" + table(("", *(f"{task}, {what}" for task, what in columns)), rows)
 
 
+def architectures(result: dict[str, Any]) -> str:
+    """How many classes of each task work, and which do not."""
+    outcomes = ("works", "refused", "failed", "not tried")
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        by_task.setdefault(row["task"], []).append(row)
+    rows = []
+    for task, classes in by_task.items():
+        counts = [sum(row["result"] == outcome for row in classes) for outcome in outcomes]
+        native = sum(row["native"] for row in classes)
+        rows.append((task, str(len(classes)), *map(str, counts), str(native)))
+    parts = [
+        f"The classes of transformers {result['versions']['transformers']} in a tiny size with "
+        "random weights: converted, trained for a step, packed, saved, loaded, and asked to "
+        "generate. Refused are those that `quantize_model` says it does not take, not tried those "
+        "whose float model the script could not make small.",
+        table(("", "classes", *outcomes, "native decode step"), rows),
+    ]
+    for outcome in ("refused", "failed"):
+        named = [f"`{row['name']}`" for row in result["rows"] if row["result"] == outcome]
+        if named:
+            parts.append(f"{outcome.capitalize()}: {', '.join(named)}.")
+    return "\n\n".join(parts)
+
+
 SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
     ("The main job", "main_job.json", "python scripts/qat_llm.py", main_job),
     (
@@ -534,6 +559,12 @@ SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
         static_inference,
     ),
     ("Encoders", "encoders.json", "python scripts/qat_encoder.py --dataset ...", encoders),
+    (
+        "Architectures",
+        "architectures.json",
+        "python scripts/try_architectures.py",
+        architectures,
+    ),
     ("Block by block", "blockwise.json", "python scripts/blockwise_experiments.py", block_wise),
     ("What training costs", "training.json", "python scripts/benchmark_training.py", training_cost),
 ]
