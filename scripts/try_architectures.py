@@ -13,8 +13,8 @@ classifying texts, in a tiny size and with random weights:
    has to run where the class has it.
 
 A class is "refused" where ``quantize_model`` says that it does not take it, "failed" where anything
-else raises, and "not tried" where the float model could not be made small or run like this. That a
-class works says nothing about what quantisation costs it.
+else raises, and "not tried" where the float model could not be made small, run or saved like this.
+That a class works says nothing about what quantisation costs it.
 """
 
 from __future__ import annotations
@@ -53,10 +53,14 @@ VOCABULARY, TOKENS = 160, 12
 MOST_WEIGHTS = 20_000_000
 ROUNDING = 1e-4  # of the logits' norm
 
-_WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim")
-_DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
-_INNER = ("intermediate_size", "ffn_dim", "d_ff", "hidden_dim", "decoder_ffn_dim", "n_inner")
+_WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size")
+_WIDTH += ("word_embed_proj_dim",)
+_DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_DEPTH += ("encoder_layers", "decoder_layers")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_HEADS += ("encoder_attention_heads", "decoder_attention_heads")
+_INNER = ("intermediate_size", "ffn_dim", "d_ff", "hidden_dim", "n_inner")
+_INNER += ("encoder_ffn_dim", "decoder_ffn_dim")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 SMALL: dict[str, int] = {
     **dict.fromkeys(_WIDTH, 64),
@@ -129,9 +133,10 @@ def small_model(model_class: Any) -> tuple[PreTrainedModel, dict[str, Tensor]]:
                 continue
             torch.manual_seed(0)
             model = model_class(config).eval()
-            if bool(logits_of(model, inputs).isfinite().all()):
+            logits = logits_of(model, inputs)
+            if bool(logits.isfinite().all()) and same_when_loaded(model, inputs, logits):
                 return model, inputs
-            reason = "its logits are not finite"
+            reason = "its logits are not finite, or others once it was saved and loaded"
         except Exception as error:
             reason = describe(error)
     raise ValueError(reason)
@@ -141,6 +146,16 @@ def logits_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(**inputs).logits
     return logits.float()
+
+
+def save_and_load(model: PreTrainedModel) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return type(model).from_pretrained(folder)
+
+
+def same_when_loaded(model: PreTrainedModel, inputs: dict[str, Tensor], logits: Tensor) -> bool:
+    return apart(logits_of(save_and_load(model), inputs), logits) < ROUNDING
 
 
 def describe(error: BaseException) -> str:
@@ -193,13 +208,11 @@ def with_small_inputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool
     pack_model(model)
     packed = logits_of(model, inputs)
     assert bool(packed.isfinite().all()), "logits are not finite"
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        loaded: Any = type(model).from_pretrained(folder)
-        far = apart(logits_of(loaded, inputs), packed)
-        assert far < ROUNDING, f"loaded and saved are {far:.1e} apart"
-        if loaded.can_generate():
-            loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
+    loaded = save_and_load(model)
+    far = apart(logits_of(loaded, inputs), packed)
+    assert far < ROUNDING, f"loaded and saved are {far:.1e} apart"
+    if loaded.can_generate():
+        loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
     try:
         check_model(loaded)
         build(loaded)

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import transformers
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -36,7 +35,7 @@ def test_outcomes_are_told_apart(best, script, tmp_path, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise OSError("no such file")
 
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", broken)
+    monkeypatch.setattr(script, "pack_model", broken)
     script.main(["--results", str(file), "--classes", "LlamaForCausalLM"])
     rows = rows_of(file)
     assert rows["LlamaForCausalLM"]["result"] == "failed"
@@ -45,7 +44,7 @@ def test_outcomes_are_told_apart(best, script, tmp_path, monkeypatch, capsys):
 
 
 def test_what_differs_after_loading_has_failed(script, monkeypatch):
-    distances = iter([0.0, 1.0])
+    distances = iter([0.0, 0.0, 1.0])
     monkeypatch.setattr(script, "apart", lambda one, other: next(distances))
     outcome = script.attempt("GPT2LMHeadModel", "causal language models")
     assert outcome.result == "failed" and "loaded and saved are 1.0e+00 apart" in outcome.reason
