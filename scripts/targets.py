@@ -178,8 +178,9 @@ def quality_targets(runs: list[dict[str, Any]]) -> list[Target]:
             costs[100 * (max(ratios) - 1)] = run["tokens"]
         if costs:
             best = min(costs)
-            what = f"{name}, {costs[best]:,} tokens"
-            found.append(Target(what, wanted, best, _LONGER, most=True, unit=" %"))
+            what, longest = f"{name}, {costs[best]:,} tokens", max(costs.values())
+            limit = _LONGER if costs[best] == longest else f"{longest:,} tokens were no better"
+            found.append(Target(what, wanted, best, limit, most=True, unit=" %"))
     return found
 
 
