@@ -361,6 +361,7 @@ static void decoders(int path, int levels, int32_t bits, int activation_levels, 
             *to[j] = linear_of(&l[i][j], 1);
         }
         blocks_of[i].window = i * 6;
+        blocks_of[i].rotates = i == 0;
         blocks_of[i].input_norm = norm_of(HIDDEN_SIZE, 1);
         blocks_of[i].post_norm = norm_of(HIDDEN_SIZE, 0);
         blocks_of[i].query_norm = norm_of(i ? HEAD_DIM : 0, 1);
