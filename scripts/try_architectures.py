@@ -199,11 +199,9 @@ def with_float_inputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None
 
 def with_small_inputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
     """Step 2 of the module docstring; returns whether the model has a native decode step."""
-    spare = copy.deepcopy(model)
     try:
         convert(model, activation_scaling="token", embedding_levels=255)
-    except RefusedError:
-        model = spare
+    except RefusedError:  # which left it as it was
         convert(model, activation_scaling="token")
     pack_model(model)
     packed = logits_of(model, inputs)

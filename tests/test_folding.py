@@ -178,8 +178,8 @@ def test_folded_at_packing_output_before_is_output_after(
     """Float rounding only: 1e-5 of the largest logit.
 
     Quantised inputs: the constant moves from the input to the step, so a value that lies half-way
-    between two levels may round the other way, one level of 255 in one input; so at most a tenth,
-    on average, of what quantising all inputs changes.
+    between two levels may round the other way, one level of 255 in one input; so on average at most
+    a tenth of what quantising all inputs changes, and 2 % of the largest logit at most.
     """
     settings = {"weight_levels": 15, "first_token": first_token, "norm_affine": norm_affine}
     model, exact = tiny(family), tiny(family)
@@ -197,6 +197,7 @@ def test_folded_at_packing_output_before_is_output_after(
     if activations == "float":
         assert error.max() < 1e-5 * before.abs().max()
     else:
+        assert error.max() < 0.02 * before.abs().max()
         assert error.mean() < 0.1 * (output(exact, inputs) - before).abs().mean()
     folded = [n for n, text in report.norms.items() if "folded" in text]
     assert not folded or norm_affine == "absorb"
