@@ -178,8 +178,9 @@ def test_folded_at_packing_output_before_is_output_after(
     """Float rounding only: 1e-5 of the largest logit.
 
     Quantised inputs: the constant moves from the input to the step, so a value that lies half-way
-    between two levels may round the other way, one level of 255 in one input; so on average at most
-    a tenth of what quantising all inputs changes, and 2 % of the largest logit at most.
+    between two levels may round the other way, one level of 255 in one input. So half the
+    outputs, which no such value reaches, differ by float rounding alone; on average at most a tenth
+    of what quantising all inputs changes, and 2 % of the largest logit at most.
     """
     settings = {"weight_levels": 15, "first_token": first_token, "norm_affine": norm_affine}
     model, exact = tiny(family), tiny(family)
@@ -199,6 +200,7 @@ def test_folded_at_packing_output_before_is_output_after(
     else:
         assert error.max() < 0.02 * before.abs().max()
         assert error.mean() < 0.1 * (output(exact, inputs) - before).abs().mean()
+        assert error.median() < 1e-5 * before.abs().max()
     folded = [n for n, text in report.norms.items() if "folded" in text]
     assert not folded or norm_affine == "absorb"
     for name, norm in modules_of(model, LayerBatchNorm):
