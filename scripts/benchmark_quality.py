@@ -176,7 +176,9 @@ def publish(
         full = base["texts"][text]["perplexity"] if base else None
         measured = {"float": full, "packed": values["perplexity"]}
         evaluations.append({"text": text, "values": measured, "protocol": values["protocol"]})
-    training = {"tokens": task.tokens, "steps": len(found["loss"]), "bf16": found["bf16"]}
+    calibrated = task.args.samples * task.args.block_size
+    training = {"calibration_tokens": calibrated, "tokens": task.tokens}
+    training |= {"steps": len(found["loss"]), "bf16": found["bf16"]}
     record = {
         "model_id": name,
         "base_model": task.name,

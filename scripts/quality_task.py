@@ -147,7 +147,7 @@ class Arguments:
     rule_tokens: int = field(default=204_800, metadata={"help": "The same, table rules."})
     block_size: int = field(default=256, metadata={"help": "Tokens of a training sample."})
     batch_size: int = field(default=1, metadata={"help": "Samples a step."})
-    samples: int = field(default=32, metadata={"help": "Blocks for calibration."})
+    samples: int = field(default=128, metadata={"help": "Blocks for calibration."})
     window: int = field(default=512, metadata={"help": "Tokens of an evaluation window."})
     windows: int = field(default=24, metadata={"help": "Windows of each text."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Table rules."})

@@ -63,7 +63,9 @@ class Arguments:
     )
     samples: int = 16
     sample_tokens: int = 512
-    batch_size: int | None = field(default=None, metadata={"help": "Default: 8192 tokens."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Default: what fits in 256 MiB."}
+    )
     seed: int = 0
 
     eval_dataset: str | None = field(default=None, metadata={"help": "Default: --dataset."})

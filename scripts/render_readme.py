@@ -411,12 +411,13 @@ def quality(result: dict[str, Any]) -> str:
         inputs = run["activations"]
         cells = [run["name"], f"{run['bits_per_weight']:.2f}"]
         cells.append(f"{math.log2(inputs + 1):.0f} bit" if inputs else "float")
+        cells.append(f"{run['samples'] * run['block_size']:,}" if _calibrated(run) else "")
         cells.append(f"{run['tokens']:,}" if "loss" in run else "")
         for text in texts:
             full, found = (r["texts"][text]["perplexity"] for r in (base, run))
             cells += [f"{found:,.1f}", "" if run is base else f"{100 * (found / full - 1):+,.1f} %"]
         rows.append(cells)
-    header = ["", "bits a weight", "inputs", "trained on, tokens"]
+    header = ["", "bits a weight", "inputs", "calibrated on, tokens", "trained on, tokens"]
     for text in texts:
         header += [text, "to float"]
     trained = [run for run in runs if "loss" in run]
@@ -448,9 +449,17 @@ def _best_rates(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of runs that differ in the learning rate alone, the best."""
     best: dict[Any, dict[str, Any]] = {}
     for run in runs:
-        key = run["name"], run.get("tokens"), run.get("train"), run.get("seed")
+        samples = run["samples"] if _calibrated(run) else None
+        key = run["name"], run.get("tokens"), run.get("train"), run.get("seed"), samples
         best[key] = min(best.get(key, run), run, key=_perplexities)
     return list(best.values())
+
+
+def _calibrated(run: dict[str, Any]) -> bool:
+    """Whether its start values come from the calibration samples."""
+    if run["method"] == "MaQD":
+        return run["start"] == "gptq" or run["scaling"] == "static"
+    return run["method"] in ("GPTQModel", "auto-round")
 
 
 def _seen(runs: list[dict[str, Any]]) -> str:

@@ -445,6 +445,15 @@ def test_unusable_data_and_settings_are_refused(tiny_llama, tiny_gpt2, ids):
         calibrate_activations(tiny_llama, ids, progress=False)
 
 
+def test_a_batch_is_what_the_widest_layer_has_memory_for(tiny_llama, ids, monkeypatch):
+    widest = max(m.in_features for m in tiny_llama.modules() if isinstance(m, nn.Linear))
+    assert len(as_batches(ids, tiny_llama)) == 1
+    monkeypatch.setattr(blocks, "_BATCH_BYTES", 4 * widest * (3 * ids.shape[1] + 1))
+    assert [len(b["input_ids"]) for b in as_batches(ids[:7], tiny_llama)] == [3, 3, 1]
+    monkeypatch.setattr(blocks, "_BATCH_BYTES", 1)
+    assert len(as_batches(ids[:7], tiny_llama)) == 7
+
+
 def test_batches_in_every_form(tiny_llama, ids):
     mapping = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     for data in (ids, list(ids.split(4)), iter([mapping])):

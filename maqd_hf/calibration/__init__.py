@@ -64,9 +64,9 @@ def calibrate(
 
     The steps come last because a layer's inputs depend on the quantised weights before it.
     ``smoothing=False`` leaves the channels' spread where it is; ``gptq_weights=False`` leaves the
-    weights at their searched grid. ``data``: token ids (samples, tokens), a few thousand tokens
-    like those the model is for, or batches. ``batch_size``: samples in a forward when it is ids;
-    None: 8192 tokens.
+    weights at their searched grid. ``data``: token ids (samples, tokens) of text like that the
+    model is for, or batches; the fewer the levels, the more tokens it wants (``gptq`` says what
+    they are worth). ``batch_size``: samples in a forward when it is ids; None: as ``gptq``.
 
         quantize_model(model, MaQDConfig(weight_levels=16, group_size=64))
         calibrate(model, token_ids)

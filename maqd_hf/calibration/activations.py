@@ -86,7 +86,7 @@ def calibrate_activations(
         model: a model converted by ``quantize_model``; its weights are used as they are
             quantised, so calibrate these first.
         data: token ids (samples, tokens), or batches (ids, or a tokenizer's mappings).
-        batch_size: samples in a forward when ``data`` is one tensor; None: 8192 tokens.
+        batch_size: samples in a forward when ``data`` is one tensor; None: as ``gptq``.
         max_tokens: tokens kept per layer, spread evenly over the batches.
         progress: show bars.
 

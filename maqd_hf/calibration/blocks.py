@@ -26,7 +26,7 @@ Batch = dict[str, Tensor]
 Batches = Tensor | Iterable[Tensor | Mapping[str, Any]]
 """Token ids (samples, tokens), or batches of them: (batch, tokens) or a tokenizer's mapping."""
 
-_BATCH_TOKENS = 8192  # the hidden layer of a 1-billion-parameter model then takes 256 MiB
+_BATCH_BYTES = 256 << 20  # of the widest layer's input; several such tensors live at once
 
 
 class _Stop(Exception):
@@ -36,14 +36,15 @@ class _Stop(Exception):
 def as_batches(data: Batches, model: nn.Module, batch_size: int | None = None) -> list[Batch]:
     """Calibration data as keyword arguments of ``model``, on its device, labels dropped.
 
-    ``batch_size``: samples in a batch when ``data`` is one tensor; None: what makes 8192 tokens.
+    ``batch_size``: samples in a batch when ``data`` is one tensor; None: as many as let the widest
+    layer's input take 256 MiB (8,192 tokens of a model of 1 billion parameters).
 
     Raises ``ValueError`` when there is nothing in it or a batch is not (batch, tokens).
     """
     device = next(model.parameters()).device
     items: Iterable[Tensor | Mapping[str, Any]] = data
     if isinstance(data, Tensor):
-        items = data.split(batch_size or max(1, _BATCH_TOKENS // max(1, data.shape[-1])))
+        items = data.split(batch_size or max(1, _tokens_at_once(model) // max(1, data.shape[-1])))
     batches: list[Batch] = []
     for item in items:
         batch = {"input_ids": item} if isinstance(item, Tensor) else dict(item)
@@ -60,6 +61,11 @@ def as_batches(data: Batches, model: nn.Module, batch_size: int | None = None) -
     if not batches:
         raise ValueError("the calibration data is empty: pass at least one batch of token ids")
     return batches
+
+
+def _tokens_at_once(model: nn.Module) -> int:
+    widths = (m.in_features for m in model.modules() if isinstance(m, nn.Linear))
+    return _BATCH_BYTES // (4 * max(widths, default=8192))
 
 
 def one_sample(batch: Batch) -> Batch:

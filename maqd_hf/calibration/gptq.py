@@ -45,6 +45,21 @@ Here too half the correction is best, and act_order pays at few levels. The rest
 percent on one run each, too little to choose by: damp=0.03 is better in both columns, more sweeps
 lower the layers' own error but not the perplexity. The whole model with the defaults and 16x512
 tokens: results/ptq-*.json.
+
+At few levels the number of tokens matters more than any setting: 1536 inputs have a million second
+moments, and what little text leaves to chance the compensation takes for a law. The whole model, 4
+levels, groups of 64, 8-bit inputs, smoothed and rotated, samples of 256 tokens; perplexity of 24
+windows of WikiText-2 / IMDB (float 32.3 / 47.9), before and after distillation:
+
+=======  ==============  ====================  ====================
+tokens           start   16,384 more, trained  65,536 more, trained
+=======  ==============  ====================  ====================
+  8,192    87.7 / 127.1          69.8 /  95.3          60.9 /  88.4
+ 32,768    73.7 / 110.3          61.2 /  86.1
+=======  ==============  ====================  ====================
+
+With the more of them correction=1 is no worse than half (first 10 blocks, 12 windows: 45.4 / 72.8
+against 45.0 / 73.1).
 """
 
 from __future__ import annotations
@@ -172,8 +187,9 @@ def gptq(
             activations there: the error then goes into the columns only they use (SmolLM2-135M,
             16 levels, groups of 64: perplexity 84 against 35, float 25).
         block_size: columns rounded before the rest of the matrix is updated.
-        batch_size: samples in a forward when ``data`` is one tensor; None: 8192 tokens. Fastest
-            is one batch: every block then runs once, else once per group of layers.
+        batch_size: samples in a forward when ``data`` is one tensor; None: what fits in 256 MiB
+            (``as_batches``). Fastest is one batch: every block then runs once, else once per group
+            of layers.
         progress: show a bar.
 
     Blocks are done in the order the model calls them, each on inputs from the quantised ones before
