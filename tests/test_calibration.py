@@ -16,7 +16,15 @@ from transformers import BertForMaskedLM, GPT2LMHeadModel, LlamaForCausalLM, T5C
 from transformers import T5ForConditionalGeneration as T5
 
 from maqd_hf import quantize_model
-from maqd_hf.calibration import best_step, blocks, calibrate, calibrate_activations, gptq, smooth
+from maqd_hf.calibration import (
+    best_step,
+    blocks,
+    calibrate,
+    calibrate_activations,
+    compensation,
+    gptq,
+    smooth,
+)
 from maqd_hf.calibration.blocks import as_batches, counted_tokens, find_segments
 from maqd_hf.calibration.compensation import (
     Grid,
@@ -99,6 +107,15 @@ def test_hessian_factor_is_the_inverse_and_nan_raises(inputs):
     torch.testing.assert_close(hessian.solve(rows) @ hessian.matrix, rows, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="NaN"):
         Hessian.of(torch.full((4, 4), float("nan")), 0.01, False)
+
+
+def test_shrinking_divides_every_correlation_by_the_same(inputs, monkeypatch):
+    monkeypatch.setattr(compensation, "_MEAN_WEIGHT", 0.0)  # comes after it
+    second = moments_of(inputs).second
+    plain, shrunk = (Hessian.of(second, 1e-6, False, shrink).matrix for shrink in (0.0, 0.25))
+    apart = ~torch.eye(len(second), dtype=torch.bool)
+    torch.testing.assert_close(shrunk[apart], plain[apart])
+    torch.testing.assert_close(shrunk.diagonal(), 1.25 * plain.diagonal())
 
 
 def test_a_rank_deficient_moment_is_damped_until_it_works(inputs, caplog):

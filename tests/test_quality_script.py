@@ -298,7 +298,7 @@ def test_plots_and_table_are_made_from_what_is_there(load, job, tmp_path, capsys
 def test_targets_are_judged_by_the_worse_text_and_the_best_run(load):
     targets = load("targets")
     text = lambda a, b: {"wikitext": {"perplexity": a}, "imdb": {"perplexity": b}}  # noqa: E731
-    eight = {"table": "llm", "method": "MaQD", "name": "MaQD M=8 g64"}
+    eight = {"table": "llm", "method": "MaQD", "name": "MaQD M=8 g64", "samples": 32}
     runs = [
         {"table": "llm", "method": "float", "name": "float", "texts": text(20.0, 40.0)},
         {**eight, "tokens": 10, "texts": text(22, 50)},
@@ -311,8 +311,11 @@ def test_targets_are_judged_by_the_worse_text_and_the_best_run(load):
     assert found.cells()[1:] == (
         "at most 12 %",
         "15.0 %",
-        "missed: falls with the tokens, of which a million were allowed",
+        "missed: falls with the tokens, of which a million were allowed, and with those of the "
+        "calibration",
     )
+    runs.append({**eight, "tokens": 30, "texts": text(24, 44), "samples": 16})
+    assert targets.quality_targets(runs) == [found]  # less calibration: says nothing of tokens
     runs.append({**eight, "tokens": 30, "texts": text(24, 44)})
     (found,) = targets.quality_targets(runs)
     assert found.cells()[0] == "MaQD M=8 g64, 20 tokens"

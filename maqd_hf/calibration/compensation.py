@@ -72,9 +72,9 @@ class Hessian:
     factor: Tensor
 
     @classmethod
-    def of(cls, second: Tensor, damp: float, act_order: bool) -> Hessian:
-        """``damp`` times the mean of the diagonal is added to it, tenfold more until Cholesky's
-        method succeeds, and a small cost on row means. ``ValueError`` on NaN."""
+    def of(cls, second: Tensor, damp: float, act_order: bool, shrink: float = 0.0) -> Hessian:
+        """The diagonal grows by its own ``shrink``-fold, and by ``damp`` times its mean, tenfold
+        more until Cholesky's method succeeds; row means get a small cost. ``ValueError`` on NaN."""
         if not bool(second.isfinite().all()):
             raise ValueError(
                 "its calibration inputs hold NaN or infinity: the model or the data is broken"
@@ -86,7 +86,7 @@ class Hessian:
         mean = float(diagonal.mean()) or 1.0
         while True:
             matrix = second.clone()
-            matrix.diagonal().add_(damp * mean)
+            matrix.diagonal().mul_(1 + shrink).add_(damp * mean)
             matrix.add_(_MEAN_WEIGHT * mean / len(matrix))
             # the lower factor of the reversed matrix, reversed, is the upper R with R R^T = matrix
             lower, failed = torch.linalg.cholesky_ex(matrix[order][:, order].flip(0, 1))
