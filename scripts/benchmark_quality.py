@@ -176,9 +176,13 @@ def publish(
         full = base["texts"][text]["perplexity"] if base else None
         measured = {"float": full, "packed": values["perplexity"]}
         evaluations.append({"text": text, "values": measured, "protocol": values["protocol"]})
-    calibrated = task.args.samples * task.args.block_size
-    training = {"calibration_tokens": calibrated, "tokens": task.tokens}
-    training |= {"steps": len(found["loss"]), "bf16": found["bf16"]}
+    training = {
+        "calibration_tokens": task.calibration_ids().numel(),
+        "tokens": task.tokens,
+        "steps": len(found["loss"]),
+        "bf16": found["bf16"],
+        "learning_rate": found["rate"],
+    }
     record = {
         "model_id": name,
         "base_model": task.name,
@@ -188,7 +192,7 @@ def publish(
         "bits_per_weight": report.bits_per_weight,
         "packed_bytes": sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors")),
         "float_bytes": 2 * sum(p.numel() for p in task.teacher.parameters()),
-        "training": {**training, "learning_rate": found["rate"]},
+        "training": training,
         "report": str(report),
     }
     (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")

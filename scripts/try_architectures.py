@@ -53,14 +53,22 @@ VOCABULARY, TOKENS = 160, 12
 MOST_WEIGHTS = 20_000_000
 ROUNDING = 1e-4  # of the logits' norm
 
-_WIDTH: tuple[str, ...] = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size")
-_WIDTH += ("word_embed_proj_dim",)
-_DEPTH: tuple[str, ...] = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_DEPTH += ("encoder_layers", "decoder_layers")
-_HEADS: tuple[str, ...] = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_HEADS += ("encoder_attention_heads", "decoder_attention_heads")
-_INNER: tuple[str, ...] = ("intermediate_size", "ffn_dim", "d_ff", "hidden_dim", "n_inner")
-_INNER += ("encoder_ffn_dim", "decoder_ffn_dim")
+# fmt: off
+_WIDTH = (
+    "hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim",
+)
+_DEPTH = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
+)
+_HEADS = (
+    "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
+    "decoder_attention_heads",
+)
+_INNER = (
+    "intermediate_size", "ffn_dim", "d_ff", "hidden_dim", "n_inner", "encoder_ffn_dim",
+    "decoder_ffn_dim",
+)
+# fmt: on
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 SMALL: dict[str, int] = {
     **dict.fromkeys(_WIDTH, 64),
