@@ -186,7 +186,8 @@ def publish(
     record = {
         "model_id": name,
         "base_model": task.name,
-        "command": f'python scripts/benchmark_quality.py --rows "{row.name}" --models ...',
+        "command": f"python scripts/benchmark_quality.py --tokens {task.tokens} "
+        f'--samples {task.args.samples} --rows "{row.name}" --data-dir ... --models ...',
         "versions": package_versions(),
         "evaluations": evaluations,
         "bits_per_weight": report.bits_per_weight,

@@ -188,6 +188,7 @@ _FUNCTIONS: dict[str, tuple[Quantize, tuple[int, ...]]] = {
     "auto-round": (auto_round, (4, 2)),
 }
 PEERS: dict[str, tuple[int, ...]] = {name: widths for name, (_, widths) in _FUNCTIONS.items()}
+CALIBRATED = {"GPTQModel", "auto-round"}  # those that use ``ids``
 
 
 def quantize_peer(

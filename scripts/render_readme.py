@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean, mode
 from typing import Any
 
+from quality_peers import CALIBRATED
 from targets import (
     Target,
     batch_size_targets,
@@ -459,7 +460,7 @@ def _calibrated(run: dict[str, Any]) -> bool:
     """Whether its start values come from the calibration samples."""
     if run["method"] == "MaQD":
         return run["start"] == "gptq" or run["scaling"] == "static"
-    return run["method"] in ("GPTQModel", "auto-round")
+    return run["method"] in CALIBRATED
 
 
 def _seen(runs: list[dict[str, Any]]) -> str:

@@ -469,6 +469,12 @@ def test_a_batch_is_what_the_widest_layer_has_memory_for(tiny_llama, ids, monkey
     assert [len(b["input_ids"]) for b in as_batches(ids[:7], tiny_llama)] == [3, 3, 1]
     monkeypatch.setattr(blocks, "_BATCH_BYTES", 1)
     assert len(as_batches(ids[:7], tiny_llama)) == 7
+    # Eager attention keeps its scores: (samples, heads, tokens, tokens).
+    tiny_llama.set_attn_implementation("eager")
+    long = torch.zeros(5, 4 * widest, dtype=torch.long)
+    scores = 4 * tiny_llama.config.num_attention_heads * long.shape[1] ** 2
+    monkeypatch.setattr(blocks, "_BATCH_BYTES", 2 * scores)
+    assert [len(b["input_ids"]) for b in as_batches(long, tiny_llama)] == [2, 2, 1]
 
 
 def test_batches_in_every_form(tiny_llama, ids):

@@ -26,7 +26,7 @@ Batch = dict[str, Tensor]
 Batches = Tensor | Iterable[Tensor | Mapping[str, Any]]
 """Token ids (samples, tokens), or batches of them: (batch, tokens) or a tokenizer's mapping."""
 
-_BATCH_BYTES = 256 << 20  # of the widest layer's input; several such tensors live at once
+_BATCH_BYTES = 256 << 20  # of a batch's largest tensor; several such live at once
 
 
 class _Stop(Exception):
@@ -37,14 +37,15 @@ def as_batches(data: Batches, model: nn.Module, batch_size: int | None = None) -
     """Calibration data as keyword arguments of ``model``, on its device, labels dropped.
 
     ``batch_size``: samples in a batch when ``data`` is one tensor; None: as many as let the widest
-    layer's input take 256 MiB (8,192 tokens of a model of 1 billion parameters).
+    layer's input, and the scores of eager attention, take 256 MiB (8,192 tokens of a model of 1
+    billion parameters).
 
     Raises ``ValueError`` when there is nothing in it or a batch is not (batch, tokens).
     """
     device = next(model.parameters()).device
     items: Iterable[Tensor | Mapping[str, Any]] = data
     if isinstance(data, Tensor):
-        items = data.split(batch_size or max(1, _tokens_at_once(model) // max(1, data.shape[-1])))
+        items = data.split(batch_size or _samples_at_once(model, data.shape[-1]))
     batches: list[Batch] = []
     for item in items:
         batch = {"input_ids": item} if isinstance(item, Tensor) else dict(item)
@@ -63,9 +64,13 @@ def as_batches(data: Batches, model: nn.Module, batch_size: int | None = None) -
     return batches
 
 
-def _tokens_at_once(model: nn.Module) -> int:
-    widths = (m.in_features for m in model.modules() if isinstance(m, nn.Linear))
-    return _BATCH_BYTES // (4 * max(widths, default=8192))
+def _samples_at_once(model: nn.Module, tokens: int) -> int:
+    """Samples of so many tokens whose largest tensor takes ``_BATCH_BYTES``, at least one."""
+    width = max((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), default=8192)
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) == "eager":
+        width = max(width, getattr(config, "num_attention_heads", 1) * tokens)
+    return max(1, _BATCH_BYTES // (4 * width * max(1, tokens)))
 
 
 def one_sample(batch: Batch) -> Batch:
