@@ -15,10 +15,11 @@ is named in the file with its reason. This measures quality; for speed see ``ben
 Table ``rules`` puts MaQD beside the other rules on a small model, three seeds: each rule has the
 best of its learning rates, found on the first seed. It needs ``--data-dir``.
 
-Results go to a JSON file after every run, and runs found there are not repeated. ``--data-dir``
-holds ``wikitext-2/``, ``wiki-sample/``, ``imdb/`` (llm), ``tinystories/`` and
-``models/stories260K`` (rules); without it the embedded articles are used for training (nine tenths)
-and measuring (the rest).
+Results go to a JSON file after every run, and runs found there are not repeated. With
+``--checkpoints`` a training that was cut off goes on from its last checkpoint. ``--data-dir`` holds
+``wikitext-2/``, ``wiki-sample/``, ``imdb/`` (llm), ``tinystories/`` and ``models/stories260K``
+(rules); without it the embedded articles are used for training (nine tenths) and measuring (the
+rest).
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -50,7 +53,7 @@ from maqd_hf.calibration import calibrate
 from maqd_hf.model_card import write_card
 from maqd_hf.nn.precision import fast_bf16
 from maqd_hf.saving import save_model
-from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments
+from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
 from maqd_hf.versions import package_versions
 
 # ------------------------------------------------------------------------------------ one row
@@ -94,13 +97,19 @@ def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
     return model, {"bits_per_weight": stored}
 
 
-def distil(model: PreTrainedModel, task: Task, rate: float, seed: int) -> dict[str, Any]:
-    """Train ``model`` on the float model's predictions; the loss of every step."""
+def distil(
+    model: PreTrainedModel, task: Task, rate: float, seed: int, checkpoints: Path | None = None
+) -> dict[str, Any]:
+    """Train ``model`` on the float model's predictions; the loss of every step.
+
+    ``checkpoints``: a folder for them; the last one there already is continued.
+    """
     args = task.args
     for kept in (model.get_input_embeddings(), model.get_output_embeddings()):
         kept.requires_grad_(False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder, remembering(task.teacher, task.said):
+    place = nullcontext(str(checkpoints)) if checkpoints else tempfile.TemporaryDirectory()
+    with place as folder, remembering(task.teacher, task.said):
         training = MaQDTrainingArguments(
             output_dir=folder,
             max_steps=max(1, task.tokens // (args.batch_size * args.block_size)),
@@ -111,7 +120,9 @@ def distil(model: PreTrainedModel, task: Task, rate: float, seed: int) -> dict[s
             adam_beta2=0.95,
             logging_steps=1,
             quantizer_logging_steps=0,
-            save_strategy="no",
+            save_strategy="steps" if checkpoints else "no",
+            save_steps=args.save_steps,
+            save_total_limit=1,
             report_to="none",
             disable_tqdm=task.small,
             bf16=not task.small and fast_bf16(device),
@@ -127,7 +138,7 @@ def distil(model: PreTrainedModel, task: Task, rate: float, seed: int) -> dict[s
             train_dataset=task.blocks,
             data_collator=default_data_collator,
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.eval()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -141,17 +152,18 @@ def run_row(
     rate: float | None,
     base: dict[str, Any] | None = None,
     others: Sequence[dict[str, Any]] = (),
+    checkpoints: Path | None = None,
 ) -> dict[str, Any]:
     """Quantise, train if wanted, measure.
 
     ``base``: the float model's run, for the card; ``others``: runs of this row at other rates, only
-    a model better than theirs is kept.
+    a model better than theirs is kept; ``checkpoints``: as in `distil`.
     """
     set_seed(seed)
     began = time.perf_counter()
     model, found = start(row, task)
     if rate is not None:
-        found |= distil(model, task, rate, seed)
+        found |= distil(model, task, rate, seed, checkpoints)
     if "QAT" in row.method:
         model = finish_qat(model)
     found["seconds"] = round(time.perf_counter() - began)
@@ -243,10 +255,13 @@ def run_all_of(row: Row, task: Task, results: Results) -> None:
         key = task.key(row, seed, rate)
         run = results.find(key)
         if run is None:
-            run = {**key, **run_row(row, task, seed, rate, base, first)}
+            kept = None if rate is None else task.checkpoints(key)
+            run = {**key, **run_row(row, task, seed, rate, base, first, kept)}
             results.runs.append(run)
             results.missing.pop(row.name, None)
             results.write()
+            if kept:
+                shutil.rmtree(kept, ignore_errors=True)
             values = ", ".join(f"{t} {v['perplexity']:.3f}" for t, v in run["texts"].items())
             print(f"{row.name} (seed {seed}, rate {rate}): {values}", flush=True)
         return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -152,6 +154,10 @@ class Arguments:
     windows: int = field(default=24, metadata={"help": "Windows of each text."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Table rules."})
     models: Path | None = field(default=None, metadata={"help": "Keep packed models here."})
+    checkpoints: Path | None = field(
+        default=None, metadata={"help": "Keep those of unfinished trainings here, and continue."}
+    )
+    save_steps: int = field(default=200, metadata={"help": "Steps between two checkpoints."})
 
 
 # ---------------------------------------------------------------------------------------- task
@@ -264,6 +270,13 @@ class Task:
             key |= {"learning_rate": rate, "seed": seed}
             key["scale_learning_rate"] = SCALE_RATE * rate
         return key
+
+    def checkpoints(self, key: dict[str, Any]) -> Path | None:
+        """Where the run with this key leaves its checkpoints, if they are wanted."""
+        if self.args.checkpoints is None:
+            return None
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return self.args.checkpoints / digest[:16]
 
 
 @contextmanager

@@ -98,6 +98,32 @@ def test_a_trained_model_is_kept_with_a_card_of_its_own_numbers(job, tmp_path):
     assert f"{record['evaluations'][1]['values']['packed']:.5g}" in card
 
 
+def test_a_training_cut_off_goes_on_where_it_was(job, tmp_path, monkeypatch):
+    script, arguments = job
+    rows, steps = ["MaQD M=4 g64"], []
+
+    class Counted(script.MaQDTrainer):
+        limit = 2
+
+        def training_step(self, *args, **kwargs):
+            if len(steps) == self.limit:
+                raise RuntimeError("cut off")
+            steps.append(self.state.global_step)
+            return super().training_step(*args, **kwargs)
+
+    whole = script.main(arguments(rows=rows)).runs[1]
+    monkeypatch.setattr(script, "MaQDTrainer", Counted)
+    kept = {"checkpoints": tmp_path / "kept", "save_steps": 1, "results": tmp_path / "other.json"}
+    with pytest.raises(RuntimeError, match="cut off"):
+        script.main(arguments(rows=rows, **kept))
+    Counted.limit = None
+    found = script.main(arguments(rows=rows, **kept)).runs[1]
+    assert steps == [0, 1, 2]
+    assert found["loss"] == whole["loss"]
+    assert found["texts"] == whole["texts"]
+    assert not any((tmp_path / "kept").iterdir())
+
+
 def test_a_missing_peer_is_named_and_the_others_run(job, monkeypatch, capsys):
     script, arguments = job
     monkeypatch.setitem(sys.modules, "hqq", None)
