@@ -27,7 +27,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -38,9 +37,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-# Spinning threads slow a busy machine down tenfold; read by OpenMP when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+import torch_environment  # noqa: F401  (before torch)
 import torch
 from quality_peers import PEERS, finish_qat, quantize_peer
 from quality_rules import RULES, apply_rule

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -24,9 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-# Spinning threads slow a busy machine down tenfold; read by OpenMP when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+import torch_environment  # noqa: F401  (before torch)
 import torch
 from datasets import Dataset
 from torch import Tensor

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-# Spinning threads slow a busy machine down tenfold. Read by OpenMP when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+import torch_environment  # noqa: F401  (before torch)
 import evaluate
 import torch
 from datasets import Dataset

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import shutil
 import sys
 import time
@@ -29,10 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-# Spinning threads slow a busy machine down tenfold (a GPTQ block: 42 s against 4). Read by OpenMP
-# when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+import torch_environment  # noqa: F401  (before torch)
 import matplotlib
 import torch
 from datasets import Dataset

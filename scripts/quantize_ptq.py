@@ -12,16 +12,13 @@ token: static ones need training (scripts/qat_llm.py).
 """
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-# Spinning threads slow a busy machine down tenfold; read by OpenMP when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+import torch_environment  # noqa: F401  (before torch)
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed

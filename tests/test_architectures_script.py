@@ -1,18 +1,14 @@
 """scripts/try_architectures.py: what counts as working, refused, failed and not tried."""
 
-import importlib
 import json
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("try_architectures")
+def script():
+    return import_module("try_architectures")
 
 
 def rows_of(file):

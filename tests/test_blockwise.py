@@ -1,10 +1,8 @@
 """maqd_hf.calibration.reconstruct_blocks: laws of block-wise training; its experiment script."""
 
 import copy
-import importlib.util
 import json
-import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
@@ -342,11 +340,7 @@ def test_a_broken_block_is_named(tiny_llama, ids):
 def test_the_experiments_run_and_are_not_repeated(
     tiny_llama, byte_tokenizer, sample_text, tmp_path, capsys, monkeypatch
 ):
-    path = Path(__file__).parent.parent / "scripts" / "blockwise_experiments.py"
-    spec = importlib.util.spec_from_file_location("blockwise_experiments", path)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, script)  # dataclasses look themselves up
-    spec.loader.exec_module(script)
+    script = import_module("blockwise_experiments")
     tiny_llama.save_pretrained(tmp_path / "model")
     byte_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(sample_text[:20_000], "utf-8")

@@ -4,10 +4,8 @@ And scripts/quantize_ptq.py, which does nothing else.
 """
 
 import copy
-import importlib
-import importlib.util
 import json
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
@@ -42,7 +40,7 @@ from maqd_hf.nn import ActivationQuantizer, LinearSpec, MaQDLinear
 from maqd_hf.nn.precision import fast_bf16
 from maqd_hf.search import search_step
 
-gptq_module = importlib.import_module(gptq.__module__)  # its name is the function's, too
+gptq_module = import_module(gptq.__module__)  # its name is the function's, too
 LEVELS = (2, 3, 4, 8, 15, 16, 255)
 WEIGHTS_ONLY = {"activation_levels": None, "layer_batch_norm": False}
 
@@ -580,10 +578,7 @@ def test_calibrate_does_all_three_in_order(tiny_llama, ids):
 
 
 def test_quantize_ptq_script(tiny_llama, byte_tokenizer, sample_text, tmp_path, capsys):
-    path = Path(__file__).parents[1] / "scripts" / "quantize_ptq.py"
-    spec = importlib.util.spec_from_file_location("quantize_ptq", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = import_module("quantize_ptq")
     tiny_llama.save_pretrained(tmp_path / "float")
     byte_tokenizer.save_pretrained(tmp_path / "float")
     (tmp_path / "text.txt").write_text(sample_text[:6000], encoding="utf-8")

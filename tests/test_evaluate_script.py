@@ -1,8 +1,7 @@
 """scripts/evaluate_model.py on tiny models saved to a folder."""
 
-import importlib.util
 import json
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 from datasets import Dataset
@@ -10,15 +9,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from maqd_hf.perplexity import text_perplexity
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_model.py"
-
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate_model", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_module("evaluate_model")
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ GPU either: Triton's compiler and assembler run anywhere.
 """
 
 import copy
-import importlib.util
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -194,10 +194,7 @@ def test_the_operator_has_an_implementation_for_cuda():
 
 
 def test_the_benchmark_says_that_there_is_no_gpu(monkeypatch, capsys):
-    path = Path(__file__).parents[1] / "scripts" / "benchmark_gpu.py"
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = import_module("benchmark_gpu")
     monkeypatch.setattr(gpu, "missing", lambda _: "Triton is not installed")
     assert benchmark.main([]) == 1
     assert capsys.readouterr().err == "no GPU to measure: Triton is not installed\n"

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a script by its name; scripts may import each other."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-    def of(name: str) -> Any:
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return of
 
 
 @pytest.fixture
@@ -49,8 +31,8 @@ def data(tmp_path: Path, sample_text: str) -> Path:
     return folder
 
 
-def test_batch_sizes(load: Any, data: Path, tmp_path: Path, capsys: Any) -> None:
-    script = load("lbn_batch_size")
+def test_batch_sizes(data: Path, tmp_path: Path, capsys: Any) -> None:
+    script = import_module("lbn_batch_size")
     arguments = script.Arguments(
         data_dir=data,
         results=tmp_path / "rows.json",
@@ -73,12 +55,12 @@ def test_batch_sizes(load: Any, data: Path, tmp_path: Path, capsys: Any) -> None
     assert "batch" in capsys.readouterr().out
     seconds = [row["seconds"] for row in rows]
     assert [row["seconds"] for row in script.main(arguments)] == seconds  # nothing ran again
-    table = load("render_readme").batch_sizes(rows)
+    table = import_module("render_readme").batch_sizes(rows)
     assert "| vit | Batch Normalization |" in table and "%)" in table
 
 
-def test_every_norm_of_a_family_is_replaced(load: Any) -> None:
-    script = load("lbn_batch_size")
+def test_every_norm_of_a_family_is_replaced() -> None:
+    script = import_module("lbn_batch_size")
     for family in script.FAMILIES:
         model = script.build(family)
         script.set_norms(model, family, "lbn")
@@ -87,7 +69,7 @@ def test_every_norm_of_a_family_is_replaced(load: Any) -> None:
 
 
 def test_pretrained_norms(
-    load: Any, tiny_llama: Any, byte_tokenizer: Any, sample_text: str, tmp_path: Path
+    tiny_llama: Any, byte_tokenizer: Any, sample_text: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "data" / "models" / "stories260K"
     tiny_llama.save_pretrained(folder)
@@ -95,7 +77,7 @@ def test_pretrained_norms(
     (tmp_path / "data" / "tinystories").mkdir()
     rows = Dataset.from_dict({"text": [sample_text[:30_000]]})
     rows.to_parquet(tmp_path / "data" / "tinystories" / "train.parquet")
-    script = load("lbn_pretrained")
+    script = import_module("lbn_pretrained")
     arguments = script.Arguments(
         data_dir=tmp_path / "data",
         results=tmp_path / "rows.json",
@@ -112,10 +94,10 @@ def test_pretrained_norms(
     assert [choice["name"] for choice in found["selected"]["choices"]] == found["static"]["static"]
     for row in found.values():
         assert row["loss"] == pytest.approx(row["trained"], abs=0.02)
-    assert "4 of 4" in load("render_readme").pretrained_norms(list(found.values()))
+    assert "4 of 4" in import_module("render_readme").pretrained_norms(list(found.values()))
 
 
-def test_pretrained_encoder(load: Any, tiny_bert: Any, byte_tokenizer: Any, tmp_path: Path) -> None:
+def test_pretrained_encoder(tiny_bert: Any, byte_tokenizer: Any, tmp_path: Path) -> None:
     tiny_bert.bert.save_pretrained(tmp_path / "encoder")
     byte_tokenizer.save_pretrained(tmp_path / "encoder")
     (tmp_path / "sst2").mkdir()
@@ -124,7 +106,7 @@ def test_pretrained_encoder(load: Any, tiny_bert: Any, byte_tokenizer: Any, tmp_
         texts = [f"{'ab'[label] * 3} {split} {i}" for i, label in enumerate(labels)]
         rows = Dataset.from_dict({"text": texts, "label": labels})
         rows.to_parquet(tmp_path / "sst2" / f"{split}.parquet")
-    script = load("lbn_pretrained")
+    script = import_module("lbn_pretrained")
     arguments = script.Arguments(
         data_dir=tmp_path,
         results=tmp_path / "rows.json",
@@ -142,12 +124,12 @@ def test_pretrained_encoder(load: Any, tiny_bert: Any, byte_tokenizer: Any, tmp_
 
 
 def test_static_inference(
-    load: Any, tiny_llama: Any, byte_tokenizer: Any, sample_text: str, tmp_path: Path
+    tiny_llama: Any, byte_tokenizer: Any, sample_text: str, tmp_path: Path
 ) -> None:
     tiny_llama.save_pretrained(tmp_path / "llama")
     byte_tokenizer.save_pretrained(tmp_path / "llama")
     (tmp_path / "text.txt").write_text(sample_text[:1000], "utf-8")
-    script = load("static_inference")
+    script = import_module("static_inference")
     (row,) = script.main(
         script.Arguments(
             models=[str(tmp_path / "llama")],
@@ -164,12 +146,12 @@ def test_static_inference(
             assert block[stage]["most"] <= 1
             assert block[stage]["differ"] < 0.005 * block[stage]["codes"]
         assert block["output error, from equal hidden"] < 1e-5
-    assert "hidden, from equal inputs" in load("render_readme").static_inference([row])
+    assert "hidden, from equal inputs" in import_module("render_readme").static_inference([row])
 
 
-def test_what_was_aimed_at_is_read_off_the_rows(load: Any) -> None:
+def test_what_was_aimed_at_is_read_off_the_rows() -> None:
     """The worst batch size counts, the better of the static rows, and equal samples and seeds."""
-    targets = load("targets")
+    targets = import_module("targets")
     key = {"seed": 0, "samples": 8}
 
     def row(family: str, norm: str, size: int, loss: float, **more: Any) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """scripts/qat_encoder.py on a tiny BERT: every stage, the rows, and a float model found again."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,20 +10,10 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 import maqd_hf
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture
 def script():
-    return load("qat_encoder")
+    return import_module("qat_encoder")
 
 
 @pytest.fixture
@@ -90,7 +78,7 @@ def test_every_stage_from_an_encoder_to_a_packed_classifier(script, job, tmp_pat
     assert first["norms"]["static"], "a tolerance of 10 nats admits every norm"
     assert json.loads((tmp_path / "rows.json").read_text("utf-8")) == rows
     assert "W16 A15" in capsys.readouterr().out
-    rendered = load("render_readme").encoders(rows)
+    rendered = import_module("render_readme").encoders(rows)
     assert "16 (4 bit) / 15 (3.9 bit)" in rendered
     assert f"| {100 * first['accuracy']['packed']:.2f} |" in rendered
 

@@ -1,9 +1,8 @@
 """scripts/qat_llm.py on a tiny model: every stage, every file, and a resumed run."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,16 +10,6 @@ from transformers import AutoModelForCausalLM
 
 import maqd_hf
 from maqd_hf.perplexity import text_perplexity
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -52,7 +41,7 @@ def job(tmp_path, tiny_llama, byte_tokenizer, sample_text):
 def test_every_stage_and_every_file(
     job, tmp_path, byte_tokenizer, sample_text, capsys, monkeypatch
 ):
-    script, result = load("qat_llm"), tmp_path / "result.json"
+    script, result = import_module("qat_llm"), tmp_path / "result.json"
     arguments = job(lbn_tolerance=10, metrics=result)
     monkeypatch.setattr(sys, "argv", ["qat_llm.py", *arguments])
     metrics = script.main(arguments)
@@ -80,7 +69,7 @@ def test_every_stage_and_every_file(
 
 
 def test_an_interrupted_run_resumes_to_the_same_model(job, tmp_path, monkeypatch):
-    script = load("qat_llm")
+    script = import_module("qat_llm")
     script.main(job())
     trainer = script.MaQDTrainer
     inner = trainer.training_step
@@ -104,7 +93,7 @@ def test_an_interrupted_run_resumes_to_the_same_model(job, tmp_path, monkeypatch
 
 def test_the_model_writes_its_own_text(job, tmp_path):
     """Held-out text is the given one; the training samples are the teacher's."""
-    script = load("qat_llm")
+    script = import_module("qat_llm")
     text = tmp_path / "text.txt"
     options = {"dataset": "generated", "eval_dataset": text, "lbn_tolerance": 0, "max_steps": 2}
     metrics = script.main(job(**options))
@@ -115,7 +104,7 @@ def test_the_model_writes_its_own_text(job, tmp_path):
 def test_a_full_run_directory_is_not_overwritten(job, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
-    script = load("qat_llm")
+    script = import_module("qat_llm")
     with pytest.raises(SystemExit, match="not empty"):
         script.main(job())
     with pytest.raises(SystemExit, match="no complete checkpoint"):

@@ -1,11 +1,10 @@
 """scripts/benchmark_quality.py and what it rests on: rows, resuming, rules, zero-shot scoring."""
 
-import importlib
 import json
 import math
 import sys
+from importlib import import_module
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,18 +12,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture
-def load(monkeypatch):
-    """Import a script; they import each other by name."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module
-
-
-@pytest.fixture
-def job(tmp_path, tiny_llama, byte_tokenizer, sample_text, load):
+def job(tmp_path, tiny_llama, byte_tokenizer, sample_text):
     """Arguments of the benchmark on a tiny model and a folder with the texts it reads."""
     model, data = tmp_path / "float", tmp_path / "data"
     tiny_llama.save_pretrained(model)
@@ -49,7 +39,7 @@ def job(tmp_path, tiny_llama, byte_tokenizer, sample_text, load):
         "window": 32,
         "windows": 2,
     }
-    script = load("benchmark_quality")
+    script = import_module("benchmark_quality")
     return script, lambda **more: script.Arguments(**{**settings, **more})
 
 
@@ -180,8 +170,8 @@ def slow_seq(weight, alpha, levels):
 
 @pytest.mark.parametrize("levels", [3, 4, 16])
 @pytest.mark.parametrize("rule, slow", [("LSQ", slow_lsq), ("SEQ", slow_seq)])
-def test_rules_equal_their_slow_references(load, rule, slow, levels):
-    rules = load("quality_rules")
+def test_rules_equal_their_slow_references(rule, slow, levels):
+    rules = import_module("quality_rules")
     weight = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     step = (0.3 + torch.rand(3, 1, dtype=torch.float64)).requires_grad_()
     out = rules.RULES[rule][0](weight, step, levels)
@@ -200,8 +190,8 @@ def test_rules_equal_their_slow_references(load, rule, slow, levels):
     assert out.detach().div(step.detach()).unique().numel() <= 3 * levels
 
 
-def test_absmean_is_ternary_with_one_scale_a_tensor_and_a_straight_gradient(load):
-    rules = load("quality_rules")
+def test_absmean_is_ternary_with_one_scale_a_tensor_and_a_straight_gradient():
+    rules = import_module("quality_rules")
     weight = torch.randn(4, 8, requires_grad=True)
     out = rules.absmean(weight, torch.ones(1), 3)
     mean = weight.detach().abs().mean()
@@ -212,8 +202,8 @@ def test_absmean_is_ternary_with_one_scale_a_tensor_and_a_straight_gradient(load
 
 
 @pytest.mark.parametrize("rule", ["LSQ", "SEQ", "BitNet"])
-def test_a_rule_replaces_the_layers_of_the_base_model_only(load, tiny_llama, rule):
-    rules = load("quality_rules")
+def test_a_rule_replaces_the_layers_of_the_base_model_only(tiny_llama, rule):
+    rules = import_module("quality_rules")
     count = sum(type(m) is nn.Linear for m in tiny_llama.model.modules())
     rules.apply_rule(tiny_llama, rule, 3, 32)
     replaced = [m for m in tiny_llama.modules() if isinstance(m, rules.RuleLinear)]
@@ -247,8 +237,8 @@ class Bigram(nn.Module):
         return SimpleNamespace(logits=self.table[input_ids])
 
 
-def test_a_choice_is_the_sum_over_its_own_tokens(load):
-    zero_shot = load("zero_shot")
+def test_a_choice_is_the_sum_over_its_own_tokens():
+    zero_shot = import_module("zero_shot")
     model = Bigram()
     question = zero_shot.multiple_choice("x", ["ab", "abcd"], 0)
     scores = zero_shot.score(model, Characters(), question)
@@ -259,16 +249,16 @@ def test_a_choice_is_the_sum_over_its_own_tokens(load):
         assert found.log_likelihood == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_accuracy_with_and_without_the_length(load):
-    zero_shot = load("zero_shot")
+def test_accuracy_with_and_without_the_length():
+    zero_shot = import_module("zero_shot")
     question = zero_shot.multiple_choice("x", ["ab", "abcdéf"], 1)
     scores = [zero_shot.Score(-3.0, False), zero_shot.Score(-7.0, False)]
     assert question.sizes == [2, 7]  # bytes
     assert zero_shot.outcome(question, scores) == {"acc": False, "acc_norm": True}
 
 
-def test_a_last_word_counts_when_every_token_is_the_likeliest(load):
-    zero_shot = load("zero_shot")
+def test_a_last_word_counts_when_every_token_is_the_likeliest():
+    zero_shot = import_module("zero_shot")
     model = Bigram()
     with torch.no_grad():
         model.table.zero_()
@@ -281,8 +271,8 @@ def test_a_last_word_counts_when_every_token_is_the_likeliest(load):
     assert found["questions"] == 3 and "acc_norm" not in found
 
 
-def test_answers_are_asked_once_and_make_a_table(load, job, tmp_path):
-    zero_shot, folder = load("zero_shot"), tmp_path / "data" / "zeroshot"
+def test_answers_are_asked_once_and_make_a_table(job, tmp_path):
+    zero_shot, folder = import_module("zero_shot"), tmp_path / "data" / "zeroshot"
     folder.mkdir()
     choices = {"query": ["a", "b"], "choices": [["x", "yy"], ["z", "w"]], "label": [1, 0]}
     Dataset.from_dict(choices).to_parquet(folder / "piqa_validation.parquet")
@@ -299,30 +289,32 @@ def test_answers_are_asked_once_and_make_a_table(load, job, tmp_path):
         ("lambada", 1),
     ]
     assert len(zero_shot.main(arguments)["runs"]) == 2
-    table = load("render_readme").zero_shot(content)
+    table = import_module("render_readme").zero_shot(content)
     assert "| float |" in table and "2 of piqa" in table and "piqa, acc_norm" in table
 
 
 # ------------------------------------------------------------------------------ plots and tables
 
 
-def test_plots_and_table_are_made_from_what_is_there(load, job, tmp_path, capsys, monkeypatch):
+def test_plots_and_table_are_made_from_what_is_there(job, tmp_path, capsys, monkeypatch):
     script, arguments = job
     monkeypatch.setitem(sys.modules, "hqq", None)
     found = script.main(arguments(rows=["float", "MaQD M=4 g64", "round*M=4*", "HQQ 2 bit"]))
-    table = load("render_readme").quality(json.loads(arguments().results.read_text("utf-8")))
+    table = import_module("render_readme").quality(
+        json.loads(arguments().results.read_text("utf-8"))
+    )
     for run in found.runs:
         assert f"| {run['name']} |" in table
         assert f"{run['texts']['imdb']['perplexity']:,.1f}" in table
     assert "Did not run: HQQ 2 bit" in table
-    written = load("plot_results").main(["--results", str(tmp_path)])
+    written = import_module("plot_results").main(["--results", str(tmp_path)])
     assert {path.name for path in written} == {"quality.png", "loss.png"}
     assert all(path.stat().st_size > 1000 for path in written)
     assert "lbn_batch.png skipped" in capsys.readouterr().out
 
 
-def test_targets_are_judged_by_the_worse_text_and_the_best_run(load):
-    targets = load("targets")
+def test_targets_are_judged_by_the_worse_text_and_the_best_run():
+    targets = import_module("targets")
     text = lambda a, b: {"wikitext": {"perplexity": a}, "imdb": {"perplexity": b}}  # noqa: E731
     eight = {"table": "llm", "method": "MaQD", "name": "MaQD M=8 g64", "samples": 32}
     runs = [
@@ -349,8 +341,8 @@ def test_targets_are_judged_by_the_worse_text_and_the_best_run(load):
     assert targets.quality_targets([]) == []
 
 
-def test_targets_of_speed_are_ratios_of_one_run_and_need_their_rival(load):
-    targets = load("targets")
+def test_targets_of_speed_are_ratios_of_one_run_and_need_their_rival():
+    targets = import_module("targets")
     shape = {"columns": 64, "tokens": 1}
     report = {
         "matrices": [
@@ -370,5 +362,5 @@ def test_targets_of_speed_are_ratios_of_one_run_and_need_their_rival(load):
     assert found.what == "one token, 2 bit, to torch bf16, worst of 2 matrices"
 
 
-def test_readme_says_what_results_say(load):
-    assert load("render_readme").main(["--check"]) == 0
+def test_readme_says_what_results_say():
+    assert import_module("render_readme").main(["--check"]) == 0
