@@ -4,6 +4,7 @@ Nothing here needs a network; the Hub is switched off before anything that knows
 """
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,8 +47,10 @@ def best(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Every test draws the same numbers, alone or in any order."""
+    """Every test draws the same numbers and may compile as often as any, alone or in any order."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # it counts how often a function was compiled
+        torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -127,6 +127,10 @@ static maqd_input input_of(maqd_input input, const linear *layer) {
     return input;
 }
 
+CLONES static void add_row(float *restrict sum, const float *restrict row, int64_t width) {
+    for (int64_t k = 0; k < width; ++k) sum[k] += row[k];
+}
+
 /* Adds `add` (or NULL) to the hidden states, or takes `rows` instead of them, normalises (norm or
  * NULL) and quantises for `n` layers; `input[i]` is then what layer i multiplies. */
 static void feed(const state *s, int thread, const float *add, const float *rows, int64_t width,
@@ -143,8 +147,7 @@ static void feed(const state *s, int thread, const float *add, const float *rows
     for (int64_t t = from; t < to; ++t) {
         const int first = s->call->first && s->call->first[t];
         const float *row = rows ? rows + t * width : f->hidden + t * width;
-        if (add)
-            for (int64_t k = 0; k < width; ++k) f->hidden[t * width + k] += add[t * width + k];
+        if (add) add_row(f->hidden + t * width, add + t * width, width);
         if (norm) {
             s->path->norm(norm, first, row, scratch);
             row = scratch;
@@ -362,7 +365,7 @@ static void decode(void *argument, maqd_team *team, int thread, int threads) {
     maqd_share(s->count, thread, threads, &from, &to);
     for (int64_t t = from; t < to; ++t) {
         float *row = own + t * hidden;
-        for (int64_t k = 0; add && k < hidden; ++k) row[k] += add[t * hidden + k];
+        if (add) add_row(row, add + t * hidden, hidden);
         s->path->norm(&m->norm, s->call->first && s->call->first[t], row,
                       s->call->hidden + t * hidden);
     }

@@ -108,7 +108,8 @@ INLINE v16 swapped(v16 v, const int bit) {
 /* Sums and differences of elements `bit` apart. */
 INLINE v16 butterfly(v16 v, const int bit) {
     const i16 index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return swapped(v, bit) + choose((index & bit) == 0, v, -v);
+    const i16 minus = ((index & bit) != 0) & INT32_MIN;
+    return swapped(v, bit) + (v16)((i16)v ^ minus);
 }
 
 /* The first passes, over neighbours less than 16 apart. */
@@ -128,14 +129,26 @@ static void hadamard_near(const float *x, int64_t count, int64_t size, float sca
         }
 }
 
+/* Two passes at a time, over neighbours `half` and 2 * `half` apart, or one alone. */
 static void hadamard(const float *x, int64_t count, int64_t size, float *y) {
+    int64_t half = 16;
     hadamard_near(x, count, size, (float)(1 / sqrt((double)size)), y);
-    for (int64_t half = 16; half < size; half *= 2)
+    for (; 2 * half < size; half *= 4)
+        for (int64_t from = 0; from < count; from += 4 * half)
+            for (float *p = y + from; p < y + from + half; p += 16) {
+                const v16 a = load(p), b = load(p + half);
+                const v16 c = load(p + 2 * half), d = load(p + 3 * half);
+                store(p, (a + b) + (c + d));
+                store(p + half, (a - b) + (c - d));
+                store(p + 2 * half, (a + b) - (c + d));
+                store(p + 3 * half, (a - b) - (c - d));
+            }
+    for (; half < size; half *= 2)
         for (int64_t from = 0; from < count; from += 2 * half)
-            for (int64_t k = from; k < from + half; k += 16) {
-                const v16 a = load(y + k), b = load(y + k + half);
-                store(y + k, a + b);
-                store(y + k + half, a - b);
+            for (float *p = y + from; p < y + from + half; p += 16) {
+                const v16 a = load(p), b = load(p + half);
+                store(p, a + b);
+                store(p + half, a - b);
             }
 }
 
@@ -148,10 +161,11 @@ INLINE v16 stored(const void *from, int64_t at, const int bytes) {
 }
 
 /* Products of `queries` (a constant) queries with `wide` blocks of 16 keys from position `start`
- * on, into sum[block][query]. Two blocks at a time, or loading would take longer than multiplying.
- */
+ * on, into sum[block][query]. Several blocks at a time, or loading would take longer than
+ * multiplying. */
+#define MEET 4
 INLINE void meet(const maqd_attention *a, int64_t start, const int queries, const int wide,
-                 const int bytes, v16 sum[2][4]) {
+                 const int bytes, v16 sum[MEET][4]) {
     const int64_t d = a->head_dim;
     int64_t at = start * d;
     for (int w = 0; w < wide; ++w)
@@ -180,13 +194,21 @@ INLINE void score(const maqd_attention *a, const int queries, const int bytes, i
                   int64_t positions, float most[4]) {
     const int64_t blocks = (positions + 15) / 16;
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    v16 best[4], sum[2][4];
+    v16 best[4], sum[MEET][4];
+    int64_t met = start / 16; /* blocks up to here are in `sum`, those from `first` on */
+    int64_t first = met;
     for (int q = 0; q < queries; ++q) best[q] = all(-INFINITY);
     for (int64_t k = start / 16; k < blocks; ++k) {
-        if (k % 2 == 0 && k + 1 < blocks)
-            meet(a, k * 16, queries, 2, bytes, sum);
-        else if (k % 2 == 0)
-            meet(a, k * 16, queries, 1, bytes, sum);
+        if (k == met) {
+            first = k;
+            met = k + (blocks - k >= MEET ? MEET : blocks - k >= 2 ? 2 : 1);
+            if (met - k == MEET)
+                meet(a, k * 16, queries, MEET, bytes, sum);
+            else if (met - k == 2)
+                meet(a, k * 16, queries, 2, bytes, sum);
+            else
+                meet(a, k * 16, queries, 1, bytes, sum);
+        }
         const v16 scale = bytes ? load(a->key_scales + k * 16) * a->scale : all(a->scale);
         i16 shown = lane - lane - 1;
         if (a->mask)
@@ -195,7 +217,7 @@ INLINE void score(const maqd_attention *a, const int queries, const int bytes, i
         for (int q = 0; q < queries; ++q) {
             const i16 visible = shown & (lane < (int32_t)(a->seen[q] - k * 16)) &
                                 (lane >= (int32_t)(a->from[q] - k * 16));
-            const v16 s = choose(visible, sum[k % 2][q] * scale, all(-INFINITY));
+            const v16 s = choose(visible, sum[k - first][q] * scale, all(-INFINITY));
             store(a->scores + (q * blocks + k) * 16, s);
             best[q] = choose(s > best[q], s, best[q]);
         }
@@ -289,16 +311,19 @@ INLINE v16 gelu_tanh(v16 x) {
     return x - x / (exponential(u) + 1.0f);
 }
 
+INLINE v16 activated(const int kind, v16 x, v16 up) {
+    if (kind == SWIGLU) return x / (exponential(-x) + 1.0f) * up;
+    return kind == RELU ? choose(x > 0, x, all(0)) : gelu_tanh(x);
+}
+
 INLINE void activate_as(const int kind, float *x, const float *up, int64_t count) {
-    for (int64_t k = 0; k < count; k += 16) {
-        const int64_t some = count - k < 16 ? count - k : 16;
-        const v16 v = load_some(x + k, some, 0);
-        v16 y;
-        if (kind == SWIGLU)
-            y = v / (exponential(-v) + 1.0f) * load_some(up + k, some, 0);
-        else
-            y = kind == RELU ? choose(v > 0, v, all(0)) : gelu_tanh(v);
-        memcpy(x + k, &y, (size_t)some * sizeof *x);
+    const int64_t rest = count % 16, whole = count - rest;
+    for (int64_t k = 0; k < whole; k += 16)
+        store(x + k, activated(kind, load(x + k), kind == SWIGLU ? load(up + k) : all(0)));
+    if (rest) {
+        const v16 some = kind == SWIGLU ? load_some(up + whole, rest, 0) : all(0);
+        const v16 y = activated(kind, load_some(x + whole, rest, 0), some);
+        memcpy(x + whole, &y, (size_t)rest * sizeof *x);
     }
 }
 
