@@ -37,6 +37,7 @@ _TRITS = (
     "five codes take as many products as ten of 2 bits, and products are what takes the time of "
     "one token; so ternary weights are kept in 2 bits, unless no cache holds their model"
 )
+_SHARE = "the threads wait for whichever the scheduler left behind a busy process"
 _FORWARD = "the rest is transformers' own Python around the layers; the native step has none"
 _LONGER = (
     "falls with the tokens, of which a million were allowed, and with those of the calibration"
@@ -125,7 +126,7 @@ def _models(report: dict[str, Any], threads: int) -> Iterator[Target]:
             yield Target(f"{what}, {at}", wanted, rows[name][key] / rival, limit)
     if _TWO in busy and _TWO in rows:
         share = busy[_TWO][tokens] / rows[_TWO][tokens]
-        yield Target(f"decode, 2 bit, beside busy processes, to alone, {at}", 0.3, share)
+        yield Target(f"decode, 2 bit, beside busy processes, to alone, {at}", 0.3, share, _SHARE)
 
 
 def load_ratio(row: dict[str, Any], import_seconds: float) -> float:
