@@ -1,6 +1,6 @@
 """Quantise, train, pack, reload and evaluate a small language model: the main job, one command.
 
-Without arguments: SmolLM2-135M-Instruct and 105 Wikipedia articles, both from ordinary packages, to
+Without arguments: SmolLM2-135M-Instruct and 101 Wikipedia articles, both from ordinary packages, to
 4-bit weights, 8-bit activations and Layer-Batch Normalization where the budget allows it. A token's
 inputs have a step of their own: one learned step a layer (``--activation_scaling static``), which
 leaves nothing to compute, starts at a perplexity of 38.8 and ends at 37.5, where this starts at

@@ -43,7 +43,7 @@ _LONGER = (
     "falls with the tokens, of which a million were allowed, and with those of the calibration"
 )
 _PICTURES = "the constants: pictures differ more than texts do"
-_NOISE = "one seed, 2,000 held-out texts: a standard error of 1.1 points each"
+_NOISE = "one seed, and few held-out texts"
 _POOLED = "statistics pooled over a sample; with those of each token nothing is lost"
 _TRAINED = "falls with the training (`scripts/lbn_experiments.py`)"
 _SHORT = "far too short: published removals of norms (`nn/norm.py`) train a thousand times as long"
