@@ -163,6 +163,18 @@ HIDDEN void maqd_run(maqd_work work, void *argument, int threads);
 /* Every thread of the team waits here for the others. */
 HIDDEN void maqd_barrier(maqd_team *team);
 
+/* How many threads a run gets, by what those before it lost; see crowd.c. Nanoseconds; zeroed at
+ * first. */
+typedef struct {
+    int32_t limit; /* threads of a run, 0: as many as are asked for */
+    int64_t until;        /* when the limit is lifted */
+    int64_t pause;        /* how long the last one held */
+    int64_t asleep, wall; /* of the runs that are being judged */
+} maqd_crowd;
+int32_t maqd_crowd_threads(maqd_crowd *crowd, int32_t asked, int64_t now);
+void maqd_crowd_note(maqd_crowd *crowd, int32_t asked, int32_t used, int64_t asleep, int64_t wall,
+                     int64_t now);
+
 /* Tokens from which on a path works with panels and tiles. */
 #define MANY 4
 static inline int64_t maqd_tile(const maqd_path *path, int64_t tokens) {

@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <time.h>
 
 #ifdef __linux__
 #include <linux/futex.h>
@@ -26,6 +27,7 @@ struct maqd_team {
     _Alignas(64) _Atomic uint32_t arrived;
     _Alignas(64) _Atomic uint32_t passed;
     _Atomic uint32_t sleepers;
+    _Atomic int64_t asleep; /* nanoseconds, of all threads */
 };
 
 static inline void relax(void) {
@@ -36,11 +38,18 @@ static inline void relax(void) {
 #endif
 }
 
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
 static void await(maqd_team *team, uint32_t round) {
     for (int i = 0; i < SPINS; ++i) {
         if (atomic_load_explicit(&team->passed, memory_order_acquire) != round) return;
         relax();
     }
+    const int64_t began = now();
     atomic_fetch_add(&team->sleepers, 1);
     while (atomic_load(&team->passed) == round) {
 #ifdef __linux__
@@ -50,6 +59,7 @@ static void await(maqd_team *team, uint32_t round) {
 #endif
     }
     atomic_fetch_sub(&team->sleepers, 1);
+    atomic_fetch_add(&team->asleep, now() - began);
 }
 
 void maqd_barrier(maqd_team *team) {
@@ -74,10 +84,21 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static void note_fork(void) { forked = 1; }
 static void prepare(void) { pthread_atfork(NULL, NULL, note_fork); }
 
+/* Of all runs: who else uses the machine is the same for them. A run that finds another one at it
+ * goes on without. */
+static maqd_crowd crowd;
+static pthread_mutex_t crowded = PTHREAD_MUTEX_INITIALIZER;
+
 void maqd_run(maqd_work work, void *argument, int threads) {
     pthread_once(&once, prepare);
     maqd_team team = {.threads = 1};
 #ifdef _OPENMP
+    const int asked = threads;
+    const int64_t began = asked > 1 ? now() : 0;
+    if (asked > 1 && !pthread_mutex_trylock(&crowded)) {
+        threads = maqd_crowd_threads(&crowd, asked, began);
+        pthread_mutex_unlock(&crowded);
+    }
     if (threads > 1 && !forked && !omp_in_parallel()) {
 #pragma omp parallel num_threads(threads)
         {
@@ -86,6 +107,11 @@ void maqd_run(maqd_work work, void *argument, int threads) {
             atomic_store_explicit(&team.threads, got, memory_order_relaxed);
             work(argument, &team, omp_get_thread_num(), got);
             maqd_barrier(&team); /* that of OpenMP below would spin for long */
+        }
+        if (!pthread_mutex_trylock(&crowded)) {
+            const int64_t ended = now();
+            maqd_crowd_note(&crowd, asked, team.threads, team.asleep, ended - began, ended);
+            pthread_mutex_unlock(&crowded);
         }
         return;
     }
