@@ -11,6 +11,8 @@ order, 1, 2, 8 or 32 to a step, and evaluates it as it would be used:
   evaluated with its running average: one constant per norm, nothing is reduced;
 - ``lbn, final float``: the same, but the final norm stays per token (the package's default);
 - ``lbn, fixed end``: as ``lbn``, and the last 40 % of the steps train with the constants already;
+- ``lbn, eased in``: the same, and over the first 40 % the statistics of each token give way to the
+  pooled ones, as a pretrained model's do;
 - ``batch``: every norm is a Batch Normalization over the tokens of the whole mini-batch.
 
 Equal samples, not equal steps: a step of 32 samples costs as much as 32 steps of one, so that this
@@ -73,6 +75,7 @@ from maqd_hf.probing import looks_like_norm
 
 FAMILIES = ("gpt2", "llama", "bert", "vit")
 BLOCK = 128  # bytes to a sample
+FIXED_END = ("lbn, fixed end", "lbn, eased in")
 SOURCES = ("text/tinyshakespeare.txt", "tinystories", "imdb/train.parquet", "wiki-sample")
 
 # ------------------------------------------------------------------------------ models and data
@@ -230,10 +233,12 @@ def train(row: Row, data: Samples, samples: int) -> dict[str, float]:
     model.train()
     title = f"{row.family}, {row.norm}, {row.batch_size} a step"
     batches = order.split(row.batch_size)[:steps]
+    norms = gated_norms(model).values()
     for step, chosen in enumerate(tqdm(batches, desc=title, leave=False, disable=None)):
-        if row.norm == "lbn, fixed end" and step == int(0.6 * steps):
-            for norm in gated_norms(model).values():
-                norm.fixed = True
+        for norm in norms:
+            norm.fixed = row.norm in FIXED_END and step >= int(0.6 * steps)
+            if row.norm == "lbn, eased in":
+                norm.gate.fill_(min(1.0, step / (0.4 * steps)))
         model(**{name: rows[chosen] for name, rows in data.train.items()}).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -23,6 +23,23 @@ def norms(result: list[dict[str, Any]]) -> str:
     return table(("model", "norms", "seed", "trained, nats", "static, nats"), rows)
 
 
+def _over_seeds(rows: list[dict[str, Any]]) -> str:
+    """Mean loss and its range, and the same of the accuracy where there is one."""
+
+    def cell(values: list[float], digits: int, unit: str = "") -> str:
+        mean = f"{sum(values) / len(values):.{digits}f}{unit}"
+        if len(values) == 1:
+            return mean
+        return f"{mean}, {min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    if not rows:
+        return ""
+    text = cell([row["loss"] for row in rows], 3)
+    if "accuracy" in rows[0]:
+        text += f" ({cell([100 * row['accuracy'] for row in rows], 1, ' %')})"
+    return text
+
+
 def batch_sizes(result: list[dict[str, Any]]) -> str:
     """Static norms at several batch sizes: rows of scripts/lbn_batch_size.py."""
     names = {
@@ -30,6 +47,7 @@ def batch_sizes(result: list[dict[str, Any]]) -> str:
         "lbn": "LBN, every norm static",
         "lbn, final float": "LBN, final norm per token",
         "lbn, fixed end": "LBN, constants for the last 40 % of the steps",
+        "lbn, eased in": "the same, statistics of each token at first",
         "batch": "Batch Normalization",
     }
     sizes = sorted({row["batch_size"] for row in result})
@@ -42,15 +60,13 @@ def batch_sizes(result: list[dict[str, Any]]) -> str:
         for size in sizes:
             key = {"family": family, "norm": norm, "batch_size": size}
             found = [row for row in result if key.items() <= row.items()]
-            losses = [f"{row['loss']:.3f}" for row in found]
-            shares = [f" ({100 * row['accuracy']:.1f} %)" for row in found if "accuracy" in row]
-            pairs = (a + b for a, b in zip(losses, shares or [""] * len(losses), strict=True))
-            cells.append(", ".join(pairs))
+            cells.append(_over_seeds(found))
         rows.append((family, names[norm], *cells))
     samples = {row["family"]: f"{row['family']} {row['samples']:,}" for row in result}
     text = (
         f"Small models from scratch, held-out loss in nats, {', '.join(samples.values())} samples; "
-        "each batch size sees the same samples in the same order. LBN is evaluated with constants."
+        "each batch size sees the same samples in the same order. LBN is evaluated with constants. "
+        "Mean, least and most of several seeds."
     )
     numbers = table(("model", "norms", *(f"{size} a step" for size in sizes)), rows)
     aimed = aims(batch_size_targets(result), "What was aimed at:")

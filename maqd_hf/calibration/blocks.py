@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..nn import ActivationQuantizer, LayerBatchNorm, MaQDLinear, rotate
 from ..nn.precision import fast_bf16
@@ -67,9 +68,10 @@ def as_batches(data: Batches, model: nn.Module, batch_size: int | None = None) -
 def _samples_at_once(model: nn.Module, tokens: int) -> int:
     """Samples of so many tokens whose largest tensor takes ``_BATCH_BYTES``, at least one."""
     width = max((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), default=8192)
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) == "eager":
-        width = max(width, getattr(config, "num_attention_heads", 1) * tokens)
+    if isinstance(model, PreTrainedModel):
+        config = model.config.get_text_config()  # itself, or the part that reads text
+        if config._attn_implementation == "eager":
+            width = max(width, getattr(config, "num_attention_heads", 1) * tokens)
     return max(1, _BATCH_BYTES // (4 * width * max(1, tokens)))
 
 
