@@ -84,10 +84,12 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static void note_fork(void) { forked = 1; }
 static void prepare(void) { pthread_atfork(NULL, NULL, note_fork); }
 
+#ifdef _OPENMP
 /* Of all runs: who else uses the machine is the same for them. A run that finds another one at it
  * goes on without. */
 static maqd_crowd crowd;
 static pthread_mutex_t crowded = PTHREAD_MUTEX_INITIALIZER;
+#endif
 
 void maqd_run(maqd_work work, void *argument, int threads) {
     pthread_once(&once, prepare);
