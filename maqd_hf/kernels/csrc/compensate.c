@@ -74,7 +74,7 @@ void maqd_compensate(float *w, const float *factor, const float *steps, const fl
                      float *codes, float *errors, int64_t levels, int64_t columns, int64_t rows,
                      int64_t threads) {
     compensation c = {w, codes, errors, factor, steps, centre, levels, columns, rows};
-    maqd_run(compensate_share, &c, (int)threads);
+    maqd_run(compensate_share, &c, (rows + STRIPE - 1) / STRIPE, (int)threads);
 }
 
 CLONES static void descend_stripe(float *restrict value, float *restrict gradient,
@@ -126,5 +126,5 @@ void maqd_descend(float *value, float *gradient, const float *h, const float *st
                   const float *centre, float *codes, float *wanted, float *moved, int64_t levels,
                   int64_t columns, int64_t rows, int64_t threads) {
     descent d = {value, gradient, codes, wanted, moved, h, steps, centre, levels, columns, rows};
-    maqd_run(descend_share, &d, (int)threads);
+    maqd_run(descend_share, &d, (rows + STRIPE - 1) / STRIPE, (int)threads);
 }

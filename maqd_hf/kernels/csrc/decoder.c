@@ -386,7 +386,7 @@ int32_t maqd_decode(const maqd_decoder *model, const maqd_call *call, int32_t pa
     if (!allocated) return 1;
     memory = (maqd_arena){allocated + (64 - (uintptr_t)allocated % 64) % 64, 0};
     lay_out(&s, &memory);
-    maqd_run(decode, &s, threads);
+    maqd_run(decode, &s, model->intermediate / ROWS + 1, threads);
     free(allocated);
     return 0;
 }

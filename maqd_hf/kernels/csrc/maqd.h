@@ -156,10 +156,11 @@ HIDDEN const maqd_path *maqd_get_path(int32_t path);
 
 HIDDEN void maqd_look_up(const maqd_table *table, int64_t id, float *y);
 
-/* Runs work(argument, team, thread, threads) on up to `threads` threads at once. */
+/* Runs work(argument, team, thread, threads) on up to `threads` threads at once, and no more than
+ * there are pieces of work. */
 typedef struct maqd_team maqd_team;
 typedef void (*maqd_work)(void *argument, maqd_team *team, int thread, int threads);
-HIDDEN void maqd_run(maqd_work work, void *argument, int threads);
+HIDDEN void maqd_run(maqd_work work, void *argument, int64_t pieces, int threads);
 /* Every thread of the team waits here for the others. */
 HIDDEN void maqd_barrier(maqd_team *team);
 

@@ -72,7 +72,7 @@ static void repack_share(void *argument, maqd_team *team, int thread, int thread
 void maqd_repack(const int32_t *words, int64_t rows, int64_t columns, int32_t levels,
                  int32_t digits, int32_t bits, uint8_t *codes, int32_t threads) {
     repacking r = {words, rows, columns, levels, digits, bits, codes};
-    maqd_run(repack_share, &r, threads);
+    maqd_run(repack_share, &r, (rows + ROWS - 1) / ROWS, threads);
 }
 
 typedef struct {
@@ -122,7 +122,7 @@ int32_t maqd_linear(const maqd_weight *w, const float *x, int64_t tokens, int32_
         p.panels = maqd_cut(&memory, threads * maqd_panel(maqd_stride(w)));
         if (!base && !(base = malloc(memory.used + 64))) return 1;
     }
-    maqd_run(product_share, &p, threads);
+    maqd_run(product_share, &p, tokens + maqd_blocks(w), threads);
     free(base);
     return 0;
 }
@@ -156,7 +156,7 @@ static void rotate_share(void *argument, maqd_team *team, int thread, int thread
 void maqd_hadamard(const float *x, float *y, int64_t rows, int64_t columns, int64_t size,
                    int32_t path, int32_t threads) {
     rotation r = {PATHS[path], x, y, rows, columns, size};
-    maqd_run(rotate_share, &r, threads);
+    maqd_run(rotate_share, &r, rows, threads);
 }
 
 typedef struct {
@@ -182,7 +182,7 @@ static void normalize_share(void *argument, maqd_team *team, int thread, int thr
 void maqd_normalize(const maqd_norm *norm, const float *x, const uint8_t *first, int64_t rows,
                     float *y, int32_t path, int32_t threads) {
     normalizing n = {PATHS[path], norm, x, first, y, rows};
-    maqd_run(normalize_share, &n, threads);
+    maqd_run(normalize_share, &n, rows, threads);
 }
 
 /* Row `id` of a table of packed words with one scale and offset a row: y (columns). */

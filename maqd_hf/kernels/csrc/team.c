@@ -91,11 +91,13 @@ static maqd_crowd crowd;
 static pthread_mutex_t crowded = PTHREAD_MUTEX_INITIALIZER;
 #endif
 
-void maqd_run(maqd_work work, void *argument, int threads) {
+void maqd_run(maqd_work work, void *argument, int64_t pieces, int threads) {
     pthread_once(&once, prepare);
     maqd_team team = {.threads = 1};
 #ifdef _OPENMP
-    const int asked = threads;
+    /* one without a piece would wait, and look like one that the machine keeps waiting */
+    const int asked = pieces < threads ? (int)pieces : threads;
+    threads = asked;
     const int64_t began = asked > 1 ? now() : 0;
     if (asked > 1 && !pthread_mutex_trylock(&crowded)) {
         threads = maqd_crowd_threads(&crowd, asked, began);
