@@ -75,13 +75,14 @@ from transformers import (
 
 from maqd_hf import MaQDConfig, quantize_model
 from maqd_hf.building import replace_module
-from maqd_hf.callbacks import gated_norms
+from maqd_hf.callbacks import GateSchedule, gated_norms
 from maqd_hf.data import load_text
 from maqd_hf.probing import looks_like_norm
 
 FAMILIES = ("gpt2", "llama", "bert", "vit")
 BLOCK = 128  # bytes to a sample
 FIXED_END = ("lbn, fixed end", "lbn, eased in")
+EASING = GateSchedule(0.0, 0.4)
 SOURCES = ("text/tinyshakespeare.txt", "tinystories", "imdb/train.parquet", "wiki-sample")
 
 # ------------------------------------------------------------------------------ models and data
@@ -241,10 +242,11 @@ def train(row: Row, data: Samples, samples: int) -> dict[str, float]:
     batches = order.split(row.batch_size)[:steps]
     norms = gated_norms(model).values()
     for step, chosen in enumerate(tqdm(batches, desc=title, leave=False, disable=None)):
+        fixed = row.norm in FIXED_END and step >= int(0.6 * steps)
         for norm in norms:
-            norm.fixed = row.norm in FIXED_END and step >= int(0.6 * steps)
+            norm.fixed = fixed
             if row.norm == "lbn, eased in":
-                norm.gate.fill_(min(1.0, step / (0.4 * steps)))
+                norm.gate.fill_(EASING.gate(step, steps))
         model(**{name: rows[chosen] for name, rows in data.train.items()}).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Any
 
 from tables import aims, table
@@ -27,10 +28,10 @@ def _over_seeds(rows: list[dict[str, Any]]) -> str:
     """Mean loss and its range, and the same of the accuracy where there is one."""
 
     def cell(values: list[float], digits: int, unit: str = "") -> str:
-        mean = f"{sum(values) / len(values):.{digits}f}{unit}"
+        middle = f"{mean(values):.{digits}f}{unit}"
         if len(values) == 1:
-            return mean
-        return f"{mean}, {min(values):.{digits}f} to {max(values):.{digits}f}"
+            return middle
+        return f"{middle}, {min(values):.{digits}f} to {max(values):.{digits}f}"
 
     if not rows:
         return ""

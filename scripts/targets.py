@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 # What these reasons rest on, by hand (Zen 4, 2 cores, one day): 2048 x 2048 at 2 bits takes 23 us,
@@ -38,10 +39,7 @@ _TRITS = (
     "five codes take as many products as ten of 2 bits, and products are what takes the time of "
     "one token; so ternary weights are kept in 2 bits, unless no cache holds their model"
 )
-_SHARE = (
-    "with few cores one of our threads is left; torch's own still wait for each other in what "
-    "`generate()` does around it"
-)
+_SHARE = "the threads wait for whichever the scheduler left behind a busy process"
 _FORWARD = "the rest is transformers' own Python around the layers; the native step has none"
 _LONGER = (
     "falls with the tokens, of which a million were allowed, and with those of the calibration"
@@ -239,7 +237,7 @@ def batch_size_targets(rows: list[dict[str, Any]]) -> list[Target]:
         for way, run in runs.items():
             if way in _STATIC and base and base.keys() <= run.keys():
                 worse = [[run[k] - base[k] for k in base if k[0] == size] for size in sizes]
-                lost[way] = max(sum(values) / len(values) for values in worse)
+                lost[way] = max(map(mean, worse))
         if lost:
             way = min(lost, key=lambda name: lost[name])
             what = f"{family} from scratch, `{way}` to float norms, worst of {len(sizes)} sizes"

@@ -13,7 +13,6 @@ from maqd_hf.kernels import NativeWeight, loader
 from maqd_hf.packing import pack_codes
 
 MS = 1_000_000  # of the library's nanoseconds
-pytestmark = pytest.mark.skipif(not loader.library(), reason="the library was not compiled")
 
 
 class Crowd(ctypes.Structure):

@@ -14,6 +14,8 @@
 
 #define STRIPE 64
 
+static int64_t stripes(int64_t rows) { return (rows + STRIPE - 1) / STRIPE; }
+
 /* A stripe: `width` <= STRIPE rows of matrices with `rows` rows. */
 typedef struct {
     int64_t columns, rows, width;
@@ -61,7 +63,7 @@ static void compensate_share(void *argument, maqd_team *team, int thread, int th
     (void)team;
     const compensation *c = argument;
     int64_t from, to;
-    maqd_share((c->rows + STRIPE - 1) / STRIPE, thread, threads, &from, &to);
+    maqd_share(stripes(c->rows), thread, threads, &from, &to);
     for (int64_t n = from * STRIPE; n < c->rows && n < to * STRIPE; n += STRIPE)
         compensate_stripe(c->w + n, c->factor, c->steps + n, c->centre + n, c->codes + n,
                           c->errors + n, stripe_at(n, c->levels, c->columns, c->rows));
@@ -74,7 +76,7 @@ void maqd_compensate(float *w, const float *factor, const float *steps, const fl
                      float *codes, float *errors, int64_t levels, int64_t columns, int64_t rows,
                      int64_t threads) {
     compensation c = {w, codes, errors, factor, steps, centre, levels, columns, rows};
-    maqd_run(compensate_share, &c, (rows + STRIPE - 1) / STRIPE, (int)threads);
+    maqd_run(compensate_share, &c, stripes(rows), (int)threads);
 }
 
 CLONES static void descend_stripe(float *restrict value, float *restrict gradient,
@@ -112,7 +114,7 @@ static void descend_share(void *argument, maqd_team *team, int thread, int threa
     (void)team;
     const descent *d = argument;
     int64_t from, to;
-    maqd_share((d->rows + STRIPE - 1) / STRIPE, thread, threads, &from, &to);
+    maqd_share(stripes(d->rows), thread, threads, &from, &to);
     for (int64_t n = from * STRIPE; n < d->rows && n < to * STRIPE; n += STRIPE)
         descend_stripe(d->value + n, d->gradient + n, d->h, d->steps + n, d->centre + n,
                        d->codes + n, d->wanted + n, d->moved + n,
@@ -126,5 +128,5 @@ void maqd_descend(float *value, float *gradient, const float *h, const float *st
                   const float *centre, float *codes, float *wanted, float *moved, int64_t levels,
                   int64_t columns, int64_t rows, int64_t threads) {
     descent d = {value, gradient, codes, wanted, moved, h, steps, centre, levels, columns, rows};
-    maqd_run(descend_share, &d, (rows + STRIPE - 1) / STRIPE, (int)threads);
+    maqd_run(descend_share, &d, stripes(rows), (int)threads);
 }

@@ -105,5 +105,5 @@ static void diverge_share(void *argument, maqd_team *team, int thread, int threa
 void maqd_divergence(float *student, float *teacher, double *loss, int64_t rows, int64_t width,
                      float cooling, float factor, int32_t threads) {
     divergence d = {student, teacher, loss, rows, width, cooling, factor};
-    maqd_run(diverge_share, &d, d.rows, threads);
+    maqd_run(diverge_share, &d, rows, threads);
 }

@@ -192,7 +192,7 @@ void maqd_fake_quantize(const float *weight, const float *step, const float *sca
                         int64_t groups, int32_t levels, int32_t kind, int32_t threads) {
     fake f = {.weight = weight, .step = step, .scale = scale, .offset = offset, .out = out,
               .rows = rows, .columns = columns, .groups = groups, .levels = levels, .kind = kind};
-    maqd_run(quantize_share, &f, f.rows, threads);
+    maqd_run(quantize_share, &f, rows, threads);
 }
 
 /* The gradients of the same from that of its values: `grad` (rows, columns), bfloat16 if `narrow`.
@@ -205,7 +205,7 @@ void maqd_fake_quantize_backward(const float *weight, const float *step, const f
               .grad_weight = grad_weight, .grad_scale = grad_scale, .grad_offset = grad_offset,
               .rows = rows, .columns = columns, .groups = groups, .levels = levels,
               .narrow = narrow};
-    maqd_run(differentiate_share, &f, f.rows, threads);
+    maqd_run(differentiate_share, &f, rows, threads);
 }
 
 /* ------------------------------------------------------------------------------------- tokens */
@@ -272,5 +272,5 @@ static void round_share(void *argument, maqd_team *team, int thread, int threads
 void maqd_round_tokens(const void *x, void *out, int64_t tokens, int64_t width, float clip_ratio,
                        int32_t levels, int32_t narrow_in, int32_t narrow_out, int32_t threads) {
     rounding r = {x, out, tokens, width, clip_ratio, levels, narrow_in, narrow_out};
-    maqd_run(round_share, &r, r.tokens, threads);
+    maqd_run(round_share, &r, tokens, threads);
 }

@@ -167,7 +167,7 @@ HIDDEN void maqd_barrier(maqd_team *team);
 /* How many threads a run gets, by what those before it lost; see crowd.c. Nanoseconds; zeroed at
  * first. */
 typedef struct {
-    int32_t limit; /* threads of a run, 0: as many as are asked for */
+    int32_t limit;        /* threads of a run, 0: as many as are asked for */
     int64_t until;        /* when the limit is lifted */
     int64_t pause;        /* how long the last one held */
     int64_t asleep, wall; /* of the runs that are being judged */
