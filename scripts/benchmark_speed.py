@@ -453,7 +453,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if args.busy:
             few = {name: s for name, s in sources.items() if name.startswith("llama.cpp")}
             few |= {name: s for name, s in sources.items() if name.endswith("head")}
-            crowded = replace(args, threads=args.threads[-1:], rounds=max(1, args.rounds // 2))
+            # how long the scheduler keeps a thread waiting differs from one turn to the next
+            crowded = replace(args, threads=args.threads[-1:], rounds=2 * args.rounds)
             keep("busy", models(crowded, few, SMOLLM2, args.busy))
         if args.large:
             place = Path(folder) / "large"

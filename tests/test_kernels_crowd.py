@@ -1,10 +1,11 @@
-"""How many threads the compiled library takes on a machine that others use too (csrc/crowd.c)."""
+"""The compiled library on a machine that others use too (csrc/crowd.c, csrc/spin.c)."""
 
 import ctypes
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +109,65 @@ def test_results_beside_busy_processes_are_the_same_to_the_bit(best):
         for process in others:
             process.kill()
             process.wait()
+
+
+TASKS = Path("/proc/self/task")
+CORES = len(os.sched_getaffinity(0)) if TASKS.exists() else 1
+
+
+def libgomp():
+    """Whether the OpenMP of this process is the one that csrc/spin.c knows how to calm."""
+    return TASKS.exists() and "libgomp" in Path("/proc/self/maps").read_text("utf-8")
+
+
+def tasks():
+    return len(list(TASKS.glob("*")))
+
+
+def becomes(count, seconds):
+    """Whether so many threads are left within ``seconds``."""
+    end = time.monotonic() + seconds
+    while tasks() != count and time.monotonic() < end:
+        time.sleep(0.01)
+    return tasks() == count
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_threads_that_stop_the_spinning_end_when_told_or_when_nobody_speaks(told):
+    library = loader.library()
+    library.maqd_spin_less(0)
+    time.sleep(0.3)  # those of the test before
+    before = tasks()
+    for _ in range(3):  # once more does not mean more of them
+        library.maqd_spin_less(1)
+    assert becomes(before + CORES * libgomp(), 1)
+    if told:
+        library.maqd_spin_less(0)
+    assert becomes(before, 1 if told else 3)
+
+
+SPINNING = """
+import time, torch
+from maqd_hf.kernels import loader
+
+torch.set_num_threads(2)
+x = torch.zeros(100_000)  # enough for both
+for crowded in (0, 1):
+    loader.library().maqd_spin_less(crowded)
+    time.sleep(0.2)
+    began = time.process_time()
+    for _ in range(100):
+        x.add_(1)
+        time.sleep(0.005)
+    print(time.process_time() - began)
+"""
+
+
+def test_threads_without_work_leave_the_cores_to_others():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    run = [sys.executable, "-c", SPINNING]
+    found = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    quiet, crowded = map(float, found.stdout.split())
+    # with one core nobody spins in the first place
+    wanted = 0.5 if libgomp() and CORES > 1 else 1.5
+    assert crowded < wanted * quiet, f"{quiet} s of CPU, {crowded} when told that others want it"

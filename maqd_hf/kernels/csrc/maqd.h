@@ -175,6 +175,7 @@ typedef struct {
 int32_t maqd_crowd_threads(maqd_crowd *crowd, int32_t asked, int64_t now);
 void maqd_crowd_note(maqd_crowd *crowd, int32_t asked, int32_t used, int64_t asleep, int64_t wall,
                      int64_t now);
+void maqd_spin_less(int crowded);
 
 /* Tokens from which on a path works with panels and tiles. */
 #define MANY 4

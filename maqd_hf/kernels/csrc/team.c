@@ -114,7 +114,9 @@ void maqd_run(maqd_work work, void *argument, int64_t pieces, int threads) {
         }
         if (!pthread_mutex_trylock(&crowded)) {
             const int64_t ended = now();
+            const int before = crowd.pause != 0;
             maqd_crowd_note(&crowd, asked, team.threads, team.asleep, ended - began, ended);
+            if (before || crowd.pause) maqd_spin_less(crowd.pause != 0);
             pthread_mutex_unlock(&crowded);
         }
         return;
