@@ -60,11 +60,11 @@ def native_serves(x: Tensor, weight: Tensor, levels: int, groups: int) -> bool:
     """Whether a compiled kernel can multiply ``x`` (..., columns) with this packed weight."""
     if x.dtype == torch.float64 or not x.numel() or type(x) is not Tensor or _exporting():
         return False
-    if x.device != weight.device or (torch.is_grad_enabled() and x.requires_grad):
+    if torch.is_grad_enabled() and x.requires_grad:
         return False
-    if x.is_cpu:
+    if x.is_cpu and weight.is_cpu:  # comparing devices takes longer
         return _has_library() and native.fits(x.shape[-1], groups, levels)
-    return _gpu_serves(x.device) and gpu.fits(x.shape[-1], groups)
+    return x.device == weight.device and _gpu_serves(x.device) and gpu.fits(x.shape[-1], groups)
 
 
 def weight_type(device: torch.device) -> type[Any]:

@@ -74,7 +74,7 @@ class KeyValues:
         """Make room for this many positions; doubles, so that growing stays cheap."""
         if positions <= self.capacity:
             return
-        blocks = -(-max(positions, 2 * self.capacity, 64) // _BLOCK)
+        blocks = -(-max(positions, 2 * self.capacity, 32) // _BLOCK)
         keys = self.keys.new_empty(*self.shape, blocks, *self.keys.shape[4:])
         values = self.values.new_zeros(*self.shape, blocks * _BLOCK, self.values.shape[4])
         keys[:, :, :, : self.keys.shape[3]] = self.keys

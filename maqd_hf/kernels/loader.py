@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
         return None
     lib = ctypes.CDLL(str(found[0]))
     p, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    lib.maqd_path_name.restype = ctypes.c_char_p
+    lib.maqd_path_name.restype = lib.maqd_asked_path.restype = ctypes.c_char_p
     lib.maqd_repack.argtypes = [p, i64, i64, i32, i32, i32, p, i32]
     lib.maqd_linear.argtypes = [p, p, i64, i32, p, i64, p, i32, i32]
     lib.maqd_take_inputs.argtypes = [p, p, i64, i32, p, p, i32]
@@ -61,7 +61,12 @@ def chosen_path() -> str | None:
 
     ``MAQD_KERNEL=reference`` switches the library off. ``ValueError`` for an unknown path.
     """
-    wanted = os.environ.get(PATH_VARIABLE)
+    lib = library()
+    if lib is None:
+        wanted = os.environ.get(PATH_VARIABLE)
+    else:
+        asked = lib.maqd_asked_path()
+        wanted = None if asked is None else asked.decode()
     if wanted is None:
         return next(reversed(paths()), None)
     if wanted == "reference":
@@ -84,7 +89,7 @@ def reads(*tensors: Tensor) -> bool:
     """Whether a library is chosen and these are plain CPU tensors that nobody traces."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or chosen_path() is None:
         return False
-    return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    return all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors)
 
 
 # Elements that a pass reads once, below which waking a second thread costs more than it brings.
