@@ -17,7 +17,8 @@ order, 1, 2, 8 or 32 to a step, and evaluates it as it would be used:
 
 Equal samples, not equal steps: a step of 32 samples costs as much as 32 steps of one, so that this
 is what a user with a fixed budget would do. The learning rate is that of batch size 8 times
-sqrt(batch size / 8), the usual rule for Adam, equal for all norms. ``trained`` is the loss with the
+sqrt(batch size / 8), the usual rule for Adam, equal for all norms; where other ``--rates`` were
+tried too, the best one of each norm and size counts. ``trained`` is the loss with the
 statistics of training (pooled over each sample, or over the mini-batch), ``loss`` the one that
 counts. Results go to a JSON file after every row, and rows found there are not repeated.
 
@@ -56,7 +57,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from targets import batch_size_targets
+from targets import at_best_rate, batch_size_targets
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -217,11 +218,18 @@ class Row:
     norm: str
     batch_size: int
     seed: int
+    rate: float = 1.0
 
     @property
     def learning_rate(self) -> float:
-        """1e-3 at 8 samples to a step."""
-        return float(1e-3 * (self.batch_size / 8) ** 0.5)
+        """1e-3 at 8 samples to a step, times ``rate``."""
+        return self.rate * float(1e-3 * (self.batch_size / 8) ** 0.5)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """By what a row of the results file is known."""
+        names = ("family", "norm", "batch_size", "seed", "learning_rate")
+        return {name: getattr(self, name) for name in names}
 
 
 def train(row: Row, data: Samples, samples: int) -> dict[str, float]:
@@ -295,6 +303,9 @@ class Arguments:
     norms: list[str] = field(default_factory=lambda: ["float", "lbn"])
     batch_sizes: list[int] = field(default_factory=lambda: [32, 8, 2, 1])
     seeds: list[int] = field(default_factory=lambda: [0])
+    rates: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "Learning rates, times the rule's."}
+    )
     text_samples: int = field(default=4096, metadata={"help": "Blocks of 128 bytes a row sees."})
     pictures: int = field(default=8192, metadata={"help": "Pictures a row of the ViT sees."})
     held_out_pictures: int = field(default=5000, metadata={"help": "Pictures to evaluate on."})
@@ -314,6 +325,7 @@ def load(family: str, arguments: Arguments) -> Samples | None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean over the seeds: loss (accuracy in per cent for classifiers), a column per batch size."""
+    rows = at_best_rate(rows)
     sizes = sorted({row["batch_size"] for row in rows})
     lines = ["".join(f"{title:>18}" for title in ("family", "norm", *map(str, sizes)))]
     for family, norm in dict.fromkeys((row["family"], row["norm"]) for row in rows):
@@ -339,8 +351,9 @@ def main(arguments: Arguments) -> list[dict[str, Any]]:
     folder = "embedded" if arguments.data_dir is None else arguments.data_dir.name
     loaded = {family: load(family, arguments) for family in arguments.families}
     wanted = [
-        Row(family, norm, size, seed)
+        Row(family, norm, size, seed, rate)
         for seed in arguments.seeds
+        for rate in arguments.rates
         for size in arguments.batch_sizes
         for family in arguments.families
         for norm in arguments.norms
@@ -350,14 +363,14 @@ def main(arguments: Arguments) -> list[dict[str, Any]]:
         if data is None:
             continue
         samples = arguments.pictures if row.family == "vit" else arguments.text_samples
-        key = {**vars(row), "samples": samples, "data": folder}
+        key = {**row.key, "samples": samples, "data": folder}
         if any(key.items() <= known.items() for known in rows):
             continue
         began = time.perf_counter()
         measured = train(row, data, samples)
         seconds = round(time.perf_counter() - began)
-        shape = {"steps": samples // row.batch_size, "learning_rate": row.learning_rate}
-        rows.append({**key, **shape, **measured, "seconds": seconds})
+        steps = samples // row.batch_size
+        rows.append({**key, "steps": steps, **measured, "seconds": seconds})
         path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
         print(rows[-1], flush=True)
     print(table(rows))

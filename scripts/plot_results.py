@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from targets import at_best_rate
 
 MOST_PERPLEXITY = 3000.0  # beyond it a model says nothing; drawn at the edge
 
@@ -110,6 +111,7 @@ def losses(content: dict[str, Any]) -> Figure | None:
 
 def batch_size(rows: list[dict[str, Any]]) -> Figure | None:
     """Loss against the mini-batch size at equal samples, one panel a family of models."""
+    rows = at_best_rate(rows)
     families = list(dict.fromkeys(row["family"] for row in rows))
     if not families:
         return None

@@ -59,6 +59,32 @@ def test_batch_sizes(data: Path, tmp_path: Path, capsys: Any) -> None:
     assert "| vit | Batch Normalization |" in table and "%)" in table
 
 
+def test_the_best_rate_of_each_norm_and_size_counts() -> None:
+    targets = import_module("targets")
+
+    def row(norm: str, rate: float, seed: int, loss: float, size: int = 32) -> dict[str, Any]:
+        key = {"family": "llama", "norm": norm, "batch_size": size, "seed": seed, "samples": 4}
+        return {**key, "learning_rate": rate, "loss": loss}
+
+    rows = [
+        *(row("float", 2e-3, seed, loss) for seed, loss in enumerate((2.0, 2.2))),
+        *(row("float", 1e-3, seed, loss) for seed, loss in enumerate((2.1, 2.3))),
+        row("float", 4e-3, 0, 1.0),  # one lucky seed
+        *(row("lbn", 2e-3, seed, loss) for seed, loss in enumerate((2.6, 2.1))),
+        *(row("lbn", 1e-3, seed, loss) for seed, loss in enumerate((2.0, 2.3))),
+        *(row(norm, 1e-3, seed, 3.0, 8) for norm in ("float", "lbn") for seed in range(2)),
+    ]
+    kept = targets.at_best_rate(rows)
+    chosen = {(r["norm"], r["batch_size"]): r["learning_rate"] for r in kept}
+    assert chosen == {("float", 32): 2e-3, ("lbn", 32): 1e-3, ("float", 8): 1e-3, ("lbn", 8): 1e-3}
+    (target,) = targets.batch_size_targets(rows)
+    assert target.found == pytest.approx(2.15 - 2.1)
+    accuracies = [{**r, "accuracy": r["loss"]} for r in rows]  # the more the better
+    kept = targets.at_best_rate(accuracies)
+    assert {r["learning_rate"] for r in kept if r["batch_size"] == 32} == {1e-3, 2e-3}
+    assert all(r["learning_rate"] == 1e-3 for r in kept if r["norm"] == "float")
+
+
 def test_every_norm_of_a_family_is_replaced() -> None:
     script = import_module("lbn_batch_size")
     for family in script.FAMILIES:
@@ -155,7 +181,7 @@ def test_what_was_aimed_at_is_read_off_the_rows() -> None:
 
     def row(norm: str, size: int, loss: float, seed: int = 0, **more: Any) -> dict[str, Any]:
         key = {"family": "gpt2", "samples": 8, "seed": seed, "batch_size": size}
-        return {**key, "norm": norm, "loss": loss, **more}
+        return {**key, "norm": norm, "loss": loss, "learning_rate": 1e-3, **more}
 
     rows = [
         row("float", 1, 2.0),
