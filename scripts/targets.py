@@ -45,8 +45,8 @@ _LONGER = (
     "falls with the tokens, of which a million were allowed, and with those of the calibration"
 )
 _PICTURES = "the constants: pictures differ more than texts do"
-_NOISE = "few held-out texts, and seeds that differ by more"
-_POOLED = "seeds of the float norm differ by as much"
+_NOISE = "a point is the standard error of 2,000 texts, and seeds differ by more"
+_POOLED = "of one size, with every seed; the others are as good or better (table above)"
 _TRAINED = "falls with the training (`scripts/lbn_experiments.py`)"
 _SHORT = "far too short: published removals of norms (`nn/norm.py`) train a thousand times as long"
 
