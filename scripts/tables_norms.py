@@ -68,7 +68,7 @@ def batch_sizes(result: list[dict[str, Any]]) -> str:
     text = (
         f"Small models from scratch, held-out loss in nats, {', '.join(samples.values())} samples; "
         "each batch size sees the same samples in the same order. LBN is evaluated with constants. "
-        "At 32 a step each kind of norm has the better of two learning rates. "
+        "Where several learning rates were tried, each kind of norm has its best one. "
         "Mean, least and most of several seeds."
     )
     numbers = table(("model", "norms", *(f"{size} a step" for size in sizes)), rows)
