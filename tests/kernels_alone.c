@@ -180,7 +180,7 @@ static void product_case(int path, int32_t levels, int32_t bits, int64_t rows, i
            (int)columns, (int)tokens);
     if (activation_levels) {
         maqd_input taken = {get(tokens * maqd_stride(&l.w)), get(tokens * 4), get(tokens * groups * 4),
-                            get(tokens * (groups + 1) * 4), NULL, 1};
+                            get(tokens * (groups + 1) * 4), NULL, 1, 4};
         if (!l.w.group_steps) taken.group_step = NULL;
         for (int64_t t = 0; t < tokens; ++t) taken.step[t] = step[every * t];
         maqd_take_inputs(&l.w, x, tokens, activation_levels, &taken, row, path);
@@ -208,15 +208,16 @@ static void product_case(int path, int32_t levels, int32_t bits, int64_t rows, i
 static void products(int path) {
     const struct { int32_t levels, bits; } storages[] = {
         {2, 2}, {3, TRITS}, {3, 2}, {4, 2}, {5, 3}, {8, 3}, {16, 4}, {15, 4}, {17, 8}, {255, 8}, {256, 8}};
-    const int64_t widths[] = {1, 3, 19, 67, 129}, heights[] = {1, 15, 17, 33, 64};
-    const int64_t batches[] = {1, 2, 3, 4, 5, 7, 12, 17}, activations[] = {0, 2, 15, 16, 255, 256};
+    const int64_t widths[] = {1, 3, 19, 67, 129, 64, 160}, heights[] = {1, 15, 17, 33, 64};
+    const int64_t batches[] = {1, 2, 3, 4, 5, 7, 12, 17, 32, 37};
+    const int64_t activations[] = {0, 2, 15, 16, 255, 256};
     int turn = 0;
     for (size_t s = 0; s < sizeof storages / sizeof *storages; ++s)
-        for (size_t b = 0; b < 8; ++b, ++turn)
+        for (size_t b = 0; b < sizeof batches / sizeof *batches; ++b, ++turn)
             for (int groups = 1; groups <= 3; groups += 2) {
                 if (groups > 1 && storages[s].bits == TRITS) continue;
                 const int64_t inputs = maqd_inputs(storages[s].bits);
-                const int64_t columns = groups == 1 ? widths[turn % 5] : groups * inputs * (1 + turn % 2);
+                const int64_t columns = groups == 1 ? widths[turn % 7] : groups * inputs * (1 << turn % 3);
                 product_case(path, storages[s].levels, storages[s].bits, heights[(turn + groups) % 5],
                              columns, groups, batches[b], (int)activations[(turn + groups) % 6],
                              1 + turn % 2);

@@ -85,6 +85,50 @@ def test_every_storage_multiplies_every_code(path, storage):
         assert torch.equal(weight(x.float(), torch.ones(1)).double(), exact)
 
 
+@pytest.mark.parametrize("tokens", [15, 16, 31, 32, 33, 50])
+@pytest.mark.parametrize("weight_levels", [3, 7, 16, 256])
+def test_many_tokens_equal_the_reference(path, weight_levels, tokens, monkeypatch):
+    """Whole and broken tiles of 16 tokens, panels of one to several row blocks, both tile widths."""
+    for columns, rows, settings in [
+        (64, 16, {}),
+        (128, 150, {"bias": False}),
+        (160, 40, {}),
+        (192, 33, {"group_size": 64}),
+        (192, 70, {"group_size": 32}),
+        (128, 50, {"group_size": 128}),
+        (256, 50, {"group_size": 128}),
+        (128, 90, {"group_size": 64, "activation_levels": 15, "activation_scaling": "group"}),
+        (128, 20, {"activation_levels": 16}),
+    ]:
+        layer = packed(columns, rows, weight_levels, **settings)
+        got, expected = both(layer, torch.randn(tokens, columns), monkeypatch)
+        error = (got - expected).norm() / expected.norm()
+        assert error < TOLERANCE, (columns, rows, settings)
+
+
+@pytest.mark.parametrize("storage", list(native.STORAGES))
+def test_many_inputs_are_multiplied_piece_by_piece(path, storage):
+    """More tokens than a core's own cache holds, exactly; of trits the last unit is not whole."""
+    levels, columns, rows, tokens = native.STORAGES[storage].levels, 2048, 72, 808
+    codes = torch.randint(0, levels, (rows, columns))
+    words, scale = pack_codes(codes, levels), torch.ones(rows, 1)
+    weight = native.NativeWeight(words, levels, columns, scale, None, None, 255, storage)
+    x = torch.randint(-1, 2, (tokens, columns))  # sums that float32 holds
+    exact = x.float() @ (codes.float() - (levels - 1) / 2).t()
+    assert torch.equal(weight(x.float(), torch.ones(1)), exact)
+
+
+def test_the_tiles_of_other_libraries_stay_as_they_were(path, monkeypatch):
+    """oneDNN multiplies by AMX too, and configures a thread's tiles once."""
+    a, b = torch.randn(48, 96).bfloat16(), torch.randn(80, 96).bfloat16()
+    expected = nn.functional.linear(a, b)
+    layer = packed(64, 40)
+    for tokens in (8, 33):
+        with torch.no_grad():
+            layer(torch.randn(tokens, 64))
+        assert torch.equal(nn.functional.linear(a, b), expected)
+
+
 def test_a_storage_that_does_not_fit_is_refused():
     words = pack_codes(torch.zeros(4, 8, dtype=torch.int64), 16)
     arguments = (words, 16, 8, torch.ones(4, 1), None, None, 255)

@@ -43,6 +43,7 @@ class _Input(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "step", "group_step", "sums", "values")),
         ("tile", ctypes.c_int64),
+        ("run", ctypes.c_int64),
     ]
 
 
@@ -272,7 +273,7 @@ class NativeWeight:
         if self.group_steps:
             taken["group_step"] = torch.empty(tokens, self.groups, **FLOATS)
         names = ("codes", "step", "group_step", "sums")
-        struct = _Input(*(pointer(taken.get(name)) for name in names), None, 1)
+        struct = _Input(*(pointer(taken.get(name)) for name in names), None, 1, 4)
         x = x.detach().float().contiguous()
         rotated = torch.empty(self.columns, **FLOATS)
         self._lib.maqd_take_inputs(

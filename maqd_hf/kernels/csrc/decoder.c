@@ -78,7 +78,7 @@ static void lay_out(state *s, maqd_arena *memory) {
     const maqd_decoder *m = s->model;
     const int64_t n = s->count, heads = m->heads * m->head_dim;
     const int64_t widest = most(m->hidden, most(m->intermediate, heads));
-    const int64_t tile = maqd_tile(s->path, n), stride = widest + 32;
+    const int64_t stride = widest + 32;
     const int feeders = s->private ? s->threads : 1;
     s->widest = widest;
     s->stride = stride;
@@ -89,22 +89,22 @@ static void lay_out(state *s, maqd_arena *memory) {
     s->scores = maqd_cut_floats(memory, s->threads * 4 * s->call->capacity);
     s->cosine = maqd_cut_floats(memory, n * m->head_dim / 2);
     s->sine = maqd_cut_floats(memory, n * m->head_dim / 2);
-    s->panels = maqd_cut(memory, s->threads * maqd_panel(stride));
+    s->panels = maqd_cut(memory, s->threads * maqd_panel(s->path, n, stride));
     for (int i = 0; i < feeders; ++i) {
         feeding f;
         f.hidden = s->private ? maqd_cut_floats(memory, n * m->hidden) : s->call->hidden;
         f.row = maqd_cut_floats(memory, (s->private ? 1 : s->threads) * 2 * widest);
         for (int j = 0; j < 3; ++j)
-            f.input[j] = maqd_cut_input(memory, n, tile, stride, widest / 4, m->floats,
-                                        m->group_steps);
+            f.input[j] =
+                maqd_cut_input(memory, n, stride, widest / 4, m->floats, m->group_steps);
         if (memory->base) s->feeding[i] = f;
     }
-    s->last = maqd_cut_input(memory, s->call->batch, maqd_tile(s->path, s->call->batch), stride,
-                             widest / 4, m->floats, m->group_steps);
+    s->last =
+        maqd_cut_input(memory, s->call->batch, stride, widest / 4, m->floats, m->group_steps);
 }
 
 static uint8_t *panel_of(const state *s, int thread) {
-    return s->panels + thread * maqd_panel(s->stride);
+    return s->panels + thread * maqd_panel(s->path, s->count, s->stride);
 }
 
 /* The thread's scratch for two rows: a normalised one, a rotated one. */
@@ -120,10 +120,11 @@ static int same_input(const linear *a, const linear *b) {
            a->weight->rotation == b->weight->rotation;
 }
 
-/* The parts of `input` that a layer's inputs have. */
-static maqd_input input_of(maqd_input input, const linear *layer) {
+/* The parts of `input` that a layer's `tokens` inputs have, and how they lie. */
+static maqd_input input_of(const state *s, maqd_input input, const linear *layer, int64_t tokens) {
     if (layer->levels) input.values = NULL;
     if (!layer->weight->group_steps) input.group_step = NULL;
+    maqd_arrange(s->path, layer->weight, tokens, &input);
     return input;
 }
 
@@ -140,7 +141,7 @@ static void feed(const state *s, int thread, const float *add, const float *rows
     int64_t from = 0, to = s->count;
     if (!s->private) maqd_share(s->count, thread, s->threads, &from, &to);
     for (int i = 0; i < n; ++i) {
-        input[i] = input_of(f->input[i], layers[i]);
+        input[i] = input_of(s, f->input[i], layers[i], s->count);
         for (int j = 0; j < i; ++j)
             if (same_input(layers[i], layers[j])) input[i] = input[j];
     }
@@ -303,7 +304,7 @@ static void angles(const state *s, int thread) {
 static void head(const state *s, int thread) {
     const maqd_decoder *m = s->model;
     const maqd_call *c = s->call;
-    maqd_input input = input_of(s->last, &m->head);
+    maqd_input input = input_of(s, s->last, &m->head, c->batch);
     int64_t from, to;
     maqd_share(c->batch, thread, s->threads, &from, &to);
     for (int64_t b = from; b < to; ++b) {

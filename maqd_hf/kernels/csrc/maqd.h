@@ -13,8 +13,8 @@
  *             (3 q_p - q_{p+1}) / 256, exactly: dot products need no decoding
  *
  * Masks select a position in place, without a shift; every position has an accumulator of its own,
- * and the accumulators are shifted at the end. Many tokens: two row blocks are spread to bytes (a
- * "panel", planes of 8 bits) and multiplied with TILE tokens at a time.
+ * and the accumulators are shifted at the end. Many tokens: row blocks are spread to bytes (a
+ * "panel", planes of 8 bits) and multiplied with TILE tokens at a time, or (amx.h) with 16.
  *
  * With codes c, activation codes q, z = (M-1)/2 and h = 0 or 1/2 (odd or even activation levels):
  *
@@ -38,8 +38,11 @@
 
 #define ROWS 16
 #define TRITS 5
-#define BLOCKS 2 /* row blocks of a panel */
+#define BLOCKS 2 /* row blocks that are multiplied together */
 #define HIDDEN __attribute__((visibility("hidden")))
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ > 10)
+#define MAQD_AMX /* the compiler knows AMX, and the system is asked for it as Linux wants it */
+#endif
 
 /* A function compiled for several instruction sets, chosen when the library is loaded: for loops
  * that the compiler vectorises by itself. */
@@ -71,11 +74,9 @@ static inline int64_t maqd_inputs(int32_t bits) {
 /* Inputs of a row, padded to whole units. */
 static inline int64_t maqd_stride(const maqd_weight *w) { return w->units * maqd_inputs(w->bits); }
 static inline int64_t maqd_blocks(const maqd_weight *w) { return (w->rows + ROWS - 1) / ROWS; }
-/* Bytes of a panel for `stride` inputs. */
-static inline int64_t maqd_panel(int64_t stride) { return BLOCKS * ROWS * stride; }
-
-/* Activations. `tile` tokens lie together: code k of token t is at (t / tile * tile) * stride +
- * (k / 4 * tile + t % tile) * 4 + k % 4; zero beyond the columns. A tile of 1 is plain rows. */
+/* Activations. `tile` tokens lie together, `run` codes of one after as many of the next: code k of
+ * token t is at (t / tile * tile) * stride + (k / run * tile + t % tile) * run + k % run. A tile of
+ * 1 is plain rows. Codes beyond the columns are zero, or nobody reads them (runs of more than 4). */
 typedef struct {
     int8_t *codes; /* (tokens rounded up to the tile, stride) */
     float *step;   /* (tokens) */
@@ -83,7 +84,7 @@ typedef struct {
                           steps; or NULL: all groups of a token have its step */
     float *sums;   /* (tokens, groups + 1): sum of the codes (or values) of every group, and all */
     float *values; /* (tokens, stride): float activations have these instead of codes, else NULL */
-    int64_t tile;
+    int64_t tile, run;
 } maqd_input;
 
 /* An embedding of packed words (rows, words per row), one scale and offset a row. */
@@ -125,17 +126,19 @@ enum { SWIGLU, RELU, GELU_TANH };
 typedef struct {
     const char *name;
     int (*supported)(void);
-    int64_t tile; /* tokens that share one pass over a panel */
+    int64_t tile;   /* tokens that share one pass over a panel */
+    int32_t square; /* many tokens are multiplied as square tiles: runs of inputs, not of 4 */
     /* Row blocks first..last-1 of all tokens; y has y_stride floats a token. `panel` is scratch,
      * aligned to 64 bytes. */
     void (*matmul)(const maqd_weight *w, const maqd_input *x, int64_t first, int64_t last,
                    int64_t tokens, float *y, int64_t y_stride, uint8_t *panel);
     /* One token: codes = clamp(rint(x / step + (M-1)/2), 0, M-1) - M/2 (floor), four every
-     * `every` bytes. A step of 0 asks for the token's own, absmax / ((M-1)/2) * clip_ratio;
+     * `every` bytes (or `run` codes together, and such runs `every` bytes apart). A step of 0 asks for the token's own, absmax / ((M-1)/2) * clip_ratio;
      * `group_step`, unless NULL, for that of every group. NaN counts as the largest code, infinity
      * clips. */
     void (*quantize)(const float *x, int64_t columns, int64_t groups, int32_t levels,
-                     float clip_ratio, float *step, float *group_step, int8_t *codes, int64_t every, int64_t stride, float *sums);
+                     float clip_ratio, float *step, float *group_step, int8_t *codes, int64_t run,
+                     int64_t every, int64_t stride, float *sums);
     /* One token of float activations: copied, padded, summed. */
     void (*spread)(const float *x, int64_t columns, int64_t groups, float *values, int64_t stride,
                    float *sums);
@@ -151,7 +154,8 @@ typedef struct {
     float (*keep)(const float *x, int64_t count, int8_t *bytes, int64_t every);
 } maqd_path;
 
-extern HIDDEN const maqd_path maqd_path_portable, maqd_path_avx2, maqd_path_vnni, maqd_path_neon;
+extern HIDDEN const maqd_path maqd_path_portable, maqd_path_avx2, maqd_path_vnni, maqd_path_amx,
+    maqd_path_neon;
 HIDDEN const maqd_path *maqd_get_path(int32_t path);
 
 HIDDEN void maqd_look_up(const maqd_table *table, int64_t id, float *y);
@@ -179,16 +183,38 @@ void maqd_spin_less(int crowded);
 
 /* Tokens from which on a path works with panels and tiles. */
 #define MANY 4
-static inline int64_t maqd_tile(const maqd_path *path, int64_t tokens) {
-    return tokens < MANY ? 1 : path->tile;
+#define SQUARE 16 /* tokens of a square tile */
+
+/* Row blocks of a panel for `stride` inputs: where many tokens meet them, more than are multiplied
+ * together, so that a token's results lie side by side, if the second-level cache has room. */
+static inline int64_t maqd_panel_blocks(const maqd_path *path, int64_t tokens, int64_t stride) {
+    const int64_t most = path->square && tokens >= 64 ? (1 << 18) / (ROWS * stride) : BLOCKS;
+    return most < 2 * BLOCKS ? BLOCKS : most < 4 * BLOCKS ? 2 * BLOCKS : 4 * BLOCKS;
+}
+/* Bytes of such a panel. */
+static inline int64_t maqd_panel(const maqd_path *path, int64_t tokens, int64_t stride) {
+    return maqd_panel_blocks(path, tokens, stride) * ROWS * stride;
+}
+
+/* How the inputs of a weight lie. */
+static inline void maqd_arrange(const maqd_path *path, const maqd_weight *w, int64_t tokens,
+                                maqd_input *input) {
+    const int64_t width = w->columns / w->groups;
+    input->tile = tokens < MANY || input->values ? 1 : path->tile;
+    input->run = 4;
+    if (path->square && input->tile > 1 && width % 32 == 0) {
+        input->tile = SQUARE;
+        input->run = width % 64 ? 32 : 64;
+    }
 }
 
 /* Rotates, then quantises or for `levels` 0 copies, one token: `x` becomes row `token` of `input`.
  * `rotated`: room for a row, if the weight wants it rotated. */
 static inline void maqd_take(const maqd_path *path, const maqd_weight *w, const float *x,
                              int32_t levels, maqd_input *input, int64_t token, float *rotated) {
-    const int64_t stride = maqd_stride(w), sums = w->groups + 1, tile = input->tile;
-    int8_t *codes = input->codes + token / tile * tile * stride + token % tile * 4;
+    const int64_t stride = maqd_stride(w), sums = w->groups + 1;
+    const int64_t tile = input->tile, run = input->run;
+    int8_t *codes = input->codes + token / tile * tile * stride + token % tile * run;
     float *group_step = input->group_step ? input->group_step + token * w->groups : NULL;
     if (w->rotation > 1) {
         path->hadamard(x, w->columns, w->rotation, rotated);
@@ -196,7 +222,7 @@ static inline void maqd_take(const maqd_path *path, const maqd_weight *w, const 
     }
     if (levels)
         path->quantize(x, w->columns, w->groups, levels, w->clip_ratio, input->step + token,
-                       group_step, codes, 4 * tile, stride, input->sums + token * sums);
+                       group_step, codes, run, run * tile, stride, input->sums + token * sums);
     else
         path->spread(x, w->columns, w->groups, input->values + token * stride, stride,
                      input->sums + token * sums);
@@ -218,12 +244,11 @@ static inline float *maqd_cut_floats(maqd_arena *memory, int64_t count) {
     return maqd_cut(memory, count * (int64_t)sizeof(float));
 }
 
-/* Room for what `tokens` tokens of at most `stride` padded inputs become. */
-static inline maqd_input maqd_cut_input(maqd_arena *memory, int64_t tokens, int64_t tile,
-                                        int64_t stride, int64_t groups, int floats,
-                                        int group_steps) {
-    maqd_input input = {.tile = tile};
-    input.codes = maqd_cut(memory, (tokens + tile - 1) / tile * tile * stride);
+/* Room for what `tokens` tokens of at most `stride` padded inputs become, however they lie. */
+static inline maqd_input maqd_cut_input(maqd_arena *memory, int64_t tokens, int64_t stride,
+                                        int64_t groups, int floats, int group_steps) {
+    maqd_input input = {0};
+    input.codes = maqd_cut(memory, (tokens < MANY ? tokens : tokens + SQUARE - 1) * stride);
     input.step = maqd_cut_floats(memory, tokens);
     input.group_step = group_steps ? maqd_cut_floats(memory, tokens * groups) : NULL;
     input.sums = maqd_cut_floats(memory, tokens * (groups + 1));

@@ -8,6 +8,9 @@ static const maqd_path *const PATHS[] = {
 #if defined(__x86_64__)
     &maqd_path_avx2,
     &maqd_path_vnni,
+#if defined(MAQD_AMX)
+    &maqd_path_amx,
+#endif
 #elif defined(__aarch64__)
     &maqd_path_neon,
 #endif
@@ -93,7 +96,7 @@ typedef struct {
 static void product_share(void *argument, maqd_team *team, int thread, int threads) {
     product *p = argument;
     const maqd_weight *w = p->weight;
-    uint8_t *panel = p->panels + thread * maqd_panel(maqd_stride(w));
+    uint8_t *panel = p->panels + thread * maqd_panel(p->path, p->tokens, maqd_stride(w));
     int64_t from, to;
     /* backwards: a single token belongs to the caller's thread, which is there first */
     maqd_share(p->tokens, threads - 1 - thread, threads, &from, &to);
@@ -119,12 +122,13 @@ int32_t maqd_linear(const maqd_weight *w, const float *x, int64_t tokens, int32_
     for (int pass = 0; pass < 2; ++pass) {
         maqd_arena memory = {base, 0};
         if (base) memory.base += 64 - (uintptr_t)base % 64;
-        p.input = maqd_cut_input(&memory, tokens, levels ? maqd_tile(p.path, tokens) : 1,
-                                 maqd_stride(w), w->groups, !levels, w->group_steps);
+        p.input = maqd_cut_input(&memory, tokens, maqd_stride(w), w->groups, !levels,
+                                 w->group_steps);
         p.rotated = maqd_cut_floats(&memory, threads * w->columns);
-        p.panels = maqd_cut(&memory, threads * maqd_panel(maqd_stride(w)));
+        p.panels = maqd_cut(&memory, threads * maqd_panel(p.path, tokens, maqd_stride(w)));
         if (!base && !(base = malloc(memory.used + 64))) return 1;
     }
+    maqd_arrange(p.path, w, tokens, &p.input);
     maqd_run(product_share, &p, tokens + maqd_blocks(w), threads);
     free(base);
     return 0;

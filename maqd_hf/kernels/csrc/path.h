@@ -335,5 +335,5 @@ static void activate(int32_t kind, float *x, const float *up, int64_t count) {
     }
 }
 
-const maqd_path PATH = {NAME, SUPPORTED, TILE, matmul, quantize, spread, norm,
+const maqd_path PATH = {NAME, SUPPORTED, TILE, 0, matmul, quantize, spread, norm,
                       rope, hadamard, attend, activate, keep};

@@ -146,6 +146,9 @@ INLINE void dot_panel(const uint8_t *panel, int64_t block_stride, int64_t planes
 }
 
 #include "path.h"
+#if defined(MAQD_AMX)
+#include "amx.h"
+#endif
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

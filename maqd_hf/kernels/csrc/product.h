@@ -3,8 +3,16 @@
 
 typedef uint16_t h16 __attribute__((vector_size(32)));
 
+/* A plane of a panel. `centered`: codes are doubled and moved to the middle, 2 c - (M-1), where `most`
+ * is M-1. */
+INLINE void spread_plane(b64 codes, const int centered, uint8_t most, uint8_t *plane) {
+    if (centered) codes += codes - most;
+    memcpy(plane, &codes, 64);
+}
+
 /* One unit as planes of whole bytes, in the order of its inputs. */
-INLINE void unpack_unit(const uint8_t *unit, const int bits, uint8_t *panel) {
+INLINE void unpack_unit(const uint8_t *unit, const int bits, const int centered, uint8_t most,
+                        uint8_t *panel) {
     b64 q, upper, high;
     memcpy(&q, unit, 64);
     if (bits == 3) {
@@ -12,37 +20,38 @@ INLINE void unpack_unit(const uint8_t *unit, const int bits, uint8_t *panel) {
         memcpy(&high, unit + 128, 64);
         for (int p = 0; p < 8; ++p) {
             const b64 low = (p < 4 ? q : upper) >> (2 * (p % 4)) & 3;
-            const b64 codes = low | (high >> p & 1) << 2;
-            memcpy(panel + 64 * p, &codes, 64);
+            spread_plane(low | (high >> p & 1) << 2, centered, most, panel + 64 * p);
         }
     } else if (bits == TRITS) {
-        for (int p = 0; p < 5; ++p, q += q + q) {
-            const b64 digit = -((b64)(q > 85) + (b64)(q > 170));
-            memcpy(panel + 64 * p, &digit, 64);
-        }
+        for (int p = 0; p < 5; ++p, q += q + q)
+            spread_plane(-((b64)(q > 85) + (b64)(q > 170)), centered, most, panel + 64 * p);
     } else {
         for (int p = 0; p < 8 / bits; ++p) {
             const b64 codes = q >> (bits * p) & (uint8_t)((1 << bits) - 1);
-            memcpy(panel + 64 * p, &codes, 64);
+            spread_plane(codes, centered, most, panel + 64 * p);
         }
     }
 }
 
-INLINE void unpack_units(const uint8_t *codes, int64_t units, const int bits, uint8_t *panel) {
+INLINE void unpack_units(const maqd_weight *w, const uint8_t *codes, const int bits,
+                         const int centered, uint8_t *panel) {
     const int64_t size = maqd_planes(bits) * 64, planes = maqd_inputs(bits) / 4;
-    for (int64_t u = 0; u < units; ++u) unpack_unit(codes + u * size, bits, panel + u * planes * 64);
+    const uint8_t most = (uint8_t)(2 * w->zero);
+    for (int64_t u = 0; u < w->units; ++u)
+        unpack_unit(codes + u * size, bits, centered, most, panel + u * planes * 64);
 }
 
-/* `count` row blocks as a panel; 8-bit codes are one as they stand. */
-static const uint8_t *unpack(const maqd_weight *w, int64_t block, int64_t count, uint8_t *panel) {
+/* `count` row blocks as a panel; 8-bit codes are one as they stand, never centered. */
+INLINE const uint8_t *unpack(const maqd_weight *w, int64_t block, int64_t count, const int centered,
+                             uint8_t *panel) {
     const int64_t size = w->units * maqd_planes(w->bits) * 64, stride = maqd_stride(w) * ROWS;
     const uint8_t *codes = w->codes + block * size;
     if (w->bits == 8) return codes;
     for (int64_t b = 0; b < count; ++b, codes += size) switch (w->bits) {
-            case 2: unpack_units(codes, w->units, 2, panel + b * stride); break;
-            case 3: unpack_units(codes, w->units, 3, panel + b * stride); break;
-            case 4: unpack_units(codes, w->units, 4, panel + b * stride); break;
-            default: unpack_units(codes, w->units, TRITS, panel + b * stride);
+            case 2: unpack_units(w, codes, 2, centered, panel + b * stride); break;
+            case 3: unpack_units(w, codes, 3, centered, panel + b * stride); break;
+            case 4: unpack_units(w, codes, 4, centered, panel + b * stride); break;
+            default: unpack_units(w, codes, TRITS, centered, panel + b * stride);
         }
     return panel;
 }
@@ -163,6 +172,11 @@ INLINE void tiles(const maqd_weight *w, const maqd_input *x, const uint8_t *pane
     }
 }
 
+static const uint8_t *unpack_plain(const maqd_weight *w, int64_t block, int64_t count,
+                                   uint8_t *panel) {
+    return unpack(w, block, count, 0, panel);
+}
+
 /* The same with float activations: codes become floats, four sums a token keep them independent. */
 INLINE void tile_float(const maqd_weight *w, const maqd_input *x, const uint8_t *panel,
                        int64_t block, int64_t token, const int tokens, float *y, int64_t y_stride) {
@@ -198,7 +212,7 @@ INLINE void tile_float(const maqd_weight *w, const maqd_input *x, const uint8_t 
 static void matmul_float(const maqd_weight *w, const maqd_input *x, int64_t block, int64_t last,
                          int64_t tokens, float *y, int64_t y_stride, uint8_t *scratch) {
     for (; block < last; ++block) {
-        const uint8_t *panel = unpack(w, block, 1, scratch);
+        const uint8_t *panel = unpack_plain(w, block, 1, scratch);
         int64_t t = 0;
         for (; t + 4 <= tokens; t += 4) tile_float(w, x, panel, block, t, 4, y, y_stride);
         for (; t < tokens; ++t) tile_float(w, x, panel, block, t, 1, y, y_stride);
@@ -209,7 +223,7 @@ static void matmul_panels(const maqd_weight *w, const maqd_input *x, int64_t blo
                           int64_t tokens, float *y, int64_t y_stride, uint8_t *scratch) {
     for (; block < last; block += BLOCKS) {
         const int pair = block + BLOCKS <= last;
-        const uint8_t *panel = unpack(w, block, pair ? BLOCKS : 1, scratch);
+        const uint8_t *panel = unpack_plain(w, block, pair ? BLOCKS : 1, scratch);
         if (pair && w->wide)
             tiles(w, x, panel, block, BLOCKS, 1, tokens, y, y_stride);
         else if (pair)
@@ -272,7 +286,7 @@ INLINE void deal(bytes16 codes, int8_t *to, int64_t every) {
 }
 
 static void quantize(const float *x, int64_t columns, int64_t groups, int32_t levels,
-                     float clip_ratio, float *step, float *group_step, int8_t *codes,
+                     float clip_ratio, float *step, float *group_step, int8_t *codes, int64_t run,
                      int64_t every, int64_t stride, float *sums) {
     const float center = (float)(levels - 1) / 2, top = (float)(levels - 1);
     const int64_t width = columns / groups;
@@ -300,8 +314,10 @@ static void quantize(const float *x, int64_t columns, int64_t groups, int32_t le
             if (some < 16) whole &= lane < (int32_t)some;
             sum += whole;
             const bytes16 bytes = __builtin_convertvector(whole, bytes16);
-            int8_t *to = codes + k / 4 * every;
-            if (some == 16)
+            int8_t *to = codes + k / run * every + k % run;
+            if (run > 4) /* whole runs of 32 or 64 */
+                memcpy(to, &bytes, sizeof bytes);
+            else if (some == 16)
                 deal(bytes, to, every);
             else
                 for (int64_t i = 0; i < some; i += 4, to += every)
@@ -314,7 +330,7 @@ static void quantize(const float *x, int64_t columns, int64_t groups, int32_t le
         if (group_step) worth += sums[g] * group_step[g];
     }
     sums[groups] = group_step ? worth : (float)everything;
-    for (int64_t k = columns; k < stride; ++k) codes[k / 4 * every + k % 4] = 0;
+    for (int64_t k = columns; run == 4 && k < stride; ++k) codes[k / 4 * every + k % 4] = 0;
 }
 
 static void spread(const float *x, int64_t columns, int64_t groups, float *values, int64_t stride,
