@@ -470,6 +470,19 @@ static void training_of(int64_t rows, int64_t columns, int64_t groups, int level
     drop();
 }
 
+/* A panel of any weight finds room in what the widest one asks for. */
+static void panels(int path) {
+    const int64_t batches[] = {1, 8, 63, 64, 512};
+    const maqd_path *p = maqd_get_path(path);
+    for (int b = 0; b < 5; ++b)
+        for (int64_t widest = 4; widest < 12000; widest = widest * 9 / 8 + 4)
+            for (int64_t stride = 4; stride <= widest; stride = stride * 9 / 8 + 4)
+                expect(maqd_panel_blocks(p, batches[b], stride) * ROWS * stride <=
+                           maqd_panel(p, batches[b], widest),
+                       "panel: path, tokens, stride, widest", path, (int)batches[b], (int)stride,
+                       (int)widest);
+}
+
 int main(void) {
     for (int path = 0; path < maqd_paths(); ++path) {
         if (!maqd_supported(path)) {
@@ -477,6 +490,7 @@ int main(void) {
             continue;
         }
         const int before = checks;
+        panels(path);
         products(path);
         strange_inputs(path);
         rotations(path);

@@ -185,15 +185,17 @@ void maqd_spin_less(int crowded);
 #define MANY 4
 #define SQUARE 16 /* tokens of a square tile */
 
-/* Row blocks of a panel for `stride` inputs: where many tokens meet them, more than are multiplied
- * together, so that a token's results lie side by side, if the second-level cache has room. */
+/* Row blocks of a panel for `stride` inputs: where many tokens meet them, as many as WIDE bytes hold,
+ * so that a token's results lie side by side; else those that are multiplied together. */
+#define WIDE (1 << 18) /* an eighth of a second-level cache */
 static inline int64_t maqd_panel_blocks(const maqd_path *path, int64_t tokens, int64_t stride) {
-    const int64_t most = path->square && tokens >= 64 ? (1 << 18) / (ROWS * stride) : BLOCKS;
+    const int64_t most = path->square && tokens >= 64 ? WIDE / (ROWS * stride) : BLOCKS;
     return most < 2 * BLOCKS ? BLOCKS : most < 4 * BLOCKS ? 2 * BLOCKS : 4 * BLOCKS;
 }
-/* Bytes of such a panel. */
+/* Bytes that are enough for the panels of all weights with up to `stride` inputs. */
 static inline int64_t maqd_panel(const maqd_path *path, int64_t tokens, int64_t stride) {
-    return maqd_panel_blocks(path, tokens, stride) * ROWS * stride;
+    const int64_t least = BLOCKS * ROWS * stride;
+    return path->square && tokens >= 64 && least < WIDE ? WIDE : least;
 }
 
 /* How the inputs of a weight lie. */
