@@ -43,7 +43,13 @@ from quality_peers import PEERS, finish_qat, quantize_peer
 from quality_rules import RULES, apply_rule
 from quality_task import TABLES, Arguments, Row, Task, remembering
 from targets import quality_targets
-from transformers import HfArgumentParser, PreTrainedModel, default_data_collator, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    PreTrainedModel,
+    default_data_collator,
+    set_seed,
+)
 
 from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
@@ -92,6 +98,15 @@ def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
     bits = row.levels.bit_length() - 1
     stored = quantize_peer(row.method, model, bits, row.group, task.calibration_ids(), task.folder)
     return model, {"bits_per_weight": stored}
+
+
+def go_on(row: Row, checkpoints: Path | None) -> tuple[PreTrainedModel, dict[str, Any]] | None:
+    """As `start`, from a checkpoint of ours: it holds all that calibrating has set."""
+    last = last_complete_checkpoint(checkpoints) if checkpoints else None
+    if row.method != "MaQD" or last is None:
+        return None
+    model = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32)
+    return model, {"bits_per_weight": model_size(model).bits_per_quantized_weight}
 
 
 def distil(
@@ -158,7 +173,7 @@ def run_row(
     """
     set_seed(seed)
     began = time.perf_counter()
-    model, found = start(row, task)
+    model, found = go_on(row, checkpoints) or start(row, task)
     if rate is not None:
         found |= distil(model, task, rate, seed, checkpoints)
     if "QAT" in row.method:

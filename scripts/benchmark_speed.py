@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 from speed_kernels import matrices, plot_roofline
-from speed_rivals import PACKAGES, unavailable
+from speed_rivals import PACKAGES, llama_cpp_build, unavailable
 from targets import speed_targets
 from tqdm.auto import tqdm
 from transformers import (
@@ -423,6 +423,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "kernels": kernels.info(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "missing_rivals": missing,
+        "llama_cpp_build": llama_cpp_build(),
         "versions": package_versions(),
     }
 

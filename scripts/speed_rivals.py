@@ -49,6 +49,17 @@ def rivals(rows: int, columns: int, x: Tensor) -> tuple[Calls, dict[str, str]]:
     return calls, missing
 
 
+def llama_cpp_build() -> list[str]:
+    """The instruction sets and other features llama.cpp was built with and finds here."""
+    if unavailable("llama-cpp-python"):
+        return []
+    import llama_cpp
+
+    said = llama_cpp.llama_print_system_info().decode()
+    parts = [part.split(":")[-1].split("=") for part in said.split("|")]
+    return [part[0].strip() for part in parts if len(part) == 2 and part[1].strip() == "1"]
+
+
 def unavailable(package: str) -> str | None:
     """Why a package of ``PACKAGES`` cannot run here, or None."""
     try:

@@ -29,9 +29,16 @@ def speed_in_short(result: dict[str, Any]) -> str:
 
 
 def _rest(result: dict[str, Any], products: list[str]) -> list[str]:
-    tables = [*compiled_decoding(result), *loading(result), *agreement(result), *ceilings(result)]
+    tables = [*machine(result), *compiled_decoding(result), *loading(result), *agreement(result), *ceilings(result)]
     aimed = aims(speed_targets(result), "Ratios that were aimed at (`scripts/targets.py`):")
     return [*tables, *products, aimed]
+
+
+def machine(result: dict[str, Any]) -> list[str]:
+    """What our kernels and llama.cpp's ran on."""
+    build = ", ".join(result.get("llama_cpp_build", []))
+    ours = result["kernels"]["linear"].removeprefix("native, ")
+    return [f"Kernels: {ours}. llama.cpp was built with {build}."] if build else []
 
 
 def models(running: list[dict[str, Any]]) -> list[str]:

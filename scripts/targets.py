@@ -24,8 +24,8 @@ _CALL = (
     "from Python and waking the second thread show"
 )
 _PEAK = (
-    "the product runs at the rate of the machine's byte dot product, which on a CPU without AMX is "
-    "at most twice that of its bfloat16 one"
+    "bytes are multiplied at the rate the machine has for them, at most twice that for bfloat16, "
+    "and inputs and results are float32"
 )
 _PREFILL = (
     "most of the time goes to products at the rate of the byte dot product and to attention "

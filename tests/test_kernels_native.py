@@ -67,7 +67,7 @@ def test_equals_the_reference(path, weight_levels, activation_levels, tokens, mo
 def test_every_storage_multiplies_every_code(path, storage):
     """Against a plain integer product: all levels, odd shapes, few tokens and whole tiles."""
     levels = native.STORAGES[storage].levels
-    for columns, rows, tokens in [(20, 16, 1), (77, 33, 3), (131, 50, 4), (64, 17, 29)]:
+    for columns, rows, tokens in [(20, 16, 1), (77, 33, 3), (131, 50, 4), (64, 17, 29), (520, 21, 2)]:
         codes = torch.randint(0, levels, (rows, columns))
         codes[0], codes[-1] = 0, levels - 1
         weight = native.NativeWeight(

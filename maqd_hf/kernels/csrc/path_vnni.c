@@ -52,31 +52,29 @@ INLINE __m512i bits_at(__m512i codes, int width, int at) {
     return _mm512_and_si512(codes, _mm512_set1_epi8((char)(((1 << width) - 1) << at)));
 }
 
-INLINE __m512i dot_fields(const uint8_t *codes, int64_t units, const int bits, const int8_t *x) {
+/* `sets` units take turns with sums of their own: an addition waits for the one before, 4 cycles on Zen
+ * 4 and 5 on Intel's, and with 4 bits a unit has only two sums. */
+INLINE __m512i dot_fields(const uint8_t *codes, int64_t units, const int bits, const int sets,
+                          const int8_t *x) {
     const int positions = 8 / bits;
-    __m512i acc[4], sum = _mm512_setzero_si512();
-    for (int p = 0; p < 4; ++p) acc[p] = sum;
-    for (int64_t u = 0; u < units; ++u, codes += 64, x += 4 * positions) {
-        prefetch(codes);
+    __m512i acc[16], sum = _mm512_setzero_si512();
+    for (int i = 0; i < sets * positions; ++i) acc[i] = sum;
+    for (; units >= sets; units -= sets)
+        for (int i = 0; i < sets; ++i, codes += 64, x += 4 * positions) {
+            prefetch(codes);
+            for (int p = 0; p < positions; ++p) {
+                __m512i *one = acc + i * positions + p;
+                *one = add_dot(*one, bits_at(plane(codes), bits, bits * p), four(x + 4 * p));
+            }
+        }
+    for (; units; --units, codes += 64, x += 4 * positions)
         for (int p = 0; p < positions; ++p)
             acc[p] = add_dot(acc[p], bits_at(plane(codes), bits, bits * p), four(x + 4 * p));
-    }
-    for (int p = 0; p < positions; ++p)
+    for (int p = 0; p < positions; ++p) {
+        for (int i = 1; i < sets; ++i) acc[p] = _mm512_add_epi32(acc[p], acc[i * positions + p]);
         sum = _mm512_add_epi32(sum, _mm512_srai_epi32(acc[p], (unsigned)(bits * p)));
-    return sum;
-}
-
-/* Two sums take turns, or every addition would wait for the one before. */
-INLINE __m512i dot_bytes(const uint8_t *codes, int64_t units, const int8_t *x) {
-    __m512i even = _mm512_setzero_si512(), odd = even;
-    for (; units > 1; units -= 2, codes += 128, x += 8) {
-        prefetch(codes);
-        prefetch(codes + 64);
-        even = add_dot(even, plane(codes), four(x));
-        odd = add_dot(odd, plane(codes + 64), four(x + 4));
     }
-    if (units) even = add_dot(even, plane(codes), four(x));
-    return _mm512_add_epi32(even, odd);
+    return sum;
 }
 
 INLINE __m512i dot_planes(const uint8_t *codes, int64_t units, const int8_t *x) {
@@ -120,10 +118,10 @@ INLINE __m512i dot_trits(const uint8_t *codes, int64_t units, const int8_t *x) {
 
 INLINE void dot(const uint8_t *codes, int64_t units, const int bits, const int8_t *x,
                 int32_t *out) {
-    const __m512i sum = bits == 8       ? dot_bytes(codes, units, x)
-                        : bits == 3     ? dot_planes(codes, units, x)
+    const __m512i sum = bits == 3     ? dot_planes(codes, units, x)
                         : bits == TRITS ? dot_trits(codes, units, x)
-                                        : dot_fields(codes, units, bits, x);
+                        : units < 16    ? dot_fields(codes, units, bits, 1, x)
+                                        : dot_fields(codes, units, bits, bits == 8 ? 4 : bits, x);
     _mm512_storeu_si512(out, sum);
 }
 
