@@ -29,7 +29,13 @@ def speed_in_short(result: dict[str, Any]) -> str:
 
 
 def _rest(result: dict[str, Any], products: list[str]) -> list[str]:
-    tables = [*machine(result), *compiled_decoding(result), *loading(result), *agreement(result), *ceilings(result)]
+    tables = [
+        *machine(result),
+        *compiled_decoding(result),
+        *loading(result),
+        *agreement(result),
+        *ceilings(result),
+    ]
     aimed = aims(speed_targets(result), "Ratios that were aimed at (`scripts/targets.py`):")
     return [*tables, *products, aimed]
 

@@ -67,7 +67,13 @@ def test_equals_the_reference(path, weight_levels, activation_levels, tokens, mo
 def test_every_storage_multiplies_every_code(path, storage):
     """Against a plain integer product: all levels, odd shapes, few tokens and whole tiles."""
     levels = native.STORAGES[storage].levels
-    for columns, rows, tokens in [(20, 16, 1), (77, 33, 3), (131, 50, 4), (64, 17, 29), (520, 21, 2)]:
+    for columns, rows, tokens in [
+        (20, 16, 1),
+        (77, 33, 3),
+        (131, 50, 4),
+        (64, 17, 29),
+        (520, 21, 2),
+    ]:
         codes = torch.randint(0, levels, (rows, columns))
         codes[0], codes[-1] = 0, levels - 1
         weight = native.NativeWeight(
@@ -88,7 +94,7 @@ def test_every_storage_multiplies_every_code(path, storage):
 @pytest.mark.parametrize("tokens", [15, 16, 31, 32, 33, 50])
 @pytest.mark.parametrize("weight_levels", [3, 7, 16, 256])
 def test_many_tokens_equal_the_reference(path, weight_levels, tokens, monkeypatch):
-    """Whole and broken tiles of 16 tokens, panels of one to several row blocks, both tile widths."""
+    """Whole and broken tiles of 16 tokens, panels of one to several row blocks."""
     for columns, rows, settings in [
         (64, 16, {}),
         (128, 150, {"bias": False}),
