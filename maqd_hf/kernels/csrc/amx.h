@@ -15,7 +15,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define AMX __attribute__((target("amx-tile,amx-int8")))
+#define AMX __attribute__((target(FEATURES ",amx-tile,amx-int8")))
 
 /* The processor has it and the system lets this process use it. */
 static int has_amx(void) {

@@ -2,8 +2,9 @@
 #include "maqd.h"
 
 #if defined(__x86_64__)
+#define FEATURES "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target(FEATURES))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
 #endif
@@ -144,10 +145,10 @@ INLINE void dot_panel(const uint8_t *panel, int64_t block_stride, int64_t planes
 }
 
 #include "path.h"
-#if defined(MAQD_AMX)
-#include "amx.h"
-#endif
 #if defined(__clang__)
 #pragma clang attribute pop
+#endif
+#if defined(MAQD_AMX)
+#include "amx.h"
 #endif
 #endif
