@@ -28,7 +28,7 @@ from tables_quality import (
     quality_in_short,
     zero_shot,
 )
-from tables_speed import speed, speed_in_short
+from tables_speed import speed, speed_elsewhere, speed_in_short
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
@@ -148,6 +148,12 @@ SECTIONS = [
     ),
     _same("Zero-shot", "zero_shot.json", "zero_shot.py --data-dir ...", zero_shot),
     Section("Speed", "speed.json", "benchmark_speed.py", speed, speed_in_short),
+    _same(
+        "Speed, a CPU without AMX",
+        "speed-avx512.json",
+        "benchmark_speed.py --output results/speed-avx512.json",
+        speed_elsewhere,
+    ),
     _same("Without training", "ptq-*.json", "quantize_ptq.py", post_training),
     _same("Static norms", "lbn_experiments.json", "lbn_experiments.py", norms, brief=False),
     _same("Batch sizes", "lbn_batch.json", "lbn_batch_size.py", batch_sizes),

@@ -9,6 +9,7 @@ from tables import aims, table
 from targets import load_ratio, speed_targets
 
 ROOT = Path(__file__).resolve().parent.parent
+AIMS = "Ratios that were aimed at (`scripts/targets.py`):"
 
 
 def speed(result: dict[str, Any]) -> str:
@@ -28,6 +29,11 @@ def speed_in_short(result: dict[str, Any]) -> str:
     return "\n\n".join([*models(chosen), *_rest(result, [])])
 
 
+def speed_elsewhere(result: dict[str, Any]) -> str:
+    """What was aimed at, on another machine."""
+    return "\n\n".join([*machine(result), aims(speed_targets(result), AIMS)])
+
+
 def _rest(result: dict[str, Any], products: list[str]) -> list[str]:
     tables = [
         *machine(result),
@@ -36,7 +42,7 @@ def _rest(result: dict[str, Any], products: list[str]) -> list[str]:
         *agreement(result),
         *ceilings(result),
     ]
-    aimed = aims(speed_targets(result), "Ratios that were aimed at (`scripts/targets.py`):")
+    aimed = aims(speed_targets(result), AIMS)
     return [*tables, *products, aimed]
 
 
@@ -44,7 +50,7 @@ def machine(result: dict[str, Any]) -> list[str]:
     """What our kernels and llama.cpp's ran on."""
     build = ", ".join(result.get("llama_cpp_build", []))
     ours = result["kernels"]["linear"].removeprefix("native, ")
-    return [f"Kernels: {ours}. llama.cpp was built with {build}."] if build else []
+    return [f"Kernels: {ours}." + f" llama.cpp was built with {build}." * bool(build)]
 
 
 def models(running: list[dict[str, Any]]) -> list[str]:
