@@ -18,9 +18,9 @@ from typing import Any
 # of which the call 5; 4096 x 4096 runs at 98 % of the byte dot product's rate on one thread. A
 # token's native step takes 2.35 ms on one thread and 1.7 on two, its 54 MiB at the bandwidth
 # measured 1.6, `generate()` outside 0.7. On another day, when memory was slow, the step took 2.9 ms
-# on either. Of a prefill on one thread, products are 61 % and attention 24 % (`perf`, that day). On a
-# Xeon with AMX matrices from 4096 x 4096 on are read at 33 GB/s in every storage (2 cores), more than
-# memory gives; of a prefill on one thread products and attention are 39 % each.
+# on either. Of a prefill on one thread, products are 61 % and attention 24 % (`perf`, that day).
+# Xeon with AMX, 2 cores: matrices from 4096 x 4096 on are read at 33 GB/s in every storage, more
+# than memory gives; of a prefill on one thread products are 39 % and attention 39 %.
 _CALL = (
     "larger matrices run at the rate of the machine's byte dot product, or of the cache that all "
     "cores share; at 2048 x 2048 the call from Python and waking the second thread show"
