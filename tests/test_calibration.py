@@ -349,12 +349,14 @@ def test_one_batch_and_several_give_the_same_model(request, ids, family, correct
     one = gptq(model, ids, correction=correction, progress=False)
     several = gptq(twin, ids, correction=correction, batch_size=3, progress=False)
     assert list(one.layers) == list(several.layers)
-    same = 0.0
+    same = []
     for name, layer in layers_of(model).items():
         codes = layer.weight_codes(), twin.get_submodule(name).weight_codes()
-        same += float((codes[0] == codes[1]).float().mean()) / len(one.layers)
+        same.append(float((codes[0] == codes[1]).float().mean()))
         assert several.layers[name].error == pytest.approx(one.layers[name].error, rel=0.05)
-    assert same > 0.98  # sums in another order
+    # Sums in another order: somewhere a code is near a tie and falls on its other side, sooner or
+    # later by the processor. From there on the layers meet other inputs.
+    assert next((share for share in same if share < 1), 1.0) > 0.98
 
 
 def test_a_block_runs_once_in_float_and_once_quantised_and_the_head_never(tiny_llama, ids):
