@@ -151,7 +151,7 @@ SECTIONS = [
     _same(
         "Speed, a CPU without AMX",
         "speed-avx512.json",
-        "benchmark_speed.py --output results/speed-avx512.json",
+        "benchmark_speed.py",
         speed_elsewhere,
     ),
     _same("Without training", "ptq-*.json", "quantize_ptq.py", post_training),

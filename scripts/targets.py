@@ -49,8 +49,8 @@ _LONGER = (
 _PICTURES = "the constants: pictures differ more than texts do"
 _NOISE = "a point is the standard error of 2,000 texts, and seeds differ by more"
 _POOLED = (
-    "static norms bear less speed: this is at 8 a step and 1.4 times the usual rate, the best "
-    "tried for both; at the usual one, and at other sizes, they are nearer or ahead"
+    "static norms bear less speed: of one size, at the fastest rate tried, which is the best for "
+    "both; at the usual rate, and at other sizes, they are nearer or ahead"
 )
 _TRAINED = "falls with the training (`scripts/lbn_experiments.py`)"
 _SHORT = "far too short: published removals of norms (`nn/norm.py`) train a thousand times as long"

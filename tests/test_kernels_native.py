@@ -124,7 +124,7 @@ def test_many_inputs_are_multiplied_piece_by_piece(path, storage):
     assert torch.equal(weight(x.float(), torch.ones(1)), exact)
 
 
-def test_the_tiles_of_other_libraries_stay_as_they_were(path, monkeypatch):
+def test_the_tiles_of_other_libraries_stay_as_they_were(path):
     """oneDNN multiplies by AMX too, and configures a thread's tiles once."""
     a, b = torch.randn(48, 96).bfloat16(), torch.randn(80, 96).bfloat16()
     expected = nn.functional.linear(a, b)

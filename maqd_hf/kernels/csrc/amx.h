@@ -181,12 +181,12 @@ INLINE AMX void rows_of_panel(const maqd_weight *w, const maqd_input *x, const u
                               int64_t to, float *y, int64_t y_stride) {
     const int64_t stride = maqd_stride(w) * ROWS;
     products of[2], *now = of, *before = of + 1;
-    int64_t shape = 0;
+    int64_t shaped = 0;
     before->next = before->all = 0, before->blocks = 1;
     for (int64_t t = from, live; t < to; t += live) {
         live = to - t >= 2 * SQUARE ? 2 * SQUARE : to - t >= SQUARE ? SQUARE : to - t;
-        if (shape != (live < SQUARE ? live : SQUARE))
-            shape_tiles(shape = live < SQUARE ? live : SQUARE, x->run);
+        const int64_t shape = live < SQUARE ? live : SQUARE;
+        if (shape != shaped) shape_tiles(shaped = shape, x->run);
         for (int64_t b = block; b < last; b += 2) {
             const uint8_t *pair = panel + (b - block) * stride;
             products *other = now;

@@ -188,14 +188,17 @@ void maqd_spin_less(int crowded);
 /* Row blocks of a panel for `stride` inputs: where many tokens meet them, as many as WIDE bytes hold,
  * so that a token's results lie side by side; else those that are multiplied together. */
 #define WIDE (1 << 18) /* an eighth of a second-level cache */
+static inline int maqd_wide(const maqd_path *path, int64_t tokens) {
+    return path->square && tokens >= 64;
+}
 static inline int64_t maqd_panel_blocks(const maqd_path *path, int64_t tokens, int64_t stride) {
-    const int64_t most = path->square && tokens >= 64 ? WIDE / (ROWS * stride) : BLOCKS;
+    const int64_t most = maqd_wide(path, tokens) ? WIDE / (ROWS * stride) : BLOCKS;
     return most < 2 * BLOCKS ? BLOCKS : most < 4 * BLOCKS ? 2 * BLOCKS : 4 * BLOCKS;
 }
 /* Bytes that are enough for the panels of all weights with up to `stride` inputs. */
 static inline int64_t maqd_panel(const maqd_path *path, int64_t tokens, int64_t stride) {
     const int64_t least = BLOCKS * ROWS * stride;
-    return path->square && tokens >= 64 && least < WIDE ? WIDE : least;
+    return maqd_wide(path, tokens) && least < WIDE ? WIDE : least;
 }
 
 /* How the inputs of a weight lie. */
