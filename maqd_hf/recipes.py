@@ -26,9 +26,21 @@ levels  input levels    rate  perplexity
     16            15    2e-4  39.62 / 58.94
 ======  ============  ======  =============
 
-Gammas kept fixed in the first runs: 35.39 / 53.20 (16 levels, 1e-4), no difference to speak of.
-With gammas absorbed by the weights, whose rows then differ a hundredfold in size, larger rates did
-harm (WikiText-2 alone):
+Ternary, started on 32,768 tokens (127.8 / 178.9) and trained on as many, one run each: between
+half and all of the rate there is no difference to speak of, three times as much is too fast.
+
+==========================  ======  ==============
+what                          rate  perplexity
+==========================  ======  ==============
+warm-up of 2 steps of 128   2.5e-4  85.6 / 116.9
+the same                      5e-4  87.0 / 114.4
+warm-up of 24 steps           5e-4  87.0 / 113.2
+2 steps, scales at 5e-3     1.5e-3  95.2 / 120.2
+==========================  ======  ==============
+
+Gammas kept fixed in the runs of the first table: 35.39 / 53.20 (16 levels, 1e-4), no difference to
+speak of. With gammas absorbed by the weights, whose rows then differ a hundredfold in size, larger
+rates did harm (WikiText-2 alone):
 
 ======  ======  ==============  ======  ==========
 levels  tokens  samples a step    rate  perplexity

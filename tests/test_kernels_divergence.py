@@ -9,6 +9,8 @@ from torch import Tensor
 from maqd_hf.kernels import loader
 from maqd_hf.kernels.divergence import kl_divergence
 
+pytestmark = pytest.mark.usefixtures("best")
+
 
 def by_autograd(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     s = student.double().requires_grad_()

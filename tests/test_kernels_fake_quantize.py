@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +12,8 @@ from torch import Tensor, nn
 from maqd_hf import functional
 from maqd_hf.kernels import fake_quantize, loader
 from maqd_hf.nn import LinearSpec, MaQDLinear
+
+pytestmark = pytest.mark.usefixtures("best")
 
 SHAPES = [(5, 8, 1), (3, 48, 3), (7, 37, 1), (1, 130, 13), (64, 576, 9), (2, 1, 1)]
 LEVELS = [2, 3, 4, 16, 255, 256]
@@ -80,6 +85,26 @@ def test_bfloat16_is_the_rounded_float32_and_takes_bfloat16_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     half = fake_quantize.fake_quantize_weight(*given, 16, torch.float16)
     assert torch.equal(half, wide.to(torch.float16))
+
+
+def test_the_compiled_pass_is_faster_than_torch() -> None:
+    """By four to seven times on one thread; with another processor's SSE2 it took as long."""
+    weight, step, scale = operands(64, 4096, 64, 3, False)
+    incoming = torch.randn_like(weight)
+
+    def seconds(function: Callable[..., Tensor]) -> float:
+        began = time.perf_counter()
+        torch.autograd.grad(function(weight, step, scale, None, 3), (weight, scale), incoming)
+        return time.perf_counter() - began
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ours, theirs = (
+        min(seconds(function) for _ in range(40))
+        for function in (fake_quantize.fake_quantize_weight, functional.fake_quantize_weight)
+    )
+    torch.set_num_threads(threads)
+    assert ours < 0.6 * theirs, (ours, theirs)
 
 
 def test_constant_rows_are_finite_and_nan_stays_nan() -> None:

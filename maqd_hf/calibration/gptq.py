@@ -80,6 +80,14 @@ shrink=0, correction=1                         32,768  45.4 /  72.8
 diagonal 1.07 times itself                     32,768  45.4 /  71.6
 diagonal 1.2 times itself                      32,768  45.5 /  73.6
 =============================================  ======  =============
+
+Tokens that count by what an error of the layer's output costs the model there (the mean square of
+its gradient, labels drawn from the model itself; GuidedQuant, arXiv:2505.07004, has this for groups
+of outputs) take one more backward and gain little. SmolLM2-135M, whole model, 3 levels, 32,768
+tokens: 127.8 / 178.9 becomes 126.0 / 171.5 with half of it and half of equal counts, and 125.3 /
+165.1 with its root. In the first blocks a hundredth of the tokens owns the mean. stories260K (one
+scale per row, mean of 3 seeds): 2.780 nats at 4 levels become 2.799 and 2.903, 2.979 with all of
+it; at 16 levels nothing changes.
 """
 
 from __future__ import annotations

@@ -45,9 +45,14 @@
 #endif
 
 /* A function compiled for several instruction sets, chosen when the library is loaded: for loops
- * that the compiler vectorises by itself. */
+ * that the compiler vectorises by itself. "arch=haswell" would ask for Intel's processor of that
+ * name and not for what it can do, and leave every other one without AVX-512 with SSE2. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#if __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
+#else
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define CLONES
 #endif
