@@ -12,10 +12,12 @@ two cores): 16 and 20,480: 37.5, 36.5, 495; 32 and 10,240: 36.8, 36.2, 410; 80 a
     python scripts/qat_llm.py
     python scripts/qat_llm.py --model someone/some-llm --dataset someone/some-text --weight_levels 4
     python scripts/qat_llm.py --metrics results/main_job.json
+    torchrun --nproc_per_node 2 scripts/qat_llm.py    # several processes share the training
 
 The run directory holds arguments.json, metrics.json, plot.png, README.md (the model card) and
 model/ (the packed model). Ctrl-C while training leaves a checkpoint; ``--resume_from_checkpoint
-true`` continues from the last one.
+true`` continues from the last one. With several processes (``torchrun``, ``accelerate launch``) the
+first does all but the training, and the others wait.
 """
 
 from __future__ import annotations
@@ -133,16 +135,23 @@ class JobArguments:
 class Run:
     """The run directory and everything measured so far; metrics.json is always up to date."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "metrics.json"
-        self.metrics: dict[str, Any] = {}
-        if self.path.exists():
-            self.metrics = json.loads(self.path.read_text("utf-8"))
+    def __init__(self, folder: Path, first: bool = True) -> None:
+        self.folder, self.path, self.first = folder, folder / "metrics.json", first
+        self.metrics = self.reread()
         self.began = time.perf_counter() - self.metrics.get("seconds", {}).get("total", 0.0)
 
+    def reread(self) -> dict[str, Any]:
+        """What metrics.json holds now; nothing, if there is none yet."""
+        if not self.path.exists():
+            return {}
+        found: dict[str, Any] = json.loads(self.path.read_text("utf-8"))
+        return found
+
     def record(self, **values: Any) -> None:
-        """Add to metrics.json (written beside, then renamed)."""
+        """Add to metrics.json (written beside, then renamed, by the first of several processes)."""
         self.metrics.update(values)
+        if not self.first:
+            return
         self.metrics.setdefault("seconds", {})["total"] = round(time.perf_counter() - self.began, 1)
         beside = self.path.with_suffix(".part")
         beside.write_text(json.dumps(self.metrics, indent=2) + "\n", "utf-8")
@@ -151,7 +160,8 @@ class Run:
     @contextmanager
     def stage(self, title: str) -> Any:
         """Announce a stage and record its seconds."""
-        print(f"\n== {title}", flush=True)
+        if self.first:
+            print(f"\n== {title}", flush=True)
         began = time.perf_counter()
         yield
         seconds = self.metrics.setdefault("seconds", {})
@@ -167,20 +177,19 @@ class Job:
         self.config = job.maqd_config()
         folder = Path(str(training.output_dir))
         self.checkpoint = _find_checkpoint(folder, training.resume_from_checkpoint)
-        _prepare_folder(folder, job.overwrite, resuming=self.checkpoint is not None)
-        self.run = Run(folder)
-        (folder / "arguments.json").write_text(
-            json.dumps(
-                {
-                    "job": asdict(job),
-                    "quantization": self.config.to_dict(),
-                    "training": training.to_sanitized_dict(),
-                },
-                indent=2,
-            )
-            + "\n",
-            "utf-8",
-        )
+        self.first = training.process_index == 0
+        with training.main_process_first(local=False, desc="run directory"):
+            if self.first:
+                _prepare_folder(folder, job.overwrite, resuming=self.checkpoint is not None)
+            self.run = Run(folder, self.first)
+        if not self.first:
+            return
+        arguments = {
+            "job": asdict(job),
+            "quantization": self.config.to_dict(),
+            "training": training.to_sanitized_dict(),
+        }
+        (folder / "arguments.json").write_text(json.dumps(arguments, indent=2) + "\n", "utf-8")
 
     def load(self) -> None:
         """Float model, tokenizer and text."""
@@ -197,12 +206,13 @@ class Job:
             return
         # Whole text, then shuffled: consecutive blocks are one article, and start values fitted to
         # one article are bad ones (perplexity 89 against 64 with plain GPTQ at 4 bit).
-        self.blocks = tokenize_blocks(
-            self.text(self.job.dataset, self.job.train_split),
-            self.tokenizer,
-            self.job.block_size,
-            max_tokens=max(_MOST_TOKENS, wanted),
-        ).shuffle(seed=seed)
+        with self.training.main_process_first(desc="text"):  # the others find it in the cache
+            self.blocks = tokenize_blocks(
+                self.text(self.job.dataset, self.job.train_split),
+                self.tokenizer,
+                self.job.block_size,
+                max_tokens=max(_MOST_TOKENS, wanted),
+            ).shuffle(seed=seed)
 
     def text(self, source: str, split: str) -> Dataset:
         """Rows of text of a split of ``source``."""
@@ -217,9 +227,8 @@ class Job:
     @property
     def tokens_per_step(self) -> int:
         training = self.training
-        return (
-            self.job.block_size * training.train_batch_size * training.gradient_accumulation_steps
-        )
+        samples = training.train_batch_size * training.gradient_accumulation_steps
+        return self.job.block_size * samples * training.world_size
 
     def perplexity(self, model: nn.Module, stage: str) -> PerplexityResult:
         """Measure ``model`` on the held-out text and record it as ``stage``."""
@@ -240,6 +249,29 @@ class Job:
     def first_samples(self, count: int) -> Tensor:
         """(samples, tokens) ids: the first ``count`` training samples, fewer if there are."""
         return torch.tensor(self.blocks[:count]["input_ids"])
+
+    def begin(self) -> tuple[PreTrainedModel, list[str]]:
+        """The model to train, and its static norms: from the last checkpoint, from its start values
+        or, in all processes but the first, from what that one left in the run directory."""
+        source = self.checkpoint or (None if self.first else self.handed_over)
+        if source is not None:
+            norms = list(self.run.reread().get("norms", {}).get("static", []))
+            return AutoModelForCausalLM.from_pretrained(source), norms
+        with self.run.stage("float model"):
+            self.perplexity(self.teacher, "float")
+        with self.run.stage("start values"):
+            student = self.start()
+            self.perplexity(student, "start")
+        with self.run.stage("static norms"):
+            norms = self.choose_norms(student)
+        if self.training.world_size > 1:
+            save_model(student, self.handed_over)
+        return student, norms
+
+    @property
+    def handed_over(self) -> Path:
+        """Where the first of several processes leaves the start values."""
+        return self.run.folder / "start"
 
     def start(self) -> PreTrainedModel:
         """Convert and calibrate: the best model that needs no training."""
@@ -333,6 +365,17 @@ class Job:
         if self.job.metrics is not None:
             shutil.copyfile(self.run.path, self.job.metrics)
         print(summary(self.run.metrics, self.run.folder))
+
+
+@contextmanager
+def all_threads(training: MaQDTrainingArguments) -> Any:
+    """Those of the processes that wait, too: each has been given its share of the processor."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads * training.world_size if training.use_cpu else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _command(words: list[str]) -> str:
@@ -446,30 +489,26 @@ def parse(arguments: list[str] | None = None) -> tuple[JobArguments, MaQDTrainin
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
         adam_beta2=0.95,
+        ddp_timeout=86_400,  # of several processes all but the first wait for the start values
     )
     job, training = parser.parse_args_into_dataclasses(arguments)
     return job, training
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run the job; returns the content of metrics.json."""
+    """Run the job; returns the content of metrics.json (nothing in processes but the first)."""
     job = Job(*parse(arguments))
     run = job.run
     with run.stage("load"):
         job.load()
-    if job.checkpoint is None:
-        with run.stage("float model"):
-            job.perplexity(job.teacher, "float")
-        with run.stage("start values"):
-            student = job.start()
-            job.perplexity(student, "start")
-        with run.stage("static norms"):
-            norms = job.choose_norms(student)
-    else:
-        student = AutoModelForCausalLM.from_pretrained(job.checkpoint)
-        norms = list(run.metrics.get("norms", {}).get("static", []))
+    alone = job.training.main_process_first(local=False, desc="start values")
+    with alone, all_threads(job.training):
+        student, norms = job.begin()
     with run.stage("training"):
         trainer = job.train(student, norms)
+        if not job.first:
+            return {}
+        shutil.rmtree(job.handed_over, ignore_errors=True)
         # without accelerate's autocast around the forward: measure as the packed model runs
         student = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         job.perplexity(student, "trained")

@@ -1,8 +1,10 @@
 """scripts/qat_llm.py on a tiny model: every stage, every file, and a resumed run."""
 
 import json
+import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +91,26 @@ def test_an_interrupted_run_resumes_to_the_same_model(job, tmp_path, monkeypatch
     second = AutoModelForCausalLM.from_pretrained(tmp_path / "other" / "model").state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_several_processes_train_as_one_with_as_many_samples_does(job, tmp_path):
+    qat_llm = import_module("qat_llm")
+    script = Path(qat_llm.__file__)
+    alone = qat_llm.main(job(output_dir=tmp_path / "alone", per_device_train_batch_size=4))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, script, *job()], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("== training") == 1, "only the first process reports"
+    run = tmp_path / "run"
+    assert {f.name for f in run.iterdir()} == {
+        "arguments.json", "metrics.json", "plot.png", "README.md", "model",
+    }  # fmt: skip
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    assert metrics["training"]["tokens"] == 2 * 4 * 2 * 32, "processes, steps, samples, tokens"
+    assert metrics["training"]["tokens"] == alone["training"]["tokens"]
+    assert metrics["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-3)
+    losses = [[entry["loss"] for entry in found["loss"]] for found in (metrics, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_the_model_writes_its_own_text(job, tmp_path):
