@@ -21,6 +21,7 @@ from typing import Any
 from tables import table
 from tables_norms import batch_sizes, norms, pretrained_norms, static_inference
 from tables_quality import (
+    ablations,
     block_wise,
     encoders,
     post_training,
@@ -163,6 +164,7 @@ SECTIONS = [
     ),
     _same("Encoders", "encoders.json", "qat_encoder.py --dataset ...", encoders),
     _same("Architectures", "architectures.json", "try_architectures.py", architectures),
+    _same("One setting at a time", "ablations.json", "ablations.py", ablations, brief=False),
     _same("Block by block", "blockwise.json", "blockwise_experiments.py", block_wise, brief=False),
     _same("What training costs", "training.json", "benchmark_training.py", training_cost),
 ]

@@ -229,3 +229,26 @@ def block_wise(result: list[dict[str, Any]]) -> str:
         header = ("tokens go to", "levels", "float", "start (GPTQ)", "block-wise", "end to end")
         tables.append(f"{text}\n\n{table(header, rows)}")
     return "\n\n".join(tables)
+
+
+def ablations(result: list[dict[str, Any]]) -> str:
+    """One setting changed at a time: rows of scripts/ablations.py, mean and range of the seeds."""
+    first = result[0]
+    rows = []
+    for name in dict.fromkeys(run["name"] for run in result):
+        runs = [run for run in result if run["name"] == name]
+        seeds = {run["seed"] for run in runs}
+        same = [r for r in result if r["name"] == first["name"] and r["seed"] in seeds]
+        found = [run["trained"] for run in runs]
+        gap = mean(found) - mean(run["trained"] for run in same)
+        cells = [f"{mean(run['start'] for run in runs):.3f}", f"{mean(found):.3f}"]
+        cells.append(f"{min(found):.3f} to {max(found):.3f}")
+        rows.append((name, *cells, "" if name == first["name"] else f"{gap:+.3f}"))
+    text = (
+        f"`stories260K` (float {first['float']:.3f}), {first['weight_levels']} levels of weights, "
+        f"one scale a row, {first['activation_levels']} of inputs, one learned step a layer; "
+        f"{first['steps']} steps of 8 x 256 tokens, nats on held-out stories, mean and range of "
+        f"{len({run['seed'] for run in result})} seeds."
+    )
+    header = ("changed", "start", "trained", "seeds", "to the first")
+    return f"{text}\n\n{table(header, rows)}"
