@@ -142,8 +142,8 @@ class RoundLatents(TrainerCallback):
     """Latents as they would be if they were kept in bfloat16."""
 
     @torch.no_grad()
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        for layer in model.modules():
+    def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+        for layer in known["model"].modules():
             if isinstance(layer, MaQDLinear):
                 layer.weight.copy_(layer.weight.bfloat16())
 
