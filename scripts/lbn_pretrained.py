@@ -20,11 +20,12 @@ are not repeated.
 What came out, one seed: stories260K after 200 steps of 16 x 256 tokens (float 1.607, start 1.679)
 reaches 1.642 with its norms per token, 1.664 with the 6 of 10 that a tolerance of 0.15 nats admits
 static (+0.02), and 1.702 with all 10 (+0.06); ending with fixed statistics changes nothing here.
-The cost shrinks with the training: in ``scripts/lbn_experiments.py`` all 10 cost 0.08, 0.05 and
-0.04 after 0.2, 1.2 and 2.5 million tokens. MiniLM on SST-2 after 120 steps: all 12 static cost
-0.007 nats. SmolLM2 after 65,536 tokens (float 3.324, start 3.626): 3.517 per token, 3.520 with the
-17 of 60 norms that 0.05 nats admit, 6.519 with all 60: on so few tokens it does not recover.
-Nothing trained (``--llm_steps 0``), 23 of 60 within 0.05 nats cost 0.074 on 4 held-out blocks.
+The cost shrinks with the training: after 2,000 steps all 10 cost 0.02, and in
+``scripts/lbn_experiments.py`` 0.08, 0.05 and 0.04 after 0.2, 1.2 and 2.5 million tokens. MiniLM on
+SST-2 after 120 steps: all 12 static cost 0.007 nats. SmolLM2 after 65,536 tokens (float 3.324,
+start 3.626): 3.517 per token, 3.520 with the 17 of 60 norms that 0.05 nats admit, 6.519 with all
+60: on so few tokens it does not recover. Nothing trained (``--llm_steps 0``), 23 of 60 within 0.05
+nats cost 0.074 on 4 held-out blocks.
 
 ``data`` holds ``models/stories260K``, ``tinystories/`` and ``sst2/``; SmolLM2 and its text and
 MiniLM come out of ordinary packages (``maqd_hf.embedded``).
