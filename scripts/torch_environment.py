@@ -3,8 +3,8 @@
 import os
 
 # Spinning threads slow a busy machine down tenfold (a GPTQ block: 42 s against 4).
-# On a machine that does nothing else OMP_WAIT_POLICY=active, given by the user, is faster: a training
-# step of SmolLM2-135M on 256 tokens, two threads of Zen 3, takes 3.0 s and not 4.2; 3.4 s with
+# On a machine that does nothing else OMP_WAIT_POLICY=active, given by the user, is faster: a step
+# of training SmolLM2-135M on 256 tokens, two threads of Zen 3, takes 3.0 s and not 4.2; 3.4 s with
 # GOMP_SPINCOUNT=20000, which beside one busy process takes 11.3 s where sleeping threads take 6.2.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Tensors beyond 2 MiB on large pages. Fresh memory of 50 MB then takes 6 ms and not 21 (Zen 4, a
