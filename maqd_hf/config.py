@@ -81,8 +81,8 @@ class MaQDConfig(QuantizationConfigMixin):
             embedding takes its grid from it and only the settings of activations from here.
         state, modules, format_version: written by the library, not by users.
 
-    A pattern that matches nothing in the model raises when the model is converted. What
-    the defaults are worth, one changed at a time: ``scripts/ablations.py``.
+    A pattern that matches nothing in the model raises when the model is converted. What the
+    defaults are worth, one changed at a time: ``scripts/ablations.py``.
 
     >>> MaQDConfig(weight_levels=4, group_size=64).linear_spec("layers.0.mlp.up_proj").group_size
     64

@@ -27,13 +27,13 @@ from typing import Any
 import torch_environment  # noqa: F401  (before torch)
 import torch
 from datasets import Dataset
+from lbn_pretrained import token_loss
 from tables_quality import ablations
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
-    PreTrainedModel,
     TrainerCallback,
     default_data_collator,
     set_seed,
@@ -57,8 +57,8 @@ GROUPS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What differs from the first row: settings of ``MaQDConfig``, of ``calibrate``
-    and of the training, the text of both, latents rounded after every step."""
+    """What differs from the first row: settings of ``MaQDConfig``, of ``calibrate`` and of the
+    training, the text of both, latents rounded after every step."""
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Arguments:
 
 
 class Task:
-    """The float model, its texts in blocks, and how a model is measured."""
+    """The float model, and its texts in blocks: to train on, and held-out stories."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
@@ -129,13 +129,6 @@ class Task:
         if text not in self.texts:
             self.texts[text] = self._blocks(text)
         return self.texts[text]
-
-    @torch.no_grad()
-    def nats(self, model: PreTrainedModel) -> float:
-        """Mean loss per token of the held-out stories."""
-        model.eval()
-        parts = self.held_out.split(16)
-        return sum(float(model(input_ids=b, labels=b).loss) for b in parts) / len(parts)
 
 
 class RoundLatents(TrainerCallback):
@@ -164,7 +157,7 @@ def run_row(row: Row, task: Task, seed: int) -> dict[str, Any]:
     blocks = task.blocks(row.text)
     blocks = blocks[torch.randperm(len(blocks))]
     calibrate(model, blocks[:32], progress=False, **row.calibration)
-    found = {"start": task.nats(model)}
+    found = {"start": token_loss(model, task.held_out)}
     with tempfile.TemporaryDirectory() as folder:
         training: dict[str, Any] = {
             "output_dir": folder,
@@ -190,7 +183,7 @@ def run_row(row: Row, task: Task, seed: int) -> dict[str, Any]:
             teacher=task.teacher,
             callbacks=[RoundLatents()] if row.bfloat16_latents else None,
         ).train()
-    found["trained"] = task.nats(model)
+    found["trained"] = token_loss(model, task.held_out)
     return {**found, "seconds": round(time.perf_counter() - began)}
 
 
@@ -202,7 +195,7 @@ def main(arguments: Arguments) -> list[dict[str, Any]]:
     task = Task(arguments)
     names = ("weight_levels", "activation_levels", "steps", "learning_rate")
     shared = {name: getattr(arguments, name) for name in names}
-    base = task.nats(task.teacher)
+    base = token_loss(task.teacher, task.held_out)
     rows = [row for row in ROWS if any(fnmatchcase(row.name, p) for p in arguments.rows)]
     for seed in arguments.seeds:
         for row in rows:

@@ -8,12 +8,7 @@ from maqd_hf.functional import dequantize, quantize
 from maqd_hf.kernels import columns, loader
 from maqd_hf.search import search_step
 
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch):
-    """The other tests run on the reference."""
-    monkeypatch.delenv(loader.PATH_VARIABLE, raising=False)
-    assert loader.chosen_path() is not None, "no C compiler at install time"
+pytestmark = pytest.mark.usefixtures("best")
 
 
 def problem(inputs=64, rows=33, levels=8, groups=1, act_order=True, seed=0):
