@@ -15,9 +15,10 @@ two cores): 16 and 20,480: 37.5, 36.5, 495; 32 and 10,240: 36.8, 36.2, 410; 80 a
     torchrun --nproc_per_node 2 scripts/qat_llm.py    # several processes share the training
 
 The run directory holds arguments.json, metrics.json, plot.png, README.md (the model card) and
-model/ (the packed model). Ctrl-C while training leaves a checkpoint; ``--resume_from_checkpoint
-true`` continues from the last one. With several processes (``torchrun``, ``accelerate launch``) the
-first does all but the training, and the others wait.
+model/ (the packed model), and generated/ if the model wrote the text itself. Ctrl-C while training
+leaves a checkpoint; ``--resume_from_checkpoint true`` continues from the last one. With several
+processes (``torchrun``, ``accelerate launch``) the first does all but the training, and the others
+wait.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import shutil
 import sys
 import time
@@ -36,7 +38,7 @@ from typing import Any, Literal
 import torch_environment  # noqa: F401  (before torch)
 import matplotlib
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -200,9 +202,9 @@ class Job:
         steps, per_step = self.training.max_steps, self.tokens_per_step
         if steps <= 0:
             steps = self.training.max_steps = max(1, self.job.train_tokens // per_step)
-        seed, wanted = self.training.seed, steps * per_step
+        wanted = steps * per_step
         if self.job.dataset == GENERATED:
-            self.blocks = generated_blocks(self.teacher, wanted, self.job.block_size, seed=seed)
+            self.blocks = self.written_by_model(wanted)
             return
         # Whole text, then shuffled: consecutive blocks are one article, and start values fitted to
         # one article are bad ones (perplexity 89 against 64 with plain GPTQ at 4 bit).
@@ -212,7 +214,17 @@ class Job:
                 self.tokenizer,
                 self.job.block_size,
                 max_tokens=max(_MOST_TOKENS, wanted),
-            ).shuffle(seed=seed)
+            ).shuffle(seed=self.training.seed)
+
+    def written_by_model(self, tokens: int) -> Dataset:
+        """Samples that the first process lets the float model write, into the run directory."""
+        folder, seed = self.run.folder / GENERATED, self.training.seed
+        with self.training.main_process_first(local=False, desc="generated text"):
+            if self.first:
+                with all_threads(self.training):
+                    written = generated_blocks(self.teacher, tokens, self.job.block_size, seed=seed)
+                written.save_to_disk(folder)
+        return load_from_disk(folder)
 
     def text(self, source: str, split: str) -> Dataset:
         """Rows of text of a split of ``source``."""
@@ -371,7 +383,8 @@ class Job:
 def all_threads(training: MaQDTrainingArguments) -> Any:
     """Those of the processes that wait, too: each has been given its share of the processor."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads * training.world_size if training.use_cpu else threads)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine: the launcher's
+    torch.set_num_threads(threads * here if training.use_cpu else threads)
     try:
         yield
     finally:

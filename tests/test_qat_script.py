@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_from_disk
 from transformers import AutoModelForCausalLM
 
 import maqd_hf
@@ -93,18 +94,24 @@ def test_an_interrupted_run_resumes_to_the_same_model(job, tmp_path, monkeypatch
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_several_processes_train_as_one_with_as_many_samples_does(job, tmp_path):
+@pytest.mark.parametrize("generated", [False, True])
+def test_several_processes_train_as_one_with_as_many_samples_does(job, tmp_path, generated):
     qat_llm = import_module("qat_llm")
     script = Path(qat_llm.__file__)
-    alone = qat_llm.main(job(output_dir=tmp_path / "alone", per_device_train_batch_size=4))
+    text = {"dataset": "generated", "eval_dataset": tmp_path / "text.txt"} if generated else {}
+    alone = {"output_dir": tmp_path / "alone", "per_device_train_batch_size": 4}
+    alone = qat_llm.main(job(**alone, **text))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, script, *job()], capture_output=True, text=True, timeout=300)
+    command = [*launcher, script, *job(**text)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("== training") == 1, "only the first process reports"
     run = tmp_path / "run"
     assert {f.name for f in run.iterdir()} == {
         "arguments.json", "metrics.json", "plot.png", "README.md", "model",
+        *(["generated"] if generated else []),
     }  # fmt: skip
+    assert done.stderr.count("writing:   0%") == generated, "only the first process writes"
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     assert metrics["training"]["tokens"] == 2 * 4 * 2 * 32, "processes, steps, samples, tokens"
     assert metrics["training"]["tokens"] == alone["training"]["tokens"]
@@ -121,6 +128,8 @@ def test_the_model_writes_its_own_text(job, tmp_path):
     metrics = script.main(job(**options))
     assert metrics["training"]["steps"] == 2
     assert metrics["evaluations"][0]["text"] == f"{text}, train"
+    kept = load_from_disk(tmp_path / "run" / "generated")
+    assert len(kept) * len(kept[0]["input_ids"]) >= metrics["training"]["tokens"]
 
 
 def test_a_full_run_directory_is_not_overwritten(job, tmp_path):
