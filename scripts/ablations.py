@@ -10,7 +10,8 @@ after every run, and runs found there are not repeated. ``data`` holds ``models/
 ``tinystories/`` and ``wiki-sample/``.
 
 The "trust mask" of QuEST (arXiv:2502.05003), which lets a gradient through where rounding moved the
-value by at most half a step, is no row of its own: on a uniform grid that is ``clip``.
+value by at most half a step, is no row of its own: on a uniform grid that is ``clip``. The same
+settings on a language model of a useful size: rows of ``benchmark_quality.py``.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ import torch_environment  # noqa: F401  (before torch)
 import torch
 from datasets import Dataset
 from lbn_pretrained import token_loss
+from quality_rules import RoundLatents
 from tables_quality import ablations
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
-    TrainerCallback,
     default_data_collator,
     set_seed,
 )
@@ -44,7 +45,6 @@ from maqd_hf.calibration import calibrate
 from maqd_hf.data import load_text, tokenize_blocks
 from maqd_hf.functional import SURROGATES
 from maqd_hf.generated import GENERATED, generated_blocks
-from maqd_hf.nn import MaQDLinear
 from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments
 
 BLOCK = 256
@@ -129,16 +129,6 @@ class Task:
         if text not in self.texts:
             self.texts[text] = self._blocks(text)
         return self.texts[text]
-
-
-class RoundLatents(TrainerCallback):
-    """Latents as they would be if they were kept in bfloat16."""
-
-    @torch.no_grad()
-    def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        for layer in known["model"].modules():
-            if isinstance(layer, MaQDLinear):
-                layer.weight.copy_(layer.weight.bfloat16())
 
 
 def run_row(row: Row, task: Task, seed: int) -> dict[str, Any]:

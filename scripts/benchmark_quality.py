@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,14 @@ from typing import Any
 import torch_environment  # noqa: F401  (before torch)
 import torch
 from quality_peers import PEERS, finish_qat, quantize_peer
-from quality_rules import RULES, apply_rule
+from quality_rules import RULES, RoundLatents, apply_rule
 from quality_task import TABLES, Arguments, Row, Task, remembering
 from targets import quality_targets
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
     PreTrainedModel,
+    TrainerCallback,
     default_data_collator,
     set_seed,
 )
@@ -63,7 +65,7 @@ from maqd_hf.versions import package_versions
 
 
 def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model before training, and what is known of it; a calibrated one is kept."""
+    """The model before training, and what is known of it; calibrated values are kept."""
     if row.method == "MaQD":
         config = MaQDConfig(
             weight_levels=row.levels,
@@ -73,17 +75,19 @@ def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
             layer_batch_norm=False,
             norm_affine=row.norm_affine,
             rotation=row.rotation,
+            surrogate=row.surrogate,
+            weight_offset=row.weight_offset,
         )
-        key = (config, row.start, row.smoothing)
-        if task.started is None or task.started[0] != key:
-            model = copy.deepcopy(task.teacher)
-            quantize_model(model, config, start="search" if row.start == "search" else "range")
-            if row.start == "gptq" or row.scaling == "static":
-                gptq = row.start == "gptq"
-                ids = task.calibration_ids()
-                calibrate(model, ids, gptq_weights=gptq, smoothing=gptq and row.smoothing)
-            task.started = (key, model)
-        model = copy.deepcopy(task.started[1])
+        model = copy.deepcopy(task.teacher)
+        quantize_model(model, config, start="search" if row.start == "search" else "range")
+        key = (replace(config, surrogate="clip"), row.start, row.smoothing)  # no gradients here
+        if task.started is not None and task.started[0] == key:
+            model.load_state_dict(task.started[1])
+        elif row.start == "gptq" or row.scaling == "static":
+            gptq = row.start == "gptq"
+            ids = task.calibration_ids()
+            calibrate(model, ids, gptq_weights=gptq, smoothing=gptq and row.smoothing)
+            task.started = (key, copy.deepcopy(model.state_dict()))
         return model, {"bits_per_weight": model_size(model).bits_per_quantized_weight}
     model = copy.deepcopy(task.teacher)
     if row.method == "float":
@@ -110,7 +114,12 @@ def go_on(row: Row, checkpoints: Path | None) -> tuple[PreTrainedModel, dict[str
 
 
 def distil(
-    model: PreTrainedModel, task: Task, rate: float, seed: int, checkpoints: Path | None = None
+    model: PreTrainedModel,
+    task: Task,
+    rate: float,
+    seed: int,
+    checkpoints: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train ``model`` on the float model's predictions; the loss of every step.
 
@@ -149,6 +158,7 @@ def distil(
             teacher=task.teacher,
             train_dataset=task.blocks,
             data_collator=default_data_collator,
+            callbacks=list(callbacks),
         )
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -175,7 +185,8 @@ def run_row(
     began = time.perf_counter()
     model, found = go_on(row, checkpoints) or start(row, task)
     if rate is not None:
-        found |= distil(model, task, rate, seed, checkpoints)
+        callbacks = [RoundLatents()] if row.bfloat16_latents else []
+        found |= distil(model, task, rate, seed, checkpoints, callbacks)
     if "QAT" in row.method:
         model = finish_qat(model)
     found["seconds"] = round(time.perf_counter() - began)

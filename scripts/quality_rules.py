@@ -10,18 +10,21 @@ BitNet   b1.58 (arXiv:2402.17764): ternary, one scale a tensor, the mean magnitu
 
 Written from the papers' equations, with their start values: LSQ 2 mean|w| / sqrt(Q), SEQ the
 largest magnitude of the row. Inputs are rounded to 8 bits with one step per token, for all alike.
+`RoundLatents` is a rule of training: what latents lose that are kept in bfloat16.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from maqd_hf.functional import grid_center, scaled_round_clip, token_step
+from maqd_hf.nn import MaQDLinear
 
 ACTIVATION_LEVELS = 255
 
@@ -123,3 +126,13 @@ def apply_rule(model: PreTrainedModel, rule: str, levels: int, group_size: int |
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, RuleLinear(child, rule, levels, group_size))
+
+
+class RoundLatents(TrainerCallback):
+    """Latents as they would be if they were kept in bfloat16."""
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+        for layer in known["model"].modules():
+            if isinstance(layer, MaQDLinear):
+                layer.weight.copy_(layer.weight.bfloat16())

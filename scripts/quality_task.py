@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from maqd_hf.data import EMBEDDED, load_text, spread_samples, tokenize_blocks
 from maqd_hf.embedded import SMOLLM2, resolve_model
+from maqd_hf.functional import SURROGATES
 from maqd_hf.nn import ActivationScaling
 from maqd_hf.perplexity import text_perplexity
 from maqd_hf.recipes import SCALE_RATE, learning_rate
@@ -40,6 +41,8 @@ class Row:
         norm_affine: MaQD only, as in ``MaQDConfig``.
         rotation: MaQD only, as in ``MaQDConfig``.
         smoothing: MaQD only, with start "gptq": whether channels are smoothed first.
+        surrogate, weight_offset: MaQD only, as in ``MaQDConfig``.
+        bfloat16_latents: MaQD only, latents rounded after every step.
         learning_rates: of the distillation, the best one counts; none: not trained.
     """
 
@@ -53,6 +56,9 @@ class Row:
     norm_affine: Literal["keep", "absorb"] = "keep"
     rotation: int | Literal["auto"] | None = "auto"
     smoothing: bool = True
+    surrogate: str = "clip"
+    weight_offset: bool = True
+    bfloat16_latents: bool = False
     learning_rates: tuple[float, ...] = ()
 
     @property
@@ -96,6 +102,7 @@ def _llm_rows() -> list[Row]:
         replace(not_rotated, name="MaQD M=16 g64, not rotated", learning_rates=rates[16]),
         replace(few, name="MaQD M=16 g64, 4-bit inputs g64", learning_rates=coarse),
         replace(few, name="MaQD M=16 g64, 4-bit inputs", scaling="token", learning_rates=coarse),
+        *_one_setting_changed(),
         Row("SEQ M=4 g64", "SEQ", 4, 64, 255, learning_rates=twice),
         Row("LSQ M=4 g64", "LSQ", 4, 64, 255, learning_rates=twice),
         Row("BitNet M=3", "BitNet", 3, None, 255, learning_rates=rates[3]),
@@ -108,6 +115,20 @@ def _llm_rows() -> list[Row]:
                 Row(f"{peer} {bits} bit", peer, 2**bits, 64, inputs, learning_rates=rates_of)
             )
     return rows
+
+
+def _one_setting_changed() -> list[Row]:
+    """What ``ablations.py`` changes on a small model and no other row changes here."""
+    name, rates = "MaQD M=16 g64, 4-bit static inputs", (learning_rate(16, 15),)
+    static = Row(name, "MaQD", 16, 64, 15, "static", learning_rates=rates)
+    others = [surrogate for surrogate in SURROGATES if surrogate != static.surrogate]
+    plain = Row("MaQD M=4 g64", "MaQD", 4, 64, 255, learning_rates=(learning_rate(4),))
+    return [
+        static,
+        *(replace(static, name=f"{name}, {other}", surrogate=other) for other in others),
+        replace(plain, name=f"{plain.name}, no offset", weight_offset=False),
+        replace(plain, name=f"{plain.name}, latents in bfloat16", bfloat16_latents=True),
+    ]
 
 
 def _rule_rows() -> list[Row]:
@@ -197,7 +218,7 @@ class Task:
         parts = [part.shuffle(seed=0).select(range(size)) for part in parts]
         self.blocks: Dataset = concatenate_datasets(parts).shuffle(seed=0)
         self.said: dict[bytes, Tensor] = {}
-        self.started: tuple[Any, PreTrainedModel] | None = None
+        self.started: tuple[Any, dict[str, Tensor]] | None = None
 
     def _texts(self) -> tuple[dict[str, Dataset], list[Text]]:
         if self.small:
@@ -258,6 +279,9 @@ class Task:
         if row.method != "MaQD":
             for ours in ("start", "norm_affine", "rotation", "smoothing"):
                 del settings[ours]
+        for changed in ("surrogate", "weight_offset", "bfloat16_latents"):
+            if settings[changed] == getattr(Row, changed):  # named where it is not the usual one
+                del settings[changed]
         args = self.args
         key: dict[str, Any] = {"table": self.table, "model": self.name, **settings}
         key["data"] = "embedded" if self.data is None else self.data.name
