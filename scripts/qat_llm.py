@@ -17,8 +17,8 @@ two cores): 16 and 20,480: 37.5, 36.5, 495; 32 and 10,240: 36.8, 36.2, 410; 80 a
 The run directory holds arguments.json, metrics.json, plot.png, README.md (the model card) and
 model/ (the packed model), and generated/ if the model wrote the text itself. Ctrl-C while training
 leaves a checkpoint; ``--resume_from_checkpoint true`` continues from the last one. With several
-processes (``torchrun``, ``accelerate launch``) the first does all but the training, and the others
-wait.
+processes the first does all but the training, and the others wait. ``torchrun`` starts them;
+``accelerate launch`` does on GPUs, but one alone on a CPU without MPI.
 """
 
 from __future__ import annotations
