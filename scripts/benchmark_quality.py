@@ -64,30 +64,39 @@ from maqd_hf.versions import package_versions
 # ------------------------------------------------------------------------------------ one row
 
 
+def quantized(row: Row, task: Task) -> PreTrainedModel:
+    """The float model quantised by MaQD; values of its start are kept for the next row of these."""
+    config = MaQDConfig(
+        weight_levels=row.levels,
+        group_size=row.group,
+        activation_levels=row.activations,
+        activation_scaling=row.scaling,
+        layer_batch_norm=False,
+        norm_affine=row.norm_affine,
+        rotation=row.rotation,
+        surrogate=row.surrogate,
+        weight_offset=row.weight_offset,
+    )
+    key = (replace(config, surrogate="clip"), row.start, row.smoothing)  # no gradients here
+    kept = task.started[1] if task.started is not None and task.started[0] == key else None
+    model = copy.deepcopy(task.teacher)
+    search = row.start == "search" and kept is None
+    quantize_model(model, config, start="search" if search else "range")
+    if kept is not None:
+        model.load_state_dict(kept)
+        return model
+    gptq = row.start == "gptq"
+    if gptq or row.scaling == "static":
+        ids = task.calibration_ids()
+        calibrate(model, ids, gptq_weights=gptq, smoothing=gptq and row.smoothing)
+    task.started = (key, copy.deepcopy(model.state_dict()))
+    return model
+
+
 def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model before training, and what is known of it; calibrated values are kept."""
+    """The model before training, and what is known of it."""
     if row.method == "MaQD":
-        config = MaQDConfig(
-            weight_levels=row.levels,
-            group_size=row.group,
-            activation_levels=row.activations,
-            activation_scaling=row.scaling,
-            layer_batch_norm=False,
-            norm_affine=row.norm_affine,
-            rotation=row.rotation,
-            surrogate=row.surrogate,
-            weight_offset=row.weight_offset,
-        )
-        model = copy.deepcopy(task.teacher)
-        quantize_model(model, config, start="search" if row.start == "search" else "range")
-        key = (replace(config, surrogate="clip"), row.start, row.smoothing)  # no gradients here
-        if task.started is not None and task.started[0] == key:
-            model.load_state_dict(task.started[1])
-        elif row.start == "gptq" or row.scaling == "static":
-            gptq = row.start == "gptq"
-            ids = task.calibration_ids()
-            calibrate(model, ids, gptq_weights=gptq, smoothing=gptq and row.smoothing)
-            task.started = (key, copy.deepcopy(model.state_dict()))
+        model = quantized(row, task)
         return model, {"bits_per_weight": model_size(model).bits_per_quantized_weight}
     model = copy.deepcopy(task.teacher)
     if row.method == "float":

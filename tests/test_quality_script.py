@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+
+from maqd_hf.nn import MaQDLinear
 
 
 @pytest.fixture
@@ -61,6 +64,27 @@ def test_rows_run_are_measured_on_both_texts_and_are_not_repeated(job, monkeypat
     monkeypatch.setattr(script, "run_row", lambda *args: pytest.fail("repeated"))
     again = script.main(arguments(rows=rows))
     assert again.runs == json.loads(arguments().results.read_text("utf-8"))["runs"] == found.runs
+
+
+@pytest.mark.parametrize("name", ["MaQD M=16 g64, 4-bit static inputs", "MaQD M=4 g64"])
+def test_start_values_kept_for_the_next_row_are_those_it_would_compute(job, monkeypatch, name):
+    script, arguments = job
+    row = next(row for row in script.TABLES["llm"] if row.name == name)
+    other = replace(row, surrogate="tanh")
+    alone = script.quantized(other, script.Task("llm", arguments()))
+    task = script.Task("llm", arguments())
+    script.quantized(row, task)
+    monkeypatch.setattr(script, "calibrate", lambda *args, **kwargs: pytest.fail("repeated"))
+    after = script.quantized(other, task)
+    layers = [layer for layer in after.modules() if isinstance(layer, MaQDLinear)]
+    assert {layer.spec.surrogate for layer in layers} == {"tanh"}
+    ids = task.calibration_ids()
+    values, wanted = after.state_dict(), alone.state_dict()
+    assert values.keys() == wanted.keys()
+    assert all(torch.equal(values[key], wanted[key]) for key in wanted)
+    assert torch.equal(after(ids).logits, alone(ids).logits)
+    with pytest.raises(pytest.fail.Exception, match="repeated"):
+        script.quantized(replace(row, weight_offset=False), task)
 
 
 def test_more_tokens_are_another_run_of_trained_rows_only(job):
