@@ -48,7 +48,6 @@ from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
     PreTrainedModel,
-    TrainerCallback,
     default_data_collator,
     set_seed,
 )
@@ -76,8 +75,10 @@ def quantized(row: Row, task: Task) -> PreTrainedModel:
         rotation=row.rotation,
         surrogate=row.surrogate,
         weight_offset=row.weight_offset,
+        first_token=row.first_token,
     )
-    key = (replace(config, surrogate="clip"), row.start, row.smoothing)  # no gradients here
+    # no gradients here
+    key = (replace(config, surrogate="clip"), row.start, row.smoothing, row.own_text)
     kept = task.started[1] if task.started is not None and task.started[0] == key else None
     model = copy.deepcopy(task.teacher)
     search = row.start == "search" and kept is None
@@ -87,7 +88,7 @@ def quantized(row: Row, task: Task) -> PreTrainedModel:
         return model
     gptq = row.start == "gptq"
     if gptq or row.scaling == "static":
-        ids = task.calibration_ids()
+        ids = task.calibration_ids(row)
         calibrate(model, ids, gptq_weights=gptq, smoothing=gptq and row.smoothing)
     task.started = (key, copy.deepcopy(model.state_dict()))
     return model
@@ -109,7 +110,8 @@ def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
         return model, {"bits_per_weight": math.log2(row.levels) + scales}
     assert row.group is not None
     bits = row.levels.bit_length() - 1
-    stored = quantize_peer(row.method, model, bits, row.group, task.calibration_ids(), task.folder)
+    ids = task.calibration_ids(row)
+    stored = quantize_peer(row.method, model, bits, row.group, ids, task.folder)
     return model, {"bits_per_weight": stored}
 
 
@@ -124,11 +126,11 @@ def go_on(row: Row, checkpoints: Path | None) -> tuple[PreTrainedModel, dict[str
 
 def distil(
     model: PreTrainedModel,
+    row: Row,
     task: Task,
     rate: float,
     seed: int,
     checkpoints: Path | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train ``model`` on the float model's predictions; the loss of every step.
 
@@ -145,6 +147,7 @@ def distil(
             max_steps=max(1, task.tokens // (args.batch_size * args.block_size)),
             per_device_train_batch_size=args.batch_size,
             learning_rate=rate,
+            scale_learning_rate=row.scale_rate * rate,
             lr_scheduler_type="cosine",
             warmup_steps=2,
             adam_beta2=0.95,
@@ -165,9 +168,9 @@ def distil(
             model=model,
             args=training,
             teacher=task.teacher,
-            train_dataset=task.blocks,
+            train_dataset=task.blocks_for(row),
             data_collator=default_data_collator,
-            callbacks=list(callbacks),
+            callbacks=[RoundLatents()] if row.bfloat16_latents else None,
         )
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -194,8 +197,7 @@ def run_row(
     began = time.perf_counter()
     model, found = go_on(row, checkpoints) or start(row, task)
     if rate is not None:
-        callbacks = [RoundLatents()] if row.bfloat16_latents else []
-        found |= distil(model, task, rate, seed, checkpoints, callbacks)
+        found |= distil(model, row, task, rate, seed, checkpoints)
     if "QAT" in row.method:
         model = finish_qat(model)
     found["seconds"] = round(time.perf_counter() - began)
@@ -221,7 +223,7 @@ def publish(
         measured = {"float": full, "packed": values["perplexity"]}
         evaluations.append({"text": text, "values": measured, "protocol": values["protocol"]})
     training = {
-        "calibration_tokens": task.calibration_ids().numel(),
+        "calibration_tokens": task.calibration_ids(row).numel(),
         "tokens": task.tokens,
         "steps": len(found["loss"]),
         "bf16": found["bf16"],

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from maqd_hf.data import EMBEDDED, load_text, spread_samples, tokenize_blocks
 from maqd_hf.embedded import SMOLLM2, resolve_model
 from maqd_hf.functional import SURROGATES
-from maqd_hf.nn import ActivationScaling
+from maqd_hf.generated import generated_blocks
+from maqd_hf.nn import ActivationScaling, FirstToken
 from maqd_hf.perplexity import text_perplexity
 from maqd_hf.recipes import SCALE_RATE, learning_rate
 
@@ -41,8 +43,10 @@ class Row:
         norm_affine: MaQD only, as in ``MaQDConfig``.
         rotation: MaQD only, as in ``MaQDConfig``.
         smoothing: MaQD only, with start "gptq": whether channels are smoothed first.
-        surrogate, weight_offset: MaQD only, as in ``MaQDConfig``.
+        surrogate, weight_offset, first_token: MaQD only, as in ``MaQDConfig``.
         bfloat16_latents: MaQD only, latents rounded after every step.
+        scale_rate: MaQD only, learning rate of the scales in units of the latents'.
+        own_text: calibrated and trained on text that the float model writes.
         learning_rates: of the distillation, the best one counts; none: not trained.
     """
 
@@ -58,7 +62,10 @@ class Row:
     smoothing: bool = True
     surrogate: str = "clip"
     weight_offset: bool = True
+    first_token: FirstToken = "own"
     bfloat16_latents: bool = False
+    scale_rate: float = SCALE_RATE
+    own_text: bool = False
     learning_rates: tuple[float, ...] = ()
 
     @property
@@ -126,8 +133,13 @@ def _one_setting_changed() -> list[Row]:
     return [
         static,
         *(replace(static, name=f"{name}, {other}", surrogate=other) for other in others),
-        replace(plain, name=f"{plain.name}, no offset", weight_offset=False),
+        replace(static, name=f"{name}, first tokens like others", first_token="shared"),
         replace(plain, name=f"{plain.name}, latents in bfloat16", bfloat16_latents=True),
+        replace(plain, name=f"{plain.name}, scales fixed", scale_rate=0.0),
+        replace(plain, name=f"{plain.name}, scales at the latents' rate", scale_rate=1.0),
+        replace(plain, name=f"{plain.name}, no offset", weight_offset=False),
+        replace(plain, name=f"{plain.name}, its own text", own_text=True),
+        replace(plain, name="MaQD M=4 a row", group=None),
     ]
 
 
@@ -150,6 +162,7 @@ def _rule_rows() -> list[Row]:
     return rows
 
 
+OWN_TEXT = "text the float model wrote"  # in a results file
 TABLES = {"llm": _llm_rows(), "rules": _rule_rows()}
 
 
@@ -247,9 +260,20 @@ class Task:
             Text("imdb", imdb.select(range(measured))["text"]),
         ]
 
-    def calibration_ids(self) -> Tensor:
+    @cached_property
+    def own_blocks(self) -> Dataset:
+        """What the float model writes: as many tokens as a run calibrates or trains on."""
+        args = self.args
+        wanted = max(self.tokens, args.samples * args.block_size)
+        return generated_blocks(self.teacher, wanted, args.block_size)
+
+    def blocks_for(self, row: Row) -> Dataset:
+        """What a row is trained on."""
+        return self.own_blocks if row.own_text else self.blocks
+
+    def calibration_ids(self, row: Row) -> Tensor:
         """(samples, tokens) ids."""
-        return spread_samples(self.blocks, self.args.samples)
+        return spread_samples(self.blocks_for(row), self.args.samples)
 
     def measure(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         """Sum of losses, tokens and perplexity of each text."""
@@ -275,11 +299,12 @@ class Task:
     def key(self, row: Row, seed: int, rate: float | None) -> dict[str, Any]:
         """What makes two runs the same run."""
         settings = asdict(row)
-        del settings["learning_rates"]
+        for told_below in ("learning_rates", "scale_rate", "own_text"):
+            del settings[told_below]
         if row.method != "MaQD":
             for ours in ("start", "norm_affine", "rotation", "smoothing"):
                 del settings[ours]
-        for changed in ("surrogate", "weight_offset", "bfloat16_latents"):
+        for changed in ("surrogate", "weight_offset", "first_token", "bfloat16_latents"):
             if settings[changed] == getattr(Row, changed):  # named where it is not the usual one
                 del settings[changed]
         args = self.args
@@ -288,11 +313,11 @@ class Task:
         key |= {"window": args.window, "windows": args.windows}
         if row.method != "float":
             key |= {"block_size": args.block_size, "samples": args.samples}
-            key["train"] = "; ".join(self.train)
+            key["train"] = OWN_TEXT if row.own_text else "; ".join(self.train)
         if rate is not None:
             key |= {"tokens": self.tokens, "batch_size": args.batch_size}
             key |= {"learning_rate": rate, "seed": seed}
-            key["scale_learning_rate"] = SCALE_RATE * rate
+            key["scale_learning_rate"] = row.scale_rate * rate
         return key
 
     def checkpoints(self, key: dict[str, Any]) -> Path | None:

@@ -78,13 +78,34 @@ def test_start_values_kept_for_the_next_row_are_those_it_would_compute(job, monk
     after = script.quantized(other, task)
     layers = [layer for layer in after.modules() if isinstance(layer, MaQDLinear)]
     assert {layer.spec.surrogate for layer in layers} == {"tanh"}
-    ids = task.calibration_ids()
+    ids = task.calibration_ids(other)
     values, wanted = after.state_dict(), alone.state_dict()
     assert values.keys() == wanted.keys()
     assert all(torch.equal(values[key], wanted[key]) for key in wanted)
     assert torch.equal(after(ids).logits, alone(ids).logits)
-    with pytest.raises(pytest.fail.Exception, match="repeated"):
-        script.quantized(replace(row, weight_offset=False), task)
+    for changed in ({"weight_offset": False}, {"own_text": True}):
+        with pytest.raises(pytest.fail.Exception, match="repeated"):
+            script.quantized(replace(row, **changed), task)
+
+
+def test_rows_that_change_the_training_alone_do_so(job):
+    script, arguments = job
+    names = ["MaQD M=4 g64", *(f"MaQD M=4 g64, scales {how}" for how in ("fixed", "at*"))]
+    _, plain, fixed, slower = script.main(arguments(rows=names)).runs
+    assert [run["scale_learning_rate"] for run in (plain, fixed, slower)] == [5e-3, 0, 5e-4]
+    assert plain["loss"][0] == fixed["loss"][0] == slower["loss"][0]
+    assert len({run["loss"][-1] for run in (plain, fixed, slower)}) == 3
+
+
+def test_a_row_of_its_own_text_never_sees_the_texts_of_the_others(job):
+    script, arguments = job
+    (row,) = (row for row in script.TABLES["llm"] if row.own_text)
+    task = script.Task("llm", arguments())
+    task.blocks = None
+    model = script.quantized(row, task)
+    assert len(script.distil(model, row, task, 1e-3, 0)["loss"]) == 3
+    assert len(task.own_blocks) == 192 // 32
+    assert task.key(row, 0, None)["train"] == "text the float model wrote"
 
 
 def test_more_tokens_are_another_run_of_trained_rows_only(job):
@@ -160,7 +181,7 @@ def test_an_error_of_our_own_is_not_hidden(job, monkeypatch):
 def test_every_row_learns_from_the_same_answers_of_the_float_model(job):
     script, arguments = job
     task = script.Task("llm", arguments())
-    ids = task.calibration_ids()
+    ids = task.calibration_ids(script.TABLES["llm"][0])
     plain = task.teacher(ids).logits
     with script.remembering(task.teacher, task.said):
         first, second = task.teacher(ids).logits, task.teacher(ids.flip(0)).logits.flip(0)
