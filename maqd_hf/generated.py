@@ -3,6 +3,11 @@
 Not in the paper; as in LLM-QAT (arXiv:2305.17888), where sampling from the model's own distribution
 served better than greedy text. Here the first token of every sample is drawn uniformly and all
 others from the model as they are, without a temperature; a sample goes on after an end of text.
+
+What it costs to have no text: SmolLM2-135M, 4 levels, groups of 64, calibrated on 8,192 tokens and
+trained on 32,768, WikiText-2 / IMDB perplexity (float 32.3 / 47.9): 100.8 / 120.6 on its own text,
+65.6 / 90.7 on text of the kinds measured. stories260K loses 0.12 nats the same way
+(`scripts/ablations.py`), and 0.38 on Wikipedia, which it was not made for.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ levels  tokens  samples a step    rate  perplexity
 ======  ======  ==============  ======  ==========
 
 So a short budget is better spent on many small steps. With scales at the latents' own rate instead
-of ten times it, 116.03 becomes 120.20.
+of ten times it, 116.03 becomes 120.20. With channels smoothed and inputs rotated, 4 levels, 32,768
+tokens: 65.6 / 90.7 at ten times, 66.2 / 92.1 at the latents' own, 66.9 / 92.9 with scales fixed.
 """
 
 from __future__ import annotations

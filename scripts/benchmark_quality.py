@@ -3,7 +3,7 @@
     python scripts/benchmark_quality.py                          # embedded model and text
     python scripts/benchmark_quality.py --data-dir data --tokens 65536
     python scripts/benchmark_quality.py --data-dir data --rows "MaQD*" "HQQ 4 bit*"
-    python scripts/benchmark_quality.py --data-dir data --table rules
+    python scripts/benchmark_quality.py --data-dir data --table rules --batch_size 4
 
 Every row of table ``llm`` starts from the same float model, keeps embedding and output head in
 float, and is measured on the same windows of two texts; what is calibrated or trained sees the same
@@ -144,7 +144,7 @@ def distil(
     with place as folder, remembering(task.teacher, task.said):
         training = MaQDTrainingArguments(
             output_dir=folder,
-            max_steps=max(1, task.tokens // (args.batch_size * args.block_size)),
+            max_steps=max(1, args.tokens // (args.batch_size * args.block_size)),
             per_device_train_batch_size=args.batch_size,
             learning_rate=rate,
             scale_learning_rate=row.scale_rate * rate,
@@ -224,7 +224,7 @@ def publish(
         evaluations.append({"text": text, "values": measured, "protocol": values["protocol"]})
     training = {
         "calibration_tokens": task.calibration_ids(row).numel(),
-        "tokens": task.tokens,
+        "tokens": task.args.tokens,
         "steps": len(found["loss"]),
         "bf16": found["bf16"],
         "learning_rate": found["rate"],
@@ -232,7 +232,7 @@ def publish(
     record = {
         "model_id": name,
         "base_model": task.name,
-        "command": f"python scripts/benchmark_quality.py --tokens {task.tokens} "
+        "command": f"python scripts/benchmark_quality.py --tokens {task.args.tokens} "
         f'--samples {task.args.samples} --rows "{row.name}" --data-dir ... --models ...',
         "versions": package_versions(),
         "evaluations": evaluations,

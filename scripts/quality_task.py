@@ -144,7 +144,7 @@ def _one_setting_changed() -> list[Row]:
 
 
 def _rule_rows() -> list[Row]:
-    rates = (1e-3, 3e-3, 1e-2)
+    rates = (3e-4, 1e-3, 3e-3, 1e-2)
     wanted = {16: ["LSQ"], 4: ["LSQ", "SEQ"], 3: ["LSQ", "SEQ", "BitNet"]}
     rows = [Row("float", "float")]
     for levels, others in wanted.items():
@@ -180,7 +180,6 @@ class Arguments:
         metadata={"help": "Glob patterns of row names, run in the order of the patterns."},
     )
     tokens: int = field(default=65_536, metadata={"help": "Training tokens of a row."})
-    rule_tokens: int = field(default=204_800, metadata={"help": "The same, table rules."})
     block_size: int = field(default=256, metadata={"help": "Tokens of a training sample."})
     batch_size: int = field(default=1, metadata={"help": "Samples a step."})
     samples: int = field(default=128, metadata={"help": "Blocks for calibration."})
@@ -212,7 +211,6 @@ class Task:
     def __init__(self, table: str, args: Arguments) -> None:
         self.table, self.args, self.data = table, args, args.data_dir
         self.small = table == "rules"
-        self.tokens = args.rule_tokens if self.small else args.tokens
         self.seeds = args.seeds if self.small else [0]
         if self.small:
             assert self.data is not None
@@ -264,7 +262,7 @@ class Task:
     def own_blocks(self) -> Dataset:
         """What the float model writes: as many tokens as a run calibrates or trains on."""
         args = self.args
-        wanted = max(self.tokens, args.samples * args.block_size)
+        wanted = max(self.args.tokens, args.samples * args.block_size)
         return generated_blocks(self.teacher, wanted, args.block_size)
 
     def blocks_for(self, row: Row) -> Dataset:
@@ -315,7 +313,7 @@ class Task:
             key |= {"block_size": args.block_size, "samples": args.samples}
             key["train"] = OWN_TEXT if row.own_text else "; ".join(self.train)
         if rate is not None:
-            key |= {"tokens": self.tokens, "batch_size": args.batch_size}
+            key |= {"tokens": self.args.tokens, "batch_size": args.batch_size}
             key |= {"learning_rate": rate, "seed": seed}
             key["scale_learning_rate"] = row.scale_rate * rate
         return key

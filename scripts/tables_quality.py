@@ -117,9 +117,9 @@ def _rules(runs: list[dict[str, Any]]) -> str:
     head = (
         f"`{runs[0]['model']}`, one scale a row (BitNet: a tensor), 8-bit inputs, "
         f"{trained['tokens']:,} tokens of distillation by the same loop, nats on {text}; each rule "
-        "at the best of three learning rates, mean and range over the seeds. `search` and `gptq` "
-        "say how MaQD's grid starts; the other rules start as their papers do, which is part of "
-        "the difference at so few steps."
+        "at the best of the learning rates tried, mean and range over the seeds. `search` and "
+        "`gptq` say how MaQD's grid starts; the other rules start as their papers do, which is "
+        "part of the difference at so few steps."
     )
     return f"{head}\n\n{table(('', 'learning rate', 'nats', 'seeds'), rows)}"
 
