@@ -22,7 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from targets import at_best_rate
+from targets import at_best_rate, headline
 
 MOST_PERPLEXITY = 3000.0  # beyond it a model says nothing; drawn at the edge
 
@@ -37,8 +37,12 @@ def family(run: dict[str, Any]) -> str:
 
 
 def quality(content: dict[str, Any]) -> Figure | None:
-    """Perplexity against bits a weight, one panel a text; of a family the best at equal bits."""
+    """Perplexity against bits a weight, one panel a text; of a family the best at equal bits.
+
+    Of MaQD only what has 8-bit inputs and was aimed at.
+    """
     runs = [r for r in content["runs"] if r["table"] == "llm" and "4-bit inputs" not in r["name"]]
+    runs = [r for r in runs if headline(r) or family(r) == "round to nearest"]
     base = next((r for r in runs if r["method"] == "float"), None)
     rest = [r for r in runs if r["method"] != "float"]
     if base is None or not rest:
@@ -81,15 +85,17 @@ def quality(content: dict[str, Any]) -> Figure | None:
 
 
 def losses(content: dict[str, Any]) -> Figure | None:
-    """Distillation loss of every trained row, smoothed; one panel a table."""
+    """Distillation loss of trained rows, smoothed; one panel a table, of ``llm`` the headlines."""
     runs = [run for run in content["runs"] if len(run.get("loss", ())) > 1]
+    runs = [run for run in runs if run["table"] != "llm" or headline(run)]
     tables = list(dict.fromkeys(run["table"] for run in runs))
     if not tables:
         return None
     figure, panels = plt.subplots(
-        1, len(tables), figsize=(6 * len(tables), 4.6), squeeze=False, layout="constrained"
+        1, len(tables), figsize=(8 * len(tables), 4.6), squeeze=False, layout="constrained"
     )
     for panel, table in zip(panels[0], tables, strict=True):
+        panel.set_prop_cycle(color=[plt.colormaps["tab20"](i) for i in range(20)])
         mine = [r for r in runs if r["table"] == table and r["seed"] == 0]
         best: dict[str, dict[str, Any]] = {}
         for run in mine:  # several learning rates: the one that ended lowest
@@ -105,7 +111,7 @@ def losses(content: dict[str, Any]) -> Figure | None:
             yscale="log", title=f"{mine[0]['model']}", xlabel="step", ylabel="KL to float, nats"
         )
         panel.grid(alpha=0.3, which="both")
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from quality_peers import CALIBRATED
 from tables import aims, table
-from targets import QUALITY_AIMS, encoder_targets, quality_targets
+from targets import encoder_targets, headline, quality_targets
 
 
 def quality(result: dict[str, Any], short: bool = False) -> str:
@@ -69,9 +69,8 @@ def quality_in_short(result: dict[str, Any]) -> str:
 def _headlines(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     best: dict[str, dict[str, Any]] = {}
     for run in runs:
-        name = run["name"]
-        if run["method"] != "MaQD" or name.replace(" start", "") in QUALITY_AIMS:
-            best[name] = min(best.get(name, run), run, key=_perplexities)
+        if headline(run):
+            best[run["name"]] = min(best.get(run["name"], run), run, key=_perplexities)
     return list(best.values())
 
 

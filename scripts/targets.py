@@ -179,6 +179,11 @@ QUALITY_AIMS = {
 """Rows of `benchmark_quality`: at most so many per cent above the float perplexity."""
 
 
+def headline(run: dict[str, Any]) -> bool:
+    """Whether a run of `benchmark_quality` is none of MaQD's, or of a row aimed at or its start."""
+    return run["method"] != "MaQD" or run["name"].replace(" start", "") in QUALITY_AIMS
+
+
 def quality_targets(runs: list[dict[str, Any]]) -> list[Target]:
     """Perplexity to float of the ``runs`` of table ``llm``, on the worse text, in per cent; of
     several runs of a row the best."""

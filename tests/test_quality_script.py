@@ -360,6 +360,25 @@ def test_plots_and_table_are_made_from_what_is_there(job, tmp_path, capsys, monk
     assert "lbn_batch.png skipped" in capsys.readouterr().out
 
 
+def test_plots_show_of_maqd_only_what_was_aimed_at():
+    plots, text = import_module("plot_results"), {"wikitext": {"perplexity": 40.0}}
+    llm = {"table": "llm", "model": "m", "texts": text, "bits_per_weight": 2.25, "seed": 0}
+    trained = {**llm, "method": "MaQD", "start": "gptq", "loss": [2.0, 1.0]}
+    content = {
+        "runs": [
+            {**llm, "method": "float", "name": "float"},
+            {**trained, "name": "MaQD M=4 g64"},
+            {**trained, "name": "MaQD M=4 g64, no offset", "bits_per_weight": 2.0},
+            {**trained, "name": "SEQ M=4 g64", "method": "SEQ"},
+        ]
+    }
+    lines = {line.get_label(): line for line in plots.quality(content).axes[0].lines}
+    assert list(lines) == ["float", "MaQD, trained", "SEQ"]
+    assert list(lines["MaQD, trained"].get_xdata()) == [2.25]
+    drawn = [line.get_label() for line in plots.losses(content).axes[0].lines]
+    assert drawn == ["MaQD M=4 g64", "SEQ M=4 g64"]
+
+
 def test_targets_are_judged_by_the_worse_text_and_the_best_run():
     targets = import_module("targets")
     text = lambda a, b: {"wikitext": {"perplexity": a}, "imdb": {"perplexity": b}}  # noqa: E731
