@@ -77,7 +77,7 @@ def quantized(row: Row, task: Task) -> PreTrainedModel:
         weight_offset=row.weight_offset,
         first_token=row.first_token,
     )
-    # no gradients here
+    # the surrogate is in gradients alone: rows that differ in it start from the same values
     key = (replace(config, surrogate="clip"), row.start, row.smoothing, row.own_text)
     kept = task.started[1] if task.started is not None and task.started[0] == key else None
     model = copy.deepcopy(task.teacher)

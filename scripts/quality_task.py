@@ -262,11 +262,11 @@ class Task:
     def own_blocks(self) -> Dataset:
         """What the float model writes: as many tokens as a run calibrates or trains on."""
         args = self.args
-        wanted = max(self.args.tokens, args.samples * args.block_size)
+        wanted = max(args.tokens, args.samples * args.block_size)
         return generated_blocks(self.teacher, wanted, args.block_size)
 
     def blocks_for(self, row: Row) -> Dataset:
-        """What a row is trained on."""
+        """What a row is calibrated and trained on."""
         return self.own_blocks if row.own_text else self.blocks
 
     def calibration_ids(self, row: Row) -> Tensor:
@@ -313,7 +313,7 @@ class Task:
             key |= {"block_size": args.block_size, "samples": args.samples}
             key["train"] = OWN_TEXT if row.own_text else "; ".join(self.train)
         if rate is not None:
-            key |= {"tokens": self.args.tokens, "batch_size": args.batch_size}
+            key |= {"tokens": args.tokens, "batch_size": args.batch_size}
             key |= {"learning_rate": rate, "seed": seed}
             key["scale_learning_rate"] = row.scale_rate * rate
         return key
