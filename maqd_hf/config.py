@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .functional import check_levels
@@ -82,7 +83,7 @@ class MaQDConfig(QuantizationConfigMixin):
         state, modules, format_version: written by the library, not by users.
 
     A pattern that matches nothing in the model raises when the model is converted. What the
-    defaults are worth, one changed at a time: ``scripts/ablations.py``.
+    defaults are worth, one changed at a time: ``scripts/experiments/ablations.py``.
 
     >>> MaQDConfig(weight_levels=4, group_size=64).linear_spec("layers.0.mlp.up_proj").group_size
     64
@@ -233,3 +234,14 @@ class MaQDConfig(QuantizationConfigMixin):
             )
         config = cls(**copy.deepcopy(config_dict))
         return (config, kwargs) if return_unused_kwargs else config
+
+
+def quantization_config(model: nn.Module) -> MaQDConfig:
+    """The ``MaQDConfig`` of a converted model; ``ValueError`` if it is not one."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not isinstance(config, MaQDConfig):
+        raise ValueError(
+            f"{type(model).__name__} is not a MaQD model (its quantization_config is "
+            f"{type(config).__name__}); convert it with quantize_model first"
+        )
+    return config

@@ -142,7 +142,7 @@ apply them to the distance from the nearest threshold (not in the paper: it keep
 independent of M). ``clip`` is the default, being best on both models tried. SmolLM2-135M, 16 levels
 of weights and 15 of static inputs, 32,768 tokens, WikiText-2 / IMDB perplexity: clip 41.9 / 61.9,
 triangle 43.5 / 63.0, sigmoid 43.6 / 62.7, arctan 43.8 / 63.6, tanh 45.5 / 65.7. stories260K:
-``scripts/ablations.py``."""
+``scripts/experiments/ablations.py``."""
 
 
 def get_surrogate(name: str) -> Surrogate:

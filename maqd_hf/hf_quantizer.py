@@ -17,13 +17,15 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from .building import build_modules, modules_of
+from .checkpoint.integrity import check_loaded, check_shapes
+from .checkpoint.layout import build_modules
 from .config import QUANT_METHOD, MaQDConfig
-from .conversion import quantize_model
-from .decoding import attach_native
-from .finalize import dequantize_model
-from .integrity import OURS, check_loaded, check_shapes
+from .convert.dequantize import dequantize_model
+from .convert.quantize import quantize_model
+from .decoding.forward import attach_native
+from .models.finding import modules_of
 from .nn import PackedLinear
+from .nn.kinds import OURS
 
 
 class MaQDHfQuantizer(HfQuantizer):

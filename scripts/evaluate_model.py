@@ -28,12 +28,12 @@ from transformers import (
 
 import maqd_hf  # registers the quantised models with transformers
 import maqd_hf.metrics
-from maqd_hf.classification import classify
-from maqd_hf.data import EMBEDDED, load_labelled, load_text
-from maqd_hf.embedded import resolve_model
-from maqd_hf.perplexity import text_perplexity
-from maqd_hf.size import model_size
-from maqd_hf.versions import package_versions
+from maqd_hf.convert.size import model_size
+from maqd_hf.data.bundled import resolve_model
+from maqd_hf.data.text import EMBEDDED, load_labelled, load_text
+from maqd_hf.evaluation.classification import classify
+from maqd_hf.evaluation.perplexity import text_perplexity
+from maqd_hf.evaluation.versions import package_versions
 
 MIB = 2**20
 JOINS = {"blank_line": "\n\n", "newline": "\n", "nothing": "", "separate": None}

@@ -14,6 +14,9 @@ replaced. All accuracies are of `evaluate` on the same held-out rows.
 
 from __future__ import annotations
 
+if not __package__:  # run as a file: scripts/__init__.py has not done it
+    import torch_environment  # noqa: F401  (before torch)
+
 import copy
 import json
 import time
@@ -23,7 +26,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch_environment  # noqa: F401  (before torch)
 import evaluate
 import torch
 from datasets import Dataset
@@ -43,14 +45,14 @@ from transformers import (
 import maqd_hf.metrics
 from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
-from maqd_hf.classification import classify
-from maqd_hf.data import load_labelled
-from maqd_hf.embedded import MINILM, resolve_model
+from maqd_hf.calibration.static_norms import select_static_norms
+from maqd_hf.checkpoint.saving import save_model
+from maqd_hf.data.bundled import MINILM, resolve_model
+from maqd_hf.data.text import load_labelled
+from maqd_hf.evaluation.classification import classify
+from maqd_hf.evaluation.versions import package_versions
 from maqd_hf.nn.precision import fast_bf16
-from maqd_hf.saving import save_model
-from maqd_hf.sensitivity import select_static_norms
-from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments
-from maqd_hf.versions import package_versions
+from maqd_hf.training.trainer import MaQDTrainer, MaQDTrainingArguments
 
 LEARNING_RATES = ((3, 3e-4), (4, 2e-4), (256, 1e-4))  # up to so many levels, unless given
 

@@ -23,6 +23,9 @@ processes the first does all but the training, and the others wait. ``torchrun``
 
 from __future__ import annotations
 
+if not __package__:  # run as a file: scripts/__init__.py has not done it
+    import torch_environment  # noqa: F401  (before torch)
+
 import argparse
 import copy
 import json
@@ -35,7 +38,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch_environment  # noqa: F401  (before torch)
 import matplotlib
 import torch
 from datasets import Dataset, load_from_disk
@@ -50,16 +52,16 @@ from transformers import (
 
 from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
-from maqd_hf.data import EMBEDDED, load_text, tokenize_blocks
-from maqd_hf.embedded import resolve_model
-from maqd_hf.generated import GENERATED, generated_blocks
-from maqd_hf.model_card import write_card
+from maqd_hf.calibration.static_norms import select_static_norms
+from maqd_hf.checkpoint.saving import save_model
+from maqd_hf.data.bundled import resolve_model
+from maqd_hf.data.self_written import GENERATED, generated_blocks
+from maqd_hf.data.text import EMBEDDED, load_text, tokenize_blocks
+from maqd_hf.evaluation.model_card import write_card
+from maqd_hf.evaluation.perplexity import PerplexityResult, text_perplexity
+from maqd_hf.evaluation.versions import package_versions
 from maqd_hf.nn.precision import fast_bf16
-from maqd_hf.perplexity import PerplexityResult, text_perplexity
-from maqd_hf.saving import save_model
-from maqd_hf.sensitivity import select_static_norms
-from maqd_hf.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
-from maqd_hf.versions import package_versions
+from maqd_hf.training.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -11,6 +11,9 @@ is an id on the Hub, a folder, or the name of an embedded model (`maqd_hf.embedd
 token: static ones need training (scripts/qat_llm.py).
 """
 
+if not __package__:  # run as a file: scripts/__init__.py has not done it
+    import torch_environment  # noqa: F401  (before torch)
+
 import json
 import time
 from collections.abc import Sequence
@@ -18,18 +21,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch_environment  # noqa: F401  (before torch)
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from maqd_hf import MaQDConfig, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
-from maqd_hf.data import EMBEDDED, load_text, spread_samples, tokenize_blocks
-from maqd_hf.embedded import SMOLLM2, resolve_model
-from maqd_hf.perplexity import PerplexityResult, text_perplexity
-from maqd_hf.saving import save_model
-from maqd_hf.versions import package_versions
+from maqd_hf.checkpoint.saving import save_model
+from maqd_hf.data.bundled import SMOLLM2, resolve_model
+from maqd_hf.data.text import EMBEDDED, load_text, spread_samples, tokenize_blocks
+from maqd_hf.evaluation.perplexity import PerplexityResult, text_perplexity
+from maqd_hf.evaluation.versions import package_versions
 
 
 @dataclass

@@ -8,7 +8,7 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Exact laws are about the reference; test_kernels_native.py compares the compiled paths with it.
+# Exact laws are about the reference; tests/kernels compares the compiled paths with it.
 os.environ.setdefault("MAQD_KERNEL", "reference")
 
 from pydoc_data.topics import topics

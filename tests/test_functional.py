@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-import reference
 import torch
 from torch import Tensor
 
 from maqd_hf import functional as F
+from tests.support import reference
 
 ALL_LEVELS = range(F.MIN_LEVELS, F.MAX_LEVELS + 1)
 SOME_LEVELS = [2, 3, 4, 5, 16, 255, 256]

@@ -17,23 +17,31 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import DECODERS, FAMILIES, VOCABULARY, example, output, tiny, to_bfloat16
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from maqd_hf import MaQDConfig, pack_model, quantize_model, register
-from maqd_hf.building import modules_of
+from maqd_hf.checkpoint.integrity import checksum
 from maqd_hf.functional import scale_dtype
-from maqd_hf.integrity import checksum
-from maqd_hf.matching import Names
+from maqd_hf.models.finding import modules_of
+from maqd_hf.models.names import Names
 from maqd_hf.nn import (
     LayerBatchNorm,
     MaQDEmbedding,
     MaQDLinear,
     PackedEmbedding,
     PackedLinear,
+)
+from tests.support.families import (
+    DECODERS,
+    FAMILIES,
+    VOCABULARY,
+    example,
+    output,
+    tiny,
+    to_bfloat16,
 )
 
 OURS = (LayerBatchNorm, MaQDEmbedding, MaQDLinear, PackedEmbedding, PackedLinear)

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from loopback_hub import USER, LoopbackHub, Repository
+
+from tests.support.loopback_hub import USER, LoopbackHub, Repository
 
 RunClient = Callable[..., subprocess.CompletedProcess[str]]
 

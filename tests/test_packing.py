@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
 
 from maqd_hf.packing import (
@@ -13,6 +12,7 @@ from maqd_hf.packing import (
     unpack_codes,
     words_per_row,
 )
+from tests.support import reference
 
 ALL_LEVELS = range(2, 257)
 

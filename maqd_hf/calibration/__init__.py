@@ -1,79 +1,30 @@
-"""Start values from a little text: channels smoothed, weights by GPTQ, then by training block after
-block; static activation steps by search."""
+"""Start values from a little text, before any training.
 
-from __future__ import annotations
+Imports ``nn``, ``models`` and below.
 
-from dataclasses import dataclass
-from typing import Any
+- ``pipeline``: ``calibrate``, all of it in order;
+- ``smoothing``: channels of inputs evened out; ``gptq``, ``compensation``: weights with the errors
+  of the columns before them; ``activations``: static steps by search;
+- ``static_norms``: which norms can be static, and at what cost;
+- ``blocks``: walking a model block by block;
+- ``blockwise``: a room apart, see there.
+"""
 
-from torch import nn
-
-from ..nn import Start
 from .activations import best_step, calibrate_activations
-from .blocks import Batches, as_batches
-from .blockwise import BlockwiseReport, reconstruct_blocks
 from .gptq import GPTQReport, gptq
+from .pipeline import CalibrationReport, calibrate
 from .smoothing import SmoothingReport, smooth
+from .static_norms import NormSelection, select_static_norms
 
 __all__ = [
-    "BlockwiseReport",
     "CalibrationReport",
     "GPTQReport",
+    "NormSelection",
     "SmoothingReport",
     "best_step",
     "calibrate",
     "calibrate_activations",
     "gptq",
-    "reconstruct_blocks",
+    "select_static_norms",
     "smooth",
 ]
-
-
-@dataclass(frozen=True)
-class CalibrationReport:
-    """What ``calibrate`` did, step by step; None: that step was left out.
-
-    >>> print(CalibrationReport(SmoothingReport(), None))
-    smoothing: no channels that may move
-    """
-
-    smoothing: SmoothingReport | None
-    gptq: GPTQReport | None
-
-    def summary(self) -> dict[str, dict[str, Any] | None]:
-        """Plain JSON values by step."""
-        return {
-            "smoothing": None if self.smoothing is None else self.smoothing.summary(),
-            "gptq": None if self.gptq is None else self.gptq.summary(),
-        }
-
-    def __str__(self) -> str:
-        return "\n".join(str(r) for r in (self.smoothing, self.gptq) if r is not None)
-
-
-def calibrate(
-    model: nn.Module,
-    data: Batches,
-    *,
-    gptq_weights: bool = True,
-    smoothing: bool = True,
-    batch_size: int | None = None,
-    progress: bool = True,
-) -> CalibrationReport:
-    """Give a freshly converted model its start values: channels, weights, then activation steps.
-
-    The steps come last because a layer's inputs depend on the quantised weights before it.
-    ``smoothing=False`` leaves the channels' spread where it is; ``gptq_weights=False`` leaves the
-    weights at their searched grid. ``data``: token ids (samples, tokens) of text like that the
-    model is for, or batches; the fewer the levels, the more tokens it wants (``gptq`` says what
-    they are worth). ``batch_size``: samples in a forward when it is ids; None: as ``gptq``.
-
-        quantize_model(model, MaQDConfig(weight_levels=16, group_size=64))
-        calibrate(model, token_ids)
-    """
-    batches = as_batches(data, model, batch_size)
-    start: Start = "range" if gptq_weights else "search"
-    smoothed = smooth(model, batches, start=start, progress=progress) if smoothing else None
-    compensated = gptq(model, batches, progress=progress) if gptq_weights else None
-    calibrate_activations(model, batches, progress=progress)
-    return CalibrationReport(smoothed, compensated)

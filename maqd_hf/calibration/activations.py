@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from ..functional import dequantize, grid_center, quantize
 from ..nn import ActivationQuantizer, MaQDLinear
+from ..nn.modes import evaluating
 from .blocks import (
     Batch,
     Batches,
     as_batches,
     counted_tokens,
-    evaluating,
     float_activations,
     input_rows,
     run_body,

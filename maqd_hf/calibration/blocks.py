@@ -112,19 +112,6 @@ def input_rows(layer: MaQDLinear, x: Tensor, counted: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, eval mode; every module's own mode comes back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def float_activations(model: nn.Module) -> Iterator[None]:
     """Layer inputs pass unquantised (their steps may not be known yet)."""
     layers = [m for m in model.modules() if isinstance(m, MaQDLinear)]

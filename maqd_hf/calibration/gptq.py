@@ -100,7 +100,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..nn import MaQDEmbedding, MaQDLinear
-from ..search import search_step
+from ..nn.modes import evaluating
+from ..nn.step_search import search_step
 from .blocks import (
     Batch,
     Batches,
@@ -109,7 +110,6 @@ from .blocks import (
     as_batches,
     bfloat16_products,
     counted_tokens,
-    evaluating,
     find_segments,
     float_activations,
     float_weights,

@@ -44,15 +44,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..building import modules_of
 from ..functional import grid_center
+from ..models.finding import modules_of
+from ..models.probing import example_inputs, trace_norms
 from ..nn import LayerBatchNorm, MaQDEmbedding, MaQDLinear, Start, own_rows, rotate
-from ..probing import example_inputs, trace_norms
+from ..nn.modes import evaluating
 from .blocks import (
     Batches,
     as_batches,
     counted_tokens,
-    evaluating,
     find_blocks,
     float_activations,
     float_weights,

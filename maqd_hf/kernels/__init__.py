@@ -1,7 +1,14 @@
 """Packed matrix products: the one place that decides which implementation runs.
 
-``reference`` is plain torch, always there, and the oracle for every other path. ``native`` is a
-compiled library for the CPU, ``gpu`` the same arithmetic in Triton for NVIDIA GPUs.
+Imports ``functional`` and ``packing``, and no transformers.
+
+- ``reference``: plain torch, always there, and the oracle for every other path;
+- ``native``: the products of the compiled library (C sources in ``csrc``) for the CPU; ``decoder``,
+  ``key_values``, ``norm``, ``hadamard``: a whole decode step and its parts; ``columns``,
+  ``fake_quantize``, ``divergence``: loops of calibration and training; ``loader``: the library
+  itself; ``ops``: operators for ``torch.compile``;
+- ``gpu``, ``gpu_kernels``: the same arithmetic in Triton for NVIDIA GPUs.
+
 ``native_serves`` says whether one of them serves a layer, ``weight_type`` which, ``info`` says it
 to people. ``MAQD_KERNEL=reference`` (or a path of ``info()``) overrides the choice.
 """

@@ -58,7 +58,7 @@ FLOAT32_TILES = {16: Tiles(16, 16, 64, 4, 4), None: Tiles(32, 32, 32, 4, 3)}
 """Block sizes up to this many tokens, and for more; float32 is multiplied without tensor cores and
 takes more registers. A table instead of tuning at run time: a first call costs no search, and equal
 inputs add up in equal order. Made from what the compiler says of sm_80 and sm_90 (no registers
-spilled, at most 80 KiB of shared memory); ``scripts/benchmark_gpu.py --tiles`` times others."""
+spilled, at most 80 KiB of shared memory); ``scripts/bench/gpu.py --tiles`` times others."""
 
 
 def tiles_for(tokens: int, float32: bool) -> Tiles:

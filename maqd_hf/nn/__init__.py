@@ -1,4 +1,16 @@
-"""Layers: trainable (``MaQDLinear``, ``MaQDEmbedding``, ``LayerBatchNorm``) and packed."""
+"""Layers, trainable and packed, and what they share.
+
+Imports ``kernels`` and below, and no transformers.
+
+- ``linear``, ``embedding``, ``activation``, ``norm``: ``MaQDLinear``, ``MaQDEmbedding``,
+  ``ActivationQuantizer``, ``LayerBatchNorm``;
+- ``packed``: ``PackedLinear`` and ``PackedEmbedding``: where trained weights become words of codes;
+- ``spec``: the settings of a layer; ``kinds``: tuples of our classes;
+- ``context``: which tokens of the batch are padding and which are first;
+- ``step_search``: the step of least error for given rows;
+- ``stamp``: values derived from tensors, and whether they still hold; ``precision``: dtypes;
+  ``modes``: evaluation for a while.
+"""
 
 from .activation import ActivationQuantizer, own_rows, rotate
 from .context import BatchContext, FirstToken

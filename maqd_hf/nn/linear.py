@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..functional import gaussian_step, stored_scale
 from ..kernels.fake_quantize import fake_quantize_weight, weight_codes
-from ..search import full_range_step, search_step
 from .activation import ActivationQuantizer, rotate
 from .context import BatchContext
 from .precision import Apply, product_dtype, without_narrowing
 from .spec import LinearSpec
+from .step_search import full_range_step, search_step
 
 Start = Literal["search", "range", "gaussian"]
 """Where a grid starts: "search", the step of least squared error per group; "range", the step that

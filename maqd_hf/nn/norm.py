@@ -6,7 +6,7 @@ statistic becomes the one scalar used at inference. A LayerNorm's centring stays
 (W(x - mean) costs nothing extra: centring is linear), RMS norms are not centred.
 
 Why pooled and not per token: a running average of per-token statistics destroys a model that was
-trained with per-token ones, pooled statistics do not (``scripts/lbn_experiments.py``).
+trained with per-token ones, pooled statistics do not (``scripts/experiments/lbn_from_scratch.py``).
 
 Not in the paper, for pretrained models:
 - ``gate`` g in [0, 1] mixes log statistics, (1 - g) * token + g * pooled, so that conversion
@@ -16,7 +16,7 @@ Not in the paper, for pretrained models:
   nothing in decoding, where no first token occurs;
 - ``fixed`` ends a training with the running averages already, as constants without a gradient: the
   model adapts to the statistics it will have. From the start this fails; as the last 40 % of the
-  steps it won 0.03 nats and more from scratch (``scripts/lbn_batch_size.py``);
+  steps it won 0.03 nats and more from scratch (``scripts/experiments/lbn_batch_size.py``);
 - ``pooling="geometric"`` averages log statistics, so that one massive token cannot own the mean.
 
 Static norms alone are not new; see FakeLN (arXiv:2409.13710, 2507.02559), TaperNorm (2602.10408),

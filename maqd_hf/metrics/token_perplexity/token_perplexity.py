@@ -13,7 +13,7 @@ import evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import maqd_hf  # noqa: F401  registers the quantised models with transformers
-from maqd_hf.perplexity import text_perplexity
+from maqd_hf.evaluation.perplexity import text_perplexity
 
 _DESCRIPTION = "Perplexity of a causal language model: exp(sum of NLL / number of tokens)."
 _INPUTS = """

@@ -1,0 +1,23 @@
+"""Quantization-aware training with transformers' Trainer and accelerate.
+
+Imports ``calibration``, ``evaluation`` and below.
+
+- ``trainer``: ``MaQDTrainer``; ``arguments``: ``MaQDTrainingArguments``;
+- ``distillation``: the loss against the float model, with the head inside it;
+- ``callbacks``: the schedule of the norms' gates, agreement of ranks, a look inside;
+- ``rates``: learning rates that nobody gave;
+- ``checkpoints``: which are whole, and what an interrupt does; ``memory``: what is spared.
+"""
+
+from .arguments import MaQDTrainingArguments
+from .checkpoints import last_complete_checkpoint
+from .distillation import Objective, distillation_loss
+from .trainer import MaQDTrainer
+
+__all__ = [
+    "MaQDTrainer",
+    "MaQDTrainingArguments",
+    "Objective",
+    "distillation_loss",
+    "last_complete_checkpoint",
+]

@@ -1,0 +1,7 @@
+"""What a user runs (the files here), benchmarks (``bench``) and experiments (``experiments``).
+
+The files are run as ``python scripts/qat_llm.py``, the packages' modules as
+``python -m scripts.bench.quality``.
+"""
+
+from . import torch_environment  # noqa: F401  (before torch)

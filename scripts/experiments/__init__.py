@@ -1,0 +1,1 @@
+"""Experiments of the method, one question each; ``docs/notebook.md`` has what they answered."""

@@ -1,0 +1,286 @@
+"""A damaged or edited checkpoint never becomes a model; a failed save never damages one."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from maqd_hf import pack_model, quantize_model, save_model
+from maqd_hf.checkpoint.integrity import checksum
+from maqd_hf.models.finding import modules_of
+from maqd_hf.nn import LinearSpec, MaQDLinear, PackedLinear
+from tests.support.families import example, output, tiny
+
+Edit = Callable[[dict[str, Any]], None]
+LAYER = "layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed Llama with a folded static norm, a tied embedding and static activations."""
+    model = tiny("llama-tied")
+    quantize_model(model, weight_levels=15, embedding_levels=15, activation_scaling="static")
+    for _, layer in modules_of(model, MaQDLinear):
+        layer.activation.set_step(0.02)
+    model.train()
+    output(model, example(model))
+    model.model.layers[1].input_layernorm.gate.fill_(1)
+    pack_model(model)
+    path = tmp_path_factory.mktemp("good")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copied(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "copy"))
+
+
+def load(path: Path) -> PreTrainedModel:
+    return hf.AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_the_good_one_loads(copied: Path) -> None:
+    model = load(copied)
+    assert output(model, example(model)).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------ the file
+
+
+def test_truncated_file(copied: Path) -> None:
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"(?i)incomplete|header|safetensor"):
+        load(copied)
+
+
+def test_every_kind_of_tensor_is_protected_against_a_single_flipped_bit(copied: Path) -> None:
+    file = copied / "model.safetensors"
+    tensors = load_file(file)
+    kinds = [
+        "embed_tokens.weight",
+        "embed_tokens.weight_scale",
+        f"{LAYER}.weight",
+        f"{LAYER}.weight_scale",
+        f"{LAYER}.weight_offset",
+        f"{LAYER}.activation_step",
+        "layers.1.input_layernorm.running_log_ms",
+        "norm.weight",
+    ]
+    for kind in kinds:
+        name = f"model.{kind}"
+        damaged = {n: t.clone() for n, t in tensors.items()}
+        bits = damaged[name].view(torch.int32).view(-1)
+        bits[-1] ^= 1  # the lowest bit: the smallest change there is
+        save_file(damaged, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{kind.rpartition('.')[0]} is not what was saved"):
+            load(copied)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite(copied: Path, value: float) -> None:
+    file = copied / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"model.{LAYER}.weight_scale"][3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{LAYER}.weight_scale holds NaN or infinity"):
+        load(copied)
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_scale", "weight_offset", "activation_step"])
+def test_missing_tensor(copied: Path, part: str) -> None:
+    file = copied / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"model.{LAYER}.{part}"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{LAYER}.{part} is missing from the checkpoint"):
+        load(copied)
+
+
+def test_tensors_of_another_shape(copied: Path) -> None:
+    file = copied / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.{LAYER}.weight"
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises((RuntimeError, ValueError), match=r"(?i)mismatch"):
+        load(copied)
+
+
+# ---------------------------------------------------------------------------------- the config
+
+
+def _module(entry: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = entry["modules"][LAYER]
+    return found
+
+
+EDITS: dict[str, tuple[Edit, str]] = {
+    "levels of the same word size": (lambda c: c.update(weight_levels=16), "not what was saved"),
+    "activation levels": (lambda c: c.update(activation_levels=15), "not what was saved"),
+    "first token": (lambda c: c.update(first_token="shared"), "not what was saved"),
+    "levels of one layer": (lambda c: _module(c).update(weight_levels=16), "not what was saved"),
+    "embedding levels": (
+        lambda c: c["modules"]["embed_tokens"].update(levels=16),
+        "embed_tokens is not what was saved",
+    ),
+    "norm": (
+        lambda c: c["modules"]["layers.1.input_layernorm"].update(absorbed=False),
+        "layers.1.input_layernorm is not what was saved",
+    ),
+    "another clip ratio": (
+        lambda c: c.update(activation_clip_ratio=0.5),
+        "is not what was saved",
+    ),
+    "levels out of range": (lambda c: c.update(weight_levels=1), "weight_levels=1 is outside"),
+    "a module that is not there": (
+        lambda c: c["modules"].update({"layers.9.x": _module(c)}),
+        r"'layers\.9\.x' that LlamaForCausalLM does not have",
+    ),
+    "a module of another kind": (
+        lambda c: c["modules"].update({"norm": _module(c)}),
+        "'norm'.*should be a Linear",
+    ),
+    "unknown kind": (lambda c: _module(c).update(kind="lstm"), f"{LAYER}.*lstm"),
+    "no kind": (lambda c: _module(c).pop("kind"), f"{LAYER}.*KeyError"),
+    "unknown setting": (lambda c: _module(c).update(bits=4), r"unknown settings \['bits'\]"),
+    "unknown norm setting": (
+        lambda c: c["modules"]["norm"].update(bits=4),
+        r"'norm'.*bits",
+    ),
+    "unknown field": (lambda c: c.update(bits=4), r"unknown fields \['bits'\]"),
+    "another format": (lambda c: c.update(format_version=2), "format_version=2.*install"),
+    "no modules": (lambda c: c.pop("modules"), "lists no converted modules"),
+    "another state": (lambda c: c.update(state="frozen"), "state='frozen'"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_config(copied: Path, edit: str) -> None:
+    change, message = EDITS[edit]
+    file = copied / "config.json"
+    config = json.loads(file.read_text())
+    change(config["quantization_config"])
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load(copied)
+
+
+def test_packed_words_read_as_qat_latents(copied: Path) -> None:
+    file = copied / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["state"] = "qat"
+    file.write_text(json.dumps(config))
+    with pytest.raises((RuntimeError, ValueError), match=r"(?i)mismatch|missing"):
+        load(copied)
+
+
+def test_a_module_left_out_of_the_config(copied: Path) -> None:
+    file = copied / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]["modules"][LAYER]
+    file.write_text(json.dumps(config))
+    with pytest.raises((RuntimeError, ValueError), match=r"(?i)mismatch"):
+        load(copied)
+
+
+# ------------------------------------------------------------------------------------- checksum
+
+
+def test_checksum_is_stable_and_sees_settings_and_tensors() -> None:
+    torch.manual_seed(0)
+    layer = MaQDLinear(40, 30, True, LinearSpec(5, None))
+    packed = PackedLinear.from_qat(layer)
+    assert checksum(packed) == checksum(PackedLinear.from_qat(layer))
+    other = PackedLinear.from_qat(layer)
+    other.spec = LinearSpec(5, 255, "token")
+    assert checksum(other) != checksum(packed)
+    for parameter in packed.parameters():
+        before = checksum(packed)
+        parameter.data.view(torch.int32).view(-1)[7 % parameter.numel()] ^= 1 << 30
+        assert checksum(packed) != before
+
+
+def test_checking_134_million_weights_takes_less_than_a_third_of_a_second() -> None:
+    """The layers of a 135 M model at 4 bit: 53 MB of words."""
+    layer = PackedLinear(4096, 32_832, False, LinearSpec(16, None))
+    layer.weight.data.random_()
+    layer.weight_scale.data.fill_(1)
+    layer.weight_offset.data.fill_(0)
+    start = time.process_time()
+    checksum(layer)
+    assert time.process_time() - start < 0.3
+
+
+# --------------------------------------------------------------------------------------- saving
+
+
+def same_files(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+def test_save_model_replaces_the_weights_and_nothing_else(tmp_path: Path, good: Path) -> None:
+    model, path = load(good), tmp_path / "deep" / "model"
+    save_model(model, path, max_shard_size="8KB")
+    (path / "README.md").write_text("mine")
+    assert len(list(path.glob("*.safetensors"))) > 1
+    assert save_model(model, str(path)) == path
+    names = {file.name for file in path.iterdir()}
+    assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert list(path.parent.iterdir()) == [path]
+    again = load(path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_save_model_saves_what_else_is_given(tmp_path: Path, good: Path) -> None:
+    class Tokenizer:
+        def save_pretrained(self, path: Path) -> None:
+            (Path(path) / "tokenizer.json").write_text("{}")
+
+    save_model(load(good), tmp_path / "m", Tokenizer())
+    assert (tmp_path / "m" / "tokenizer.json").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_alone(copied: Path, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes every write beyond 4 kB fail, as a full disk would."""
+    before, model = same_files(copied), load(copied)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="was not saved and is as it was before"):
+            save_model(model, copied)
+        with pytest.raises(OSError, match="was not saved"):
+            save_model(model, tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert same_files(copied) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"copy"}
+    load(copied)
+
+
+def test_an_interrupt_leaves_the_old_checkpoint_alone(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, model = same_files(copied), load(copied)
+
+    def interrupted(path: Path, **kwargs: Any) -> None:
+        (Path(path) / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(model, copied)
+    assert same_files(copied) == before and list(copied.parent.iterdir()) == [copied]
