@@ -12,7 +12,7 @@ setup(
         Extension(
             "maqd_hf.kernels._native",
             sources=sorted(glob("maqd_hf/kernels/csrc/*.c")),
-            depends=glob("maqd_hf/kernels/csrc/*.h"),
+            depends=[*glob("maqd_hf/kernels/csrc/*.h"), *glob("maqd_hf/kernels/csrc/*.inc")],
             extra_compile_args=[
                 "-O3",
                 "-std=gnu11",

@@ -32,18 +32,18 @@ CONTEXT = 128  # positions the tiny models have
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")  # ids 0, 1, 2
 
 
-@pytest.fixture(params=list(loader.paths()))
-def path(request, monkeypatch):
-    """Every path of the compiled library that this machine runs, in turn."""
+@pytest.fixture(params=list(loader.isas()))
+def isa(request, monkeypatch):
+    """Every instruction set of the compiled library that this machine runs, in turn."""
     monkeypatch.setenv("MAQD_KERNEL", request.param)
     return request.param
 
 
 @pytest.fixture
 def best(monkeypatch):
-    """The path a user gets; all else runs on the reference."""
+    """The instruction set a user gets; all else runs on the reference."""
     monkeypatch.delenv("MAQD_KERNEL")
-    assert loader.chosen_path() is not None, "no C compiler at install time"
+    assert loader.chosen_isa() is not None, "no C compiler at install time"
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import loader, native
-from ..kernels.decoder import BlockStep, LinearStep, NativeDecoder
+from ..kernels.decoder import BlockPlan, LinearPlan, NativeDecoder
 from ..kernels.norm import NativeNorm
 from ..nn import BatchContext, LayerBatchNorm, PackedEmbedding, PackedLinear
 
@@ -32,7 +32,7 @@ def check_model(model: Any) -> tuple[list[object], list[Tensor]]:
     """What a plan is made of: path and modules, and their tensors; ``UnsupportedError`` where the
     library does not run the model."""
     config = model.config
-    if loader.chosen_path() is None:
+    if loader.chosen_isa() is None:
         raise UnsupportedError("the compiled kernels are missing or switched off")
     if config.model_type not in FAMILIES:
         raise UnsupportedError(
@@ -41,7 +41,7 @@ def check_model(model: Any) -> tuple[list[object], list[Tensor]]:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", _SLIDING}
     if kinds:
         raise UnsupportedError(f"attention of type {', '.join(sorted(kinds))}")
-    parts: list[object] = [loader.chosen_path()]
+    parts: list[object] = [loader.chosen_isa()]
     tensors: list[Tensor] = []
     for name, module in model.named_modules():
         patched = "forward" in module.__dict__ and module is not model
@@ -73,7 +73,7 @@ def build(model: Any) -> NativeDecoder:
     for index, (attention, norms, layers) in enumerate(blocks):
         where = f"block {index}"
         steps.append(
-            BlockStep(
+            BlockPlan(
                 cast(Any, {name: _norm(norm, where) for name, norm in norms.items()}),
                 cast(Any, {name: _linear(layer, where) for name, layer in layers.items()}),
                 _window(config, index),
@@ -210,7 +210,7 @@ def _norm(norm: Any, where: str) -> NativeNorm:
     return norm.native_norm()
 
 
-def _linear(layer: Any, where: str) -> LinearStep:
+def _linear(layer: Any, where: str) -> LinearPlan:
     if not isinstance(layer, PackedLinear):
         raise UnsupportedError(f"{where}: a layer of type {type(layer).__name__} is not packed")
     groups = layer.weight_scale.shape[1]
@@ -219,4 +219,4 @@ def _linear(layer: Any, where: str) -> LinearStep:
     static = layer.activation_step
     own_first = static is not None and layer.spec.first_token == "own"
     step = 0.0 if static is None else float(static)
-    return LinearStep(layer.native_weight(), step, own_first)
+    return LinearPlan(layer.native_weight(), step, own_first)

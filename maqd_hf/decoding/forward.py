@@ -36,7 +36,7 @@ _IGNORED = ("cache_position", "use_cache", "return_dict", "logits_to_keep")
 def attach_native(model: nn.Module, kv_cache: KeyValueType = "float32") -> None:
     """Let ``model`` run natively from now on; a model without such a form is left alone."""
     family = getattr(getattr(model, "config", None), "model_type", None)
-    if family in FAMILIES and hasattr(model, "lm_head") and loader.chosen_path() is not None:
+    if family in FAMILIES and hasattr(model, "lm_head") and loader.chosen_isa() is not None:
         model.forward = NativeForward(model, kv_cache)
 
 

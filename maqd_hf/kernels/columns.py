@@ -1,25 +1,24 @@
 """The column loops of error compensation: one block of columns, each rounded given the ones before.
 
-A step of these loops does little for one column, and there are half a million of them in a small
-model: in torch they take 50 microseconds each whatever they do. So they stand here twice, compiled
+The loops do little for one column, and a small model has half a million columns: in torch one takes
+50 microseconds whatever is done for it. So the loops stand here twice, compiled
 (``csrc/compensate.c``) and in torch, which is the oracle and the fallback.
 
 All matrices are (columns, rows), float32: a column of the weight is contiguous. ``step`` (columns,
-rows) and ``centre`` (rows,) are the grid, see ``functional``.
+rows) and ``center`` (rows,) are the grid, see ``functional``.
 """
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 from torch import Tensor
 
 from ..functional import dequantize, quantize
 from . import loader
+from .serving import serves
 
 ColumnGrid = tuple[Tensor, Tensor, int]
-"""``step`` (columns, rows), ``centre`` (rows,), levels."""
+"""``step`` (columns, rows), ``center`` (rows,), levels."""
 
 
 def compensate_columns(w: Tensor, factor: Tensor, grid: ColumnGrid) -> tuple[Tensor, Tensor]:
@@ -28,13 +27,13 @@ def compensate_columns(w: Tensor, factor: Tensor, grid: ColumnGrid) -> tuple[Ten
     ``w`` becomes the values that were rounded. ``factor`` (columns, columns) upper: its row i says
     how the error of column i, over the diagonal, spreads. Returns codes and these scaled errors.
     """
-    step, centre, levels = grid
+    step, center, levels = grid
     codes, errors = torch.empty_like(w), torch.empty_like(w)
     if _call("maqd_compensate", (w,), factor, grid, (codes, errors)):
         return codes, errors
     for i in range(len(w)):
-        codes[i] = quantize(w[i] - centre, levels, step[i])
-        value = dequantize(codes[i], levels, step[i]) + centre
+        codes[i] = quantize(w[i] - center, levels, step[i])
+        value = dequantize(codes[i], levels, step[i]) + center
         errors[i] = (w[i] - value) / factor[i, i]
         # addmm_, not addr_, which wakes threads for each: 100 times slower on a busy machine
         w[i + 1 :].addmm_(factor[i, i + 1 :, None], errors[i, None], alpha=-1)
@@ -49,14 +48,14 @@ def descend_columns(
     ``gradient``: ``h`` (columns, columns) times what ``value`` misses, brought up to date.
     Returns codes, the values that were rounded to them, and how far each column moved.
     """
-    step, centre, levels = grid
+    step, center, levels = grid
     codes, wanted, moved = (torch.empty_like(value) for _ in range(3))
     if _call("maqd_descend", (value, gradient), h, grid, (codes, wanted, moved)):
         return codes, wanted, moved
     for i in range(len(value)):
         wanted[i] = value[i] + gradient[i] / h[i, i]
-        codes[i] = quantize(wanted[i] - centre, levels, step[i])
-        new = dequantize(codes[i], levels, step[i]) + centre
+        codes[i] = quantize(wanted[i] - center, levels, step[i])
+        new = dequantize(codes[i], levels, step[i]) + center
         moved[i] = new - value[i]
         value[i] = new
         gradient.addmm_(h[:, i, None], moved[i, None], alpha=-1)
@@ -74,20 +73,16 @@ def _call(
 
     ``ValueError`` for shapes that do not belong together: the library trusts them.
     """
-    step, centre, levels = grid
+    step, center, levels = grid
     shape = state[0].shape
-    fits = len(shape) == 2 and matrix.shape == (shape[0], shape[0]) and centre.shape == shape[1:]
+    fits = len(shape) == 2 and matrix.shape == (shape[0], shape[0]) and center.shape == shape[1:]
     if not fits or any(tensor.shape != shape for tensor in (*state, step)):
         raise ValueError(
             f"columns {[tuple(tensor.shape) for tensor in (*state, step)]} must all be (columns, "
-            f"rows), with {tuple(matrix.shape)} (columns, columns), {tuple(centre.shape)} (rows,)"
+            f"rows), with {tuple(matrix.shape)} (columns, columns), {tuple(center.shape)} (rows,)"
         )
-    tensors = (*state, matrix.contiguous(), step, centre, *out)
-    if loader.chosen_path() is None or any(
-        t.device.type != "cpu" or t.dtype != torch.float32 or not t.is_contiguous() for t in tensors
-    ):
+    tensors = (*state, matrix.contiguous(), step, center, *out)
+    if not serves(*tensors, dtypes=(torch.float32,), contiguous=True):
         return False
-    columns, rows = step.shape
-    sizes = [ctypes.c_int64(n) for n in (levels, columns, rows, torch.get_num_threads())]
-    loader.run(name, tensors, *sizes)
+    loader.call(name, *tensors, levels, *step.shape, torch.get_num_threads())
     return True

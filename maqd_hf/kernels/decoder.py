@@ -8,133 +8,69 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .abi import BlockStruct, CallStruct, DecoderStruct, LinearStruct
 from .key_values import KeyValues, KeyValueType
-from .loader import FLOATS, library, path_number, pointer
-from .native import NativeWeight, Table, TableStruct, WeightStruct
-from .norm import NativeNorm, NormStruct
+from .loader import FLOATS, call, isa_number, pointer
+from .native import NativeWeight, Table
+from .norm import NativeNorm
 
-# Of a call: scratch memory grows with them, and what a layer writes should still be cached when the
-# next one reads it. With 512, 264, 132 and 96 a prefill of 512 tokens (SmolLM2-135M, 2 bits) takes
-# 532, 508, 503 and 513 ms on one thread, 280, 270, 275 and 284 on two (second-level cache: 1 MiB).
+# Tokens of a call: scratch memory grows with them, and what a layer writes should still be cached
+# when the next one reads it: 508 ms a prefill of 512 tokens in pieces of 264, 532 in one (notebook:
+# "Tokens of one call").
 MAX_TOKENS = 256
 
 
-class _Linear(ctypes.Structure):
-    _fields_ = [
-        ("weight", ctypes.POINTER(WeightStruct)),
-        ("step", ctypes.c_float),
-        ("levels", ctypes.c_int32),
-        ("own_first", ctypes.c_int32),
-    ]
-
-
-_NORMS = ("input_norm", "post_norm", "query_norm", "key_norm")
-_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-class _Block(ctypes.Structure):
-    _fields_ = [
-        *((name, NormStruct) for name in _NORMS),
-        *((name, _Linear) for name in _LINEARS),
-        ("window", ctypes.c_int64),
-        ("rotates", ctypes.c_int64),
-    ]
-
-
-class _Decoder(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("blocks", "hidden", "heads", "kv_heads", "head_dim", "intermediate")
-        ),
-        ("attention_scale", ctypes.c_float),
-        ("rope_scale", ctypes.c_float),
-        ("frequencies", ctypes.c_void_p),
-        ("block", ctypes.POINTER(_Block)),
-        ("norm", NormStruct),
-        ("table", ctypes.POINTER(TableStruct)),
-        ("head", _Linear),
-        *((name, ctypes.c_int32) for name in ("floats", "group_steps")),
-        ("activation", ctypes.c_int32),
-    ]
-
-
 ACTIVATIONS = ("swiglu", "relu", "gelu_tanh")
-"""Of the feed-forward part, in the library's order; the first has a gate."""
-
-
-class _Call(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("batch", "tokens", "past", "capacity", "value_stride")
-        ),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "hidden",
-                "ids",
-                "logits",
-                "positions",
-                "first",
-                "mask",
-                "keys",
-                "values",
-                "key_scales",
-                "value_scales",
-            )
-        ),
-    ]
+"""Activations of the feed-forward part, in the library's order; the first has a gate."""
 
 
 @dataclass(frozen=True)
-class LinearStep:
-    """A packed layer and its activation step; ``step=0``: one per token."""
+class LinearPlan:
+    """A packed layer and its activation step; ``step=0``: every token has its own."""
 
     weight: NativeWeight
     step: float
     own_first: bool
 
-    def struct(self, keep: list[object]) -> _Linear:
-        """The C structure; what it points to is added to ``keep``."""
-        keep.append(self.weight)
+    def struct(self) -> LinearStruct:
+        """The C structure; points to ``weight``, which must live as long."""
         weight = ctypes.pointer(self.weight.struct)
         levels = self.weight.activation_levels or 0
-        return _Linear(weight, self.step, levels, self.own_first)
+        return LinearStruct(weight, self.step, levels, self.own_first)
 
 
 @dataclass(frozen=True)
-class BlockStep:
+class BlockPlan:
     """One block: norms of the residual stream and, where the model has them, of heads.
 
     ``q`` may be all of q, k and v, one below the other, and stands alone then; ``gate`` belongs to
     gated activations. ``window``: positions a token sees, itself one of them; 0: all before it.
-    ``rotates``: whether queries and keys are, where the decoder has frequencies.
+    ``rope``: whether queries and keys get rotary embeddings, where the decoder has frequencies.
     """
 
     norms: dict[Literal["input_norm", "post_norm", "query_norm", "key_norm"], NativeNorm]
-    linears: dict[Literal["q", "k", "v", "o", "gate", "up", "down"], LinearStep]
+    linears: dict[Literal["q", "k", "v", "o", "gate", "up", "down"], LinearPlan]
     window: int = 0
-    rotates: bool = True
+    rope: bool = True
 
 
 @dataclass
 class NativeDecoder:
     """The blocks and the final norm of a model, ready to be called.
 
-    ``frequencies`` (head_dim / 2,): of the rotary embedding, whose sines and cosines are multiplied
-    by ``rope_scale``; None: queries and keys are not rotated. ``learned`` (positions, hidden):
-    added to the embeddings. ``table`` and ``head`` where the library shall look up the embeddings
+    ``frequencies`` (head_dim / 2,) are those of the rotary embedding, whose sines and cosines are
+    multiplied by ``rope_scale``; None: there is none. ``learned`` (positions, hidden) is added to
+    the embeddings. ``table`` and ``head`` where the library shall look up the embeddings
     and compute the logits too.
     """
 
-    blocks: Sequence[BlockStep]
+    blocks: Sequence[BlockPlan]
     norm: NativeNorm
     heads: int
     kv_heads: int
@@ -145,23 +81,22 @@ class NativeDecoder:
     learned: Tensor | None = None
     activation: Literal["swiglu", "relu", "gelu_tanh"] = "swiglu"
     table: Table | None = None
-    head: LinearStep | None = None
-    _keep: list[object] = field(default_factory=list)
+    head: LinearPlan | None = None
 
     def __post_init__(self) -> None:
-        structs = (_Block * len(self.blocks))()
+        structs = (BlockStruct * len(self.blocks))()
         for struct, block in zip(structs, self.blocks, strict=True):
             for name, norm in block.norms.items():
                 setattr(struct, name, norm.struct)
             for layer, linear in block.linears.items():
-                setattr(struct, layer, linear.struct(self._keep))
-            struct.window, struct.rotates = block.window, block.rotates
+                setattr(struct, layer, linear.struct())
+            struct.window, struct.rope = block.window, block.rope
         frequencies = self.frequencies
         if frequencies is not None:
             frequencies = frequencies.detach().float().contiguous()
-        self._keep += [structs, frequencies]
+        self._kept = structs, frequencies  # what the structure points to, beside the fields
         self.hidden = self.norm.features
-        self._struct = _Decoder(
+        self._struct = DecoderStruct(
             len(self.blocks),
             self.hidden,
             self.heads,
@@ -171,16 +106,16 @@ class NativeDecoder:
             self.attention_scale,
             self.rope_scale,
             pointer(frequencies),
-            ctypes.cast(structs, ctypes.POINTER(_Block)),
+            ctypes.cast(structs, ctypes.POINTER(BlockStruct)),
             self.norm.struct,
             ctypes.pointer(self.table.struct) if self.table else None,
-            self.head.struct(self._keep) if self.head else _Linear(),
+            self.head.struct() if self.head else LinearStruct(),
             any(linear.weight.activation_levels is None for linear in self._linears()),
             any(linear.weight.group_steps for linear in self._linears()),
             ACTIVATIONS.index(self.activation),
         )
 
-    def _linears(self) -> Iterator[LinearStep]:
+    def _linears(self) -> Iterator[LinearPlan]:
         for block in self.blocks:
             yield from block.linears.values()
         if self.head:
@@ -216,39 +151,65 @@ class NativeDecoder:
             IndexError: an id outside the table.
             MemoryError: no scratch memory.
         """
-        batch, tokens = inputs.shape[:2]
         past = self._check(inputs, positions, store, first, mask)
+        inputs = self._embed(inputs, positions)
+        out, last = inputs, None
+        if inputs.dim() == 2:
+            out = torch.empty(*inputs.shape, self.hidden, **FLOATS)
+        if logits and self.head:
+            last = torch.empty(len(inputs), 1, self.head.weight.rows, **FLOATS)
+        positions = positions.long().contiguous()
+        first, mask = (None if t is None else t.bool().contiguous() for t in (first, mask))
+        if inputs.shape[1] <= self._most_tokens(inputs):
+            self._run(inputs, out, last, positions, store, past, first, mask)
+        else:
+            self._run_pieces(inputs, out, last, positions, store, past, first, mask)
+        return out if last is None else last
+
+    def _embed(self, inputs: Tensor, positions: Tensor) -> Tensor:
+        """What the library is given: ids that the table has, or embeddings of our own, which it
+        writes to."""
         if self.learned is not None:
             states = self.table(inputs) if self.table and inputs.dim() == 2 else inputs.float()
             inputs = states + self.learned[positions.clamp(min=0)].float()  # padding may have -1
         if inputs.dim() == 2:
-            assert self.table is not None
-            inputs = self.table.check(inputs)
-        else:
-            inputs = inputs.detach().float().clone(memory_format=torch.contiguous_format)
-        out, last = inputs, None
-        if inputs.dim() == 2:
-            out = torch.empty(batch, tokens, self.hidden, **FLOATS)
-        if logits and self.head:
-            last = torch.empty(batch, 1, self.head.weight.rows, **FLOATS)
-        positions = positions.long().contiguous()
-        first, mask = (None if t is None else t.bool().contiguous() for t in (first, mask))
-        step = max(1, MAX_TOKENS // max(batch, 1))
-        if tokens <= step:
-            self._run(inputs, out, last, positions, store, past, first, mask)
-            return out if last is None else last
+            assert self.table is not None  # by _check
+            return self.table.check(inputs)
+        return inputs.detach().float().clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def _most_tokens(inputs: Tensor) -> int:
+        """Tokens of every sequence that go into one call."""
+        return max(1, MAX_TOKENS // max(len(inputs), 1))
+
+    def _run_pieces(
+        self,
+        inputs: Tensor,
+        out: Tensor,
+        logits: Tensor | None,
+        positions: Tensor,
+        store: KeyValues,
+        past: int,
+        first: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        """``_run`` for one piece of the tokens after the other."""
+        tokens, most = inputs.shape[1], self._most_tokens(inputs)
         store.reserve(past + tokens)  # at once, or every piece would copy what is there
-        for start in range(0, tokens, step):
-            part = slice(start, start + step)
+        for start in range(0, tokens, most):
+            part = slice(start, start + most)
             piece = out[:, part].contiguous()
-            seen = None if mask is None else mask[:, : past + start + piece.shape[1]].contiguous()
-            some_first = None if first is None else first[:, part].contiguous()
-            some_positions = positions[:, part].contiguous()
-            given = piece if inputs is out else inputs[:, part].contiguous()
-            final = last if start + step >= tokens else None
-            self._run(given, piece, final, some_positions, store, past + start, some_first, seen)
+            self._run(
+                piece if inputs is out else inputs[:, part].contiguous(),
+                piece,
+                logits if start + most >= tokens else None,
+                positions[:, part].contiguous(),
+                store,
+                past + start,
+                None if first is None else first[:, part].contiguous(),
+                None if mask is None else mask[:, : past + start + piece.shape[1]].contiguous(),
+            )
             out[:, part] = piece
-        return out if last is None else last
 
     def _check(
         self,
@@ -289,11 +250,12 @@ class NativeDecoder:
         first: Tensor | None,
         mask: Tensor | None,
     ) -> None:
+        """One call: ``inputs`` to ``out``, and to ``logits`` unless None; fills the store."""
         batch, tokens = positions.shape
         if not batch or not tokens:
             return
         store.reserve(past + tokens)
-        call = _Call(
+        struct = CallStruct(
             batch,
             tokens,
             past,
@@ -307,13 +269,9 @@ class NativeDecoder:
             pointer(mask),
             store.keys.data_ptr(),
             store.values.data_ptr(),
-            *((pointer(None),) * 2 if store.scales is None else map(pointer, store.scales)),
+            *((None, None) if store.scales is None else map(pointer, store.scales)),
         )
-        lib = library()
-        assert lib is not None
-        failed = lib.maqd_decode(
-            ctypes.byref(self._struct), ctypes.byref(call), path_number(), torch.get_num_threads()
-        )
-        if failed:
+        threads = torch.get_num_threads()
+        if call("maqd_decode", self._struct, struct, isa_number(), threads):
             raise MemoryError(f"no scratch memory for {batch} x {tokens} tokens")
         store.fill(past + tokens)

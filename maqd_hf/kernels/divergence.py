@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from . import loader
+from .serving import serves
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -23,12 +22,14 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple
     >>> float(loss), grad.tolist()
     (0.0, [[0.0, 0.0]])
     """
-    if _serves(student, teacher):
+    plain = serves(student, teacher, dtypes=(torch.float32,), contiguous=True)
+    traced = student.requires_grad or teacher.requires_grad
+    if plain and not traced and student.dim() == 2 and student.shape == teacher.shape:
         loss = torch.empty(len(student), dtype=torch.float64)
-        sizes = [ctypes.c_int64(n) for n in student.shape]
-        cooling, threads = ctypes.c_float(1 / temperature), ctypes.c_int32(torch.get_num_threads())
+        threads = torch.get_num_threads()
+        cooling = 1 / temperature
         tensors = (student, teacher, loss)
-        loader.run("maqd_divergence", tensors, *sizes, cooling, cooling, threads)
+        loader.call("maqd_divergence", *tensors, *student.shape, cooling, cooling, threads)
         return loss.sum(), student
     log_p = (student / temperature).log_softmax(dim=-1)
     log_q = (teacher / temperature).log_softmax(dim=-1)
@@ -36,16 +37,3 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple
     # a word the teacher excludes counts nothing, however impossible it is to the student
     loss = torch.where(q > 0, log_q - log_p, 0).mul_(q).sum(dtype=torch.float64)
     return loss, log_p.exp_().sub_(q).div_(temperature)
-
-
-def _serves(student: Tensor, teacher: Tensor) -> bool:
-    same = student.shape == teacher.shape and loader.reads(student, teacher)
-    return same and all(
-        type(t) is Tensor
-        and t.dtype == torch.float32
-        and t.dim() == 2
-        and t.numel() > 0
-        and t.is_contiguous()
-        and not t.requires_grad
-        for t in (student, teacher)
-    )

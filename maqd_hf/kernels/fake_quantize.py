@@ -7,7 +7,6 @@ is the oracle, and serves everywhere else: other devices and dtypes, tracing, no
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from .. import functional
 from . import loader
+from .serving import serves
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _CODES = 2
@@ -25,7 +25,7 @@ def weight_codes(weight: Tensor, step: Tensor, levels: int) -> Tensor:
 
     Packing and training both come here, so that they agree in every code.
     """
-    if not _serves(weight, step):
+    if not _fits(weight, step):
         return functional.weight_codes(weight, step, levels)
     return _forward(weight, step, None, None, levels, torch.empty_like(weight), _CODES)
 
@@ -48,7 +48,7 @@ def fake_quantize_weight(
     """
     dtype = dtype or weight.dtype
     tables = (step, scale) if offset is None else (step, scale, offset)
-    if not _serves(weight, *tables):
+    if not _fits(weight, *tables):
         return functional.fake_quantize_weight(weight, step, scale, offset, levels).to(dtype)
     inner = dtype if dtype in _KINDS else torch.float32
     result: Tensor = _FakeQuantizeWeight.apply(weight, step, scale, offset, levels, inner)
@@ -65,26 +65,23 @@ def round_tokens(
     tensor([[ 0.5000, -1.5000,  0.5000]])
     """
     dtype = dtype or x.dtype
-    serves = loader.reads(x) and {x.dtype, dtype} <= _KINDS.keys() and x.dim() > 0 and x.numel() > 0
-    if not serves:
+    if not (serves(x, dtypes=_KINDS) and dtype in _KINDS and x.dim() > 0):
         return functional.round_tokens(x, levels, clip_ratio).to(dtype)
     result: Tensor = _RoundTokens.apply(x, functional.check_levels(levels), clip_ratio, dtype)
     return result
 
 
-def _serves(weight: Tensor, *tables: Tensor) -> bool:
+def _fits(weight: Tensor, *tables: Tensor) -> bool:
     """Whether the library can read these. Shapes that do not fit are left to torch's errors."""
-    if not loader.reads(weight, *tables) or weight.dim() != 2:
+    plain = serves(weight, *tables, dtypes=(torch.float32,), contiguous=True)
+    if not plain or weight.dim() != 2:
         return False
     rows, columns = weight.shape
     groups = tables[0].shape[-1]
     return (
-        groups > 0
-        and columns > 0
-        and columns % groups == 0
+        columns % groups == 0
         and all(t.shape in ((rows, groups), (rows, 1)) for t in tables)
         and all(t.shape == (rows, groups) for t in tables[:2])
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in (weight, *tables))
     )
 
 
@@ -97,7 +94,7 @@ def _forward(
     out: Tensor,
     kind: int,
 ) -> Tensor:
-    _run("maqd_fake_quantize", (weight, step, scale, offset, out), step, (levels, kind))
+    _run("maqd_fake_quantize", weight, step, scale, offset, out, levels, kind)
     return out
 
 
@@ -125,14 +122,14 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         grad = grad.contiguous()
         grad_weight, grad_scale = torch.empty_like(weight), torch.empty_like(scale)
         grad_offset = weight.new_empty(len(weight), 1) if ctx.offset else None
-        tensors = (weight, step, scale, grad, grad_weight, grad_scale, grad_offset)
         narrow = int(grad.dtype == torch.bfloat16)
-        _run("maqd_fake_quantize_backward", tensors, step, (ctx.levels, narrow))
+        tensors = (scale, grad, grad_weight, grad_scale, grad_offset)
+        _run("maqd_fake_quantize_backward", weight, step, *tensors, ctx.levels, narrow)
         return grad_weight, None, grad_scale, grad_offset, None, None
 
 
 class _RoundTokens(torch.autograd.Function):
-    """All of the gradient passes."""
+    """The gradient passes whole, as if nothing was rounded."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, levels: int, clip_ratio: float, dtype: torch.dtype) -> Tensor:
@@ -140,11 +137,9 @@ class _RoundTokens(torch.autograd.Function):
         rows = x.contiguous()
         out = torch.empty_like(rows, dtype=dtype)
         width = rows.shape[-1]
-        sizes = [ctypes.c_int64(n) for n in (rows.numel() // width, width)]
-        options = (levels, _KINDS[rows.dtype], _KINDS[dtype], torch.get_num_threads())
-        numbers = [ctypes.c_int32(n) for n in options]
-        ratio = ctypes.c_float(clip_ratio)
-        loader.run("maqd_round_tokens", (rows, out), *sizes, ratio, *numbers)
+        sizes, kinds = (rows.numel() // width, width), (_KINDS[rows.dtype], _KINDS[dtype])
+        threads = torch.get_num_threads()
+        loader.call("maqd_round_tokens", rows, out, *sizes, clip_ratio, levels, *kinds, threads)
         return out
 
     @staticmethod
@@ -152,11 +147,9 @@ class _RoundTokens(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None, None
 
 
-def _run(
-    name: str, tensors: tuple[Tensor | None, ...], step: Tensor, last: tuple[int, int]
-) -> None:
-    weight = tensors[0]
-    assert weight is not None
-    sizes = [ctypes.c_int64(n) for n in (*weight.shape, step.shape[1])]
-    options = [ctypes.c_int32(n) for n in (*last, torch.get_num_threads())]
-    loader.run(name, tensors, *sizes, *options)
+def _run(name: str, weight: Tensor, step: Tensor, *rest: Tensor | int | None) -> None:
+    """Call an entry on ``weight``, ``step``, other tensors and, at last, two options."""
+    *others, levels, option = rest
+    sizes = (*weight.shape, step.shape[1])
+    threads = torch.get_num_threads()
+    loader.call(name, weight, step, *others, *sizes, levels, option, threads)

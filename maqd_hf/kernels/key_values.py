@@ -1,4 +1,4 @@
-"""Keys and values of all blocks of a decoder, in the layout of ``csrc/path.h``.
+"""Keys and values of all blocks of a decoder, in the layout of ``csrc/internal.h``.
 
 Floats, or bytes with one scale per position and head: ``x = code * absmax / 127``. Bytes take a
 quarter of the memory and of the bandwidth, which counts from some thousand positions on.

@@ -1,4 +1,4 @@
-"""The compiled CPU library: finding it, choosing its path, memory for it.
+"""The compiled CPU library: finding it, choosing its instruction set ("isa"), memory for it.
 
 The library is plain C (``csrc``) built by the package's own build and called through ctypes on data
 pointers. Where it is missing the torch reference serves.
@@ -9,87 +9,93 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-PATH_VARIABLE = "MAQD_KERNEL"
+from . import abi
+
+KERNEL_VARIABLE = "MAQD_KERNEL"
 LIBRARY_VARIABLE = "MAQD_LIBRARY"  # another build of the library, as `.ci/sanitize` makes one
-# Of tensors the library reads and writes, whatever torch's own defaults are.
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Options of tensors the library reads and writes, whatever torch's own defaults are."""
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled library, or None if the package was installed without a compiler."""
+    """The compiled library; None if the package was installed without a compiler, or if the one
+    that is there was built from other sources (a warning says so).
+
+    Raises:
+        RuntimeError: the environment variable MAQD_LIBRARY names one from other sources.
+    """
     given = os.environ.get(LIBRARY_VARIABLE)
     found = [Path(given)] if given else sorted(Path(__file__).parent.glob("_native*.so"))
     if not found:
         return None
     lib = ctypes.CDLL(str(found[0]))
-    p, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    lib.maqd_path_name.restype = lib.maqd_asked_path.restype = ctypes.c_char_p
-    lib.maqd_repack.argtypes = [p, i64, i64, i32, i32, i32, p, i32]
-    lib.maqd_linear.argtypes = [p, p, i64, i32, p, i64, p, i32, i32]
-    lib.maqd_take_inputs.argtypes = [p, p, i64, i32, p, p, i32]
-    lib.maqd_embedding.argtypes = [p, p, i64, p]
-    lib.maqd_normalize.argtypes = [p, p, p, i64, p, i32, i32]
-    for name in ("repack", "take_inputs", "embedding", "normalize"):
-        getattr(lib, f"maqd_{name}").restype = None
-    lib.maqd_decode.argtypes = [p, p, i32, i32]
-    return lib
+    problem = abi.mismatch(lib)
+    if problem is None:
+        abi.declare(lib)
+        return lib
+    message = f"{found[0]} was built from other sources than this package: {problem}"
+    if given:
+        raise RuntimeError(f"{message}; build it anew or unset {LIBRARY_VARIABLE}")
+    warnings.warn(
+        f"{message}. Packed layers run on the slow torch reference until the package is installed "
+        "again (in a checkout: python setup.py build_ext --inplace --force)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
 
 
 @lru_cache(maxsize=1)
-def paths() -> dict[str, int]:
-    """Instruction sets the library was built for and this machine runs, slowest first."""
+def isas() -> dict[str, int]:
+    """The number of every instruction set that the library was built for and this machine runs,
+    slowest first."""
     lib = library()
     if lib is None:
         return {}
     return {
-        lib.maqd_path_name(i).decode(): i for i in range(lib.maqd_paths()) if lib.maqd_supported(i)
+        lib.maqd_isa_name(i).decode(): i for i in range(lib.maqd_isas()) if lib.maqd_supported(i)
     }
 
 
-def chosen_path() -> str | None:
-    """The path that runs: the best one, or what the environment variable MAQD_KERNEL names.
+def chosen_isa() -> str | None:
+    """The instruction set that runs: the best one, or what the environment variable MAQD_KERNEL
+    names; None: the torch reference does.
 
-    ``MAQD_KERNEL=reference`` switches the library off. ``ValueError`` for an unknown path.
+    ``MAQD_KERNEL=reference`` switches the library off. ``ValueError`` for an unknown name.
     """
     lib = library()
     if lib is None:
-        wanted = os.environ.get(PATH_VARIABLE)
+        wanted = os.environ.get(KERNEL_VARIABLE)
     else:
-        asked = lib.maqd_asked_path()
+        asked = lib.maqd_asked_isa()
         wanted = None if asked is None else asked.decode()
     if wanted is None:
-        return next(reversed(paths()), None)
+        return next(reversed(isas()), None)
     if wanted == "reference":
         return None
-    if wanted not in paths():
+    if wanted not in isas():
         raise ValueError(
-            f"{PATH_VARIABLE}={wanted!r}: this machine and build run {['reference', *paths()]}"
+            f"{KERNEL_VARIABLE}={wanted!r}: this machine and build run {['reference', *isas()]}"
         )
     return wanted
 
 
-def path_number() -> int:
-    """The chosen path as the library counts; only where there is one."""
-    path = chosen_path()
-    assert path is not None
-    return paths()[path]
-
-
-def reads(*tensors: Tensor) -> bool:
-    """Whether a library is chosen and these are plain CPU tensors that nobody traces."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or chosen_path() is None:
-        return False
-    return all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors)
+def isa_number() -> int:
+    """The chosen instruction set as the library counts; ``RuntimeError`` where there is none."""
+    isa = chosen_isa()
+    if isa is None:
+        raise RuntimeError(f"the compiled library is missing, or {KERNEL_VARIABLE} switches it off")
+    return isas()[isa]
 
 
 # Elements that a pass reads once, below which waking a second thread costs more than it brings.
@@ -106,11 +112,24 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else int(tensor.data_ptr())
 
 
-def run(name: str, tensors: Sequence[Tensor | None], *numbers: Any) -> None:
-    """Call an entry that returns nothing: data of contiguous ``tensors``, then ctypes numbers."""
-    function = getattr(library(), name)
-    function.restype = None
-    function(*(ctypes.c_void_p(pointer(t)) for t in tensors), *numbers)
+def loaded() -> ctypes.CDLL:
+    """The compiled library; ``RuntimeError`` where there is none (ask ``serving`` first)."""
+    lib = library()
+    if lib is None:
+        raise RuntimeError("this package was installed without its compiled library")
+    return lib
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call an entry of ``abi.ENTRIES``: a contiguous tensor gives the address of its data, a
+    structure its own."""
+    return getattr(loaded(), name)(*map(_passed, arguments))
+
+
+def _passed(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return ctypes.byref(argument) if isinstance(argument, ctypes.Structure) else argument
 
 
 class _Arena:

@@ -14,53 +14,20 @@ from torch import Tensor
 
 from ..functional import grid_center, scale_dtype
 from ..packing import codes_per_word, words_per_row
-from .loader import FLOATS, arena, library, path_number, pointer, release
+from .abi import TableStruct, WeightStruct
+from .loader import FLOATS, arena, call, isa_number, loaded, pointer, release
 from .reference import half_a_code
 
-_ROWS = 16  # rows of a block, as in maqd.h
-# Multiplications below which a second thread costs more than it brings. Measured: waking it takes
-# some 2 us, and 10 and more where idle threads sleep (OMP_WAIT_POLICY=passive): there a token of
-# SmolLM2-135M's own forward took 21.5 ms with half of this, 19.2 with this and 18.7 with twice.
+_ROWS = 16  # rows of a block, as in internal.h
+# Multiplications below which a second thread costs more than it brings: 19.2 ms a token with this
+# bound, 21.5 with half of it (notebook: "Products below a million multiplications").
 _PARALLEL = 1 << 20
 _PIECE = 1 << 20  # words that are repacked, and then released, at a time
 
 
-class WeightStruct(ctypes.Structure):
-    """``maqd_weight`` of maqd.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset", "constant", "bias")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "groups", "units")),
-        *((name, ctypes.c_int32) for name in ("bits", "wide")),
-        *((name, ctypes.c_float) for name in ("zero", "clip_ratio")),
-        *((name, ctypes.c_int32) for name in ("group_steps", "rotation")),
-    ]
-
-
-class _Input(ctypes.Structure):
-    """``maqd_input`` of maqd.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "step", "group_step", "sums", "values")),
-        ("tile", ctypes.c_int64),
-        ("run", ctypes.c_int64),
-    ]
-
-
-class TableStruct(ctypes.Structure):
-    """``maqd_table`` of maqd.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("words", "scale", "offset")),
-        ("columns", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("levels", "digits")),
-        ("output_scale", ctypes.c_float),
-    ]
-
-
 @dataclass(frozen=True)
 class Storage:
-    """How the kernel keeps codes: see the layout in maqd.h.
+    """How the kernel keeps codes: see the layout in internal.h.
 
     ``levels``: the largest M that fits. ``inputs``: columns of a unit; a group must consist of
     whole units. ``planes``: of 64 bytes a unit has.
@@ -70,6 +37,10 @@ class Storage:
     levels: int
     inputs: int
     planes: int = 1
+
+    def units(self, columns: int) -> int:
+        """Units of a row."""
+        return -(-columns // self.inputs)
 
     def covers(self, levels: int, columns: int, groups: int) -> bool:
         """Whether M levels and groups of this width fit."""
@@ -84,10 +55,9 @@ STORAGES = {
     "8": Storage(8, 256, 4),
 }
 _TRIT_COLUMNS = 1 << 15  # beyond them a sum of trits might not fit its accumulator
-# Trits save a fifth of the bytes for twice the products. Measured, to 2 bit: matrices one at a time
-# on 2 threads 0.83 to 1.04 of the time where weights come from memory, 1.16 to 1.43 where they stay
-# in the caches; a token of a ternary Llama of 1 B parameters 0.82 on 2 threads, 1.06 on one. Such a
-# large matrix belongs to a model that no cache holds.
+# Trits save a fifth of the bytes for twice the products, which pays where no cache holds the model:
+# 0.82 of the time of 2 bits a token at 1 B parameters (notebook: "Five ternary digits a byte").
+# So large a matrix belongs to such a model.
 _TRITS_FROM = 1 << 22  # weights of a matrix
 
 
@@ -144,70 +114,28 @@ class NativeWeight:
         group_steps: bool = False,
         rotation: int = 1,
     ) -> None:
-        lib = library()
-        assert lib is not None
-        self._lib, self.activation_levels = lib, activation_levels
         _check(words, levels, columns, scale, offset, bias)
         self.rows, self.columns, self.groups = words.shape[0], columns, scale.shape[1]
-        chosen = (
-            STORAGES[storage] if storage else storage_for(levels, self.rows, columns, self.groups)
-        )
-        if chosen is None or not chosen.covers(levels, columns, self.groups):
-            raise ValueError(
-                f"{levels} levels, {self.groups} groups of {columns // self.groups} inputs: no "
-                f"storage of {storage or 'any kind'} fits; use groups of a multiple of 32"
-            )
+        self.activation_levels = activation_levels
+        self.group_steps = group_steps and activation_levels is not None
         even = activation_levels is not None and activation_levels % 2 == 0
         if even and group_steps:
             raise ValueError(f"activation_levels={activation_levels}: steps of groups want it odd")
         if rotation < 1 or rotation & (rotation - 1) or columns % rotation:
             raise ValueError(f"rotation={rotation}: want a power of two that divides {columns}")
-        units = -(-columns // chosen.inputs)
-        blocks = -(-self.rows // _ROWS)
-        self.stride = units * chosen.inputs
-        self.codes = arena.zeros(blocks * units * chosen.planes * 64)
-        self.group_steps = group_steps and activation_levels is not None
-        halves = []
-        step = max(1, _PIECE // words.shape[1] // _ROWS) * _ROWS
-        for start in range(0, self.rows, step):
-            piece = slice(start, start + step)
-            part = words[piece].contiguous()
-            lib.maqd_repack(
-                pointer(part),
-                len(part),
-                columns,
-                levels,
-                codes_per_word(levels),
-                chosen.bits,
-                pointer(self.codes[start // _ROWS * units * chosen.planes * 64 :]),
-                torch.get_num_threads() if len(part) * columns >= _PARALLEL else 1,
-            )
-            if even:
-                offsets = None if offset is None else offset[piece]
-                halves.append(half_a_code(part, levels, columns, scale[piece], offsets))
-            release(words[piece])
-
-        def padded(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
-            out = torch.zeros(blocks * _ROWS, **FLOATS)
-            out[: self.rows] = values.detach().float().flatten()
-            return out
-
-        options = {**FLOATS, "dtype": scale_dtype(self.groups)}
-        scales = torch.zeros(blocks * _ROWS, self.groups, **options)
-        scales[: self.rows] = scale.detach()
-        self.scale = scales.unflatten(0, (blocks, _ROWS)).transpose(1, 2).contiguous()
-        self.offset, self.bias = padded(offset), padded(bias)
-        self.constant = padded(torch.cat(halves) if even else None)
+        kept_as = _storage(storage, levels, self.rows, columns, self.groups)
+        halves = (scale, offset) if even else None
+        self.codes, constant = _repack(words, levels, columns, kept_as, halves)
+        self.scale = _scale_blocks(scale)
+        self.offset, self.constant, self.bias = map(_padded, (offset, constant, bias))
         tensors = (self.codes, self.scale, self.offset, self.constant, self.bias)
         self.struct = WeightStruct(
-            *(pointer(tensor) for tensor in tensors),
+            *map(pointer, tensors),
             self.rows,
             columns,
             self.groups,
-            units,
-            chosen.bits,
+            kept_as.units(columns),
+            kept_as.bits,
             levels > 128,
             grid_center(levels),
             activation_clip_ratio,
@@ -215,6 +143,7 @@ class NativeWeight:
             rotation,
         )
         self._address = ctypes.addressof(self.struct)
+        self._multiply = loaded().maqd_linear
 
     def __call__(self, x: Tensor, step: Tensor | None) -> Tensor:
         """``x`` (..., columns) times the weight -> (..., rows), in ``x``'s dtype.
@@ -238,7 +167,7 @@ class NativeWeight:
             step = step.detach().float()
             if every:
                 step = step.expand(*x.shape[:-1], 1).contiguous()
-        failed = self._lib.maqd_linear(
+        failed = self._multiply(
             self._address,
             flat.data_ptr(),
             tokens,
@@ -246,46 +175,67 @@ class NativeWeight:
             None if step is None else step.data_ptr(),
             every,
             out.data_ptr(),
-            path_number(),
+            isa_number(),
             torch.get_num_threads() if tokens * self.rows * self.columns >= _PARALLEL else 1,
         )
         if failed:
             raise MemoryError(f"no scratch memory for {tokens} tokens of {self.columns} inputs")
         return out if plain else out.to(x.dtype)
 
-    def take(self, x: Tensor, step: Tensor) -> dict[str, Tensor]:
-        """What the kernel makes of ``x`` (tokens, columns) with ``step`` (tokens,): ``codes``
-        (tokens, stride) less half the levels, ``step``, ``sums`` (tokens, groups + 1), and with
-        ``group_steps`` these (tokens, groups)."""
-        tokens = len(x)
-        if x.shape != (tokens, self.columns) or step.shape != (tokens,):
-            raise ValueError(
-                f"x {tuple(x.shape)} and step {tuple(step.shape)}: want (tokens, {self.columns}) "
-                "and (tokens,)"
-            )
-        if self.activation_levels is None:
-            raise ValueError("this weight meets float activations: nothing is quantised")
-        taken = {
-            "codes": torch.empty(tokens, self.stride, dtype=torch.int8, device="cpu"),
-            "step": step.detach().float().clone(),
-            "sums": torch.empty(tokens, self.groups + 1, **FLOATS),
-        }
-        if self.group_steps:
-            taken["group_step"] = torch.empty(tokens, self.groups, **FLOATS)
-        names = ("codes", "step", "group_step", "sums")
-        struct = _Input(*(pointer(taken.get(name)) for name in names), None, 1, 4)
-        x = x.detach().float().contiguous()
-        rotated = torch.empty(self.columns, **FLOATS)
-        self._lib.maqd_take_inputs(
-            self._address,
-            pointer(x),
-            tokens,
-            self.activation_levels or 0,
-            ctypes.byref(struct),
-            pointer(rotated),
-            path_number(),
+
+def _storage(name: str | None, levels: int, rows: int, columns: int, groups: int) -> Storage:
+    """The storage called ``name``, or the narrowest; ``ValueError`` if it does not fit."""
+    found = STORAGES[name] if name else storage_for(levels, rows, columns, groups)
+    if found is None or not found.covers(levels, columns, groups):
+        raise ValueError(
+            f"{levels} levels, {groups} groups of {columns // groups} inputs: no storage of "
+            f"{name or 'any kind'} fits; use groups of a multiple of 32"
         )
-        return taken
+    return found
+
+
+def _repack(
+    words: Tensor,
+    levels: int,
+    columns: int,
+    storage: Storage,
+    halves: tuple[Tensor, Tensor | None] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Codes in the library's layout and, given ``halves`` = (scale, offset), ``half_a_code`` of
+    them. Reads the words once, piece by piece, and releases each."""
+    rows, size = len(words), storage.units(columns) * storage.planes * 64
+    codes = arena.zeros(-(-rows // _ROWS) * size)
+    found = []
+    count = max(1, _PIECE // words.shape[1] // _ROWS) * _ROWS
+    for start in range(0, rows, count):
+        piece = slice(start, start + count)
+        part = words[piece].contiguous()
+        threads = torch.get_num_threads() if len(part) * columns >= _PARALLEL else 1
+        shape = (len(part), columns, levels, codes_per_word(levels), storage.bits)
+        call("maqd_repack", part, *shape, codes[start // _ROWS * size :], threads)
+        if halves is not None:
+            scale, offset = (None if t is None else t[piece] for t in halves)
+            assert scale is not None
+            found.append(half_a_code(part, levels, columns, scale, offset))
+        release(words[piece])
+    return codes, torch.cat(found) if found else None
+
+
+def _padded(values: Tensor | None) -> Tensor | None:
+    """One number a row, float32, zeros up to whole blocks of rows."""
+    if values is None:
+        return None
+    flat = values.detach().float().flatten()
+    return torch.nn.functional.pad(flat, (0, -len(flat) % _ROWS)).contiguous()
+
+
+def _scale_blocks(scale: Tensor) -> Tensor:
+    """``scale`` (rows, groups) as (row blocks, groups, 16), zeros beyond the rows."""
+    rows, groups = scale.shape
+    scales = torch.nn.functional.pad(
+        scale.detach().to(scale_dtype(groups)), (0, 0, 0, -rows % _ROWS)
+    )
+    return scales.unflatten(0, (-1, _ROWS)).transpose(1, 2).contiguous()
 
 
 def _check(
@@ -353,9 +303,7 @@ class Table:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` (...) -> (..., columns), float32."""
-        lib = library()
-        assert lib is not None
         flat = self.check(ids)
         out = torch.empty(*ids.shape, self.columns, **FLOATS)
-        lib.maqd_embedding(ctypes.byref(self.struct), pointer(flat), flat.numel(), pointer(out))
+        call("maqd_embedding", self.struct, flat, flat.numel(), out)
         return out

@@ -1,28 +1,15 @@
 """Norms in one compiled pass over a row, for inference; ``nn.norm`` trains them with plain torch.
 
-There a norm is eight operators, which for one token cost several times what they compute.
+In plain torch a norm is eight operators, which for one token cost several times what they compute.
 """
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from .loader import FLOATS, library, path_number, pointer, threads_for
-
-
-class NormStruct(ctypes.Structure):
-    """``maqd_norm`` of maqd.h."""
-
-    _fields_ = [
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("features", ctypes.c_int64),
-        *((name, ctypes.c_float) for name in ("eps", "constant", "first_factor")),
-        *((name, ctypes.c_int32) for name in ("token", "own_first", "centered")),
-    ]
+from .abi import NormStruct
+from .loader import FLOATS, call, isa_number, pointer, threads_for
 
 
 class NativeNorm:
@@ -85,15 +72,6 @@ class NativeNorm:
         x = x.contiguous()
         first = None if first is None else first.bool().contiguous()
         out = torch.empty(x.shape, **FLOATS)
-        lib = library()
-        assert lib is not None
-        lib.maqd_normalize(
-            ctypes.addressof(self.struct),
-            x.data_ptr(),
-            pointer(first),
-            x.numel() // self.features,
-            out.data_ptr(),
-            path_number(),
-            threads_for(x.numel()),
-        )
+        rows, threads = x.numel() // self.features, threads_for(x.numel())
+        call("maqd_normalize", self.struct, x, first, rows, out, isa_number(), threads)
         return out

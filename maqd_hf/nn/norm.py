@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import normalize, pooled_log_ms, token_log_ms, widen
-from ..kernels import loader
+from ..kernels import serves
 from ..kernels.norm import NativeNorm
 from .context import BatchContext, FirstToken
 from .precision import Apply, without_narrowing
@@ -164,7 +164,7 @@ class LayerBatchNorm(nn.Module):
     def _native_serves(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or self.spec.statistics == "gated" or x.dtype != torch.float32:
             return False
-        return x.numel() > 0 and loader.reads(x, self.running_log_ms)
+        return serves(x, self.running_log_ms)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ..., features) -> the same shape and dtype."""

@@ -263,7 +263,7 @@ class PackedEmbedding(nn.Module):
         return self._native.get((words, scale, offset), make)
 
     def forward(self, ids: Tensor) -> Tensor:
-        if kernels.native_looks_up(ids, self.weight):
+        if kernels.serves(ids, self.weight):
             return self.native_table()(ids).to(self.output_like.dtype)
         rows = kernels.packed_embedding(
             ids, self.weight, self.levels, self.embedding_dim, self.weight_scale, self.weight_offset

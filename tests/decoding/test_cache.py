@@ -194,7 +194,7 @@ def test_generate_compiles_the_native_step(best, steps):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "odd widths", "qwen3"])
-def test_bytes_are_within_half_a_step_of_the_floats(path, family):
+def test_bytes_are_within_half_a_step_of_the_floats(isa, family):
     model = packed(family, activation_levels=None)
     caches = {}
     for kind in ("float32", "int8"):
@@ -211,7 +211,7 @@ def test_bytes_are_within_half_a_step_of_the_floats(path, family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 5)])
-def test_the_library_reads_bytes_as_it_writes_them(path, shape):
+def test_the_library_reads_bytes_as_it_writes_them(isa, shape):
     """Logits are those of the model's own attention over what the cache says it holds."""
     model = packed(activation_levels=None)
     use_native(model, kv_cache="int8")
@@ -230,7 +230,7 @@ def test_the_library_reads_bytes_as_it_writes_them(path, shape):
 
 
 @torch.no_grad()
-def test_torch_and_library_store_the_same_bytes(path):
+def test_torch_and_library_store_the_same_bytes(isa):
     """Both sides append to one cache: the same states become the same codes and scales."""
     model = packed(activation_levels=None)
     states = []
@@ -265,7 +265,7 @@ def test_generate_with_bytes(best):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38, 0.0])
-def test_bytes_of_any_states(path, bad):
+def test_bytes_of_any_states(isa, bad):
     """Defined for every input: no crash, and the other sequence is not touched."""
     model = packed(activation_levels=None)
     use_native(model, kv_cache="int8")

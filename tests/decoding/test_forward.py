@@ -48,7 +48,7 @@ def both(model, *args, **kwargs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_of_every_family(path, family):
+def test_logits_of_every_family(isa, family):
     model = packed(family)
     for shape in [(1, 1), (1, 7), (3, 33)]:
         got, expected = both(model, torch.randint(3, 250, shape))
@@ -58,7 +58,7 @@ def test_logits_of_every_family(path, family):
 
 @pytest.mark.parametrize("activation_levels", [None, 15, 16, 255])
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 16, 17, 256])
-def test_levels_and_groups(path, levels, activation_levels):
+def test_levels_and_groups(isa, levels, activation_levels):
     model = packed(weight_levels=levels, activation_levels=activation_levels, group_size=32)
     got, expected = both(model, torch.randint(3, 250, (2, 9)))
     assert_equal(got.logits, expected.logits)
@@ -66,7 +66,7 @@ def test_levels_and_groups(path, levels, activation_levels):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("activation_levels", [None, 255])
-def test_rotated_inputs(path, family, activation_levels):
+def test_rotated_inputs(isa, family, activation_levels):
     """Odd widths among them: 40 inputs are rotated by eights, 75 not at all."""
     model = packed(family, activation_levels=activation_levels, rotation=512)
     for shape in [(1, 1), (3, 33)]:
@@ -76,7 +76,7 @@ def test_rotated_inputs(path, family, activation_levels):
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"odd widths"}))
 @pytest.mark.parametrize("levels", [3, 16])
-def test_steps_of_groups(path, family, levels):
+def test_steps_of_groups(isa, family, levels):
     settings = {"activation_scaling": "group", "group_size": 32, "activation_levels": 15}
     model = packed(family, weight_levels=levels, **settings)
     for shape in [(1, 1), (2, 9)]:
@@ -93,7 +93,7 @@ def test_steps_of_groups(path, family, levels):
     ],
     ids=str,
 )
-def test_layers_that_share_an_input_may_round_it_differently(path, changes):
+def test_layers_that_share_an_input_may_round_it_differently(isa, changes):
     settings = {"activation_levels": 15, "activation_clip_ratio": 0.9, "group_size": 32}
     model = packed(**settings, overrides={"*.k_proj": changes})
     for shape in [(1, 1), (3, 33)]:
@@ -123,7 +123,7 @@ def test_static_norms_and_steps(best, first_token, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "sliding", "one slides", "gpt2", "opt"])
-def test_token_by_token_equals_at_once(path, family):
+def test_token_by_token_equals_at_once(isa, family):
     model = packed(family)
     ids = torch.randint(3, 250, (2, 70))  # beyond the store's first size
     with torch.no_grad():

@@ -143,7 +143,7 @@ def test_it_prints_and_is_json() -> None:
 
 
 def test_the_native_forward_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not loader.paths():
+    if not loader.isas():
         return  # a build without a compiler has no native forward
     monkeypatch.delenv("MAQD_KERNEL")
     model = packed("llama-tied")

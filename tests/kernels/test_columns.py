@@ -16,17 +16,17 @@ def problem(inputs=64, rows=33, levels=8, groups=1, act_order=True, seed=0):
     torch.manual_seed(seed)
     x = torch.randn(8 * inputs, inputs) @ (torch.eye(inputs) + 0.3 * torch.randn(inputs, inputs))
     weight = torch.randn(rows, inputs)
-    centre = weight.mean(1, keepdim=True)
-    step = search_step((weight - centre).view(rows, groups, -1), levels)
+    center = weight.mean(1, keepdim=True)
+    step = search_step((weight - center).view(rows, groups, -1), levels)
     hessian = Hessian.of(x.t() @ x / len(x), 0.01, act_order)
-    return weight, Grid(step, centre, levels), hessian
+    return weight, Grid(step, center, levels), hessian
 
 
 def both(monkeypatch, function, *args):
     """(compiled, torch) results of one call."""
     got = function(*args)
     with monkeypatch.context() as patch:
-        patch.setenv(loader.PATH_VARIABLE, "reference")
+        patch.setenv(loader.KERNEL_VARIABLE, "reference")
         return got, function(*args)
 
 
@@ -67,7 +67,7 @@ def test_descent_equals_torch(monkeypatch, levels, sweeps):
 @pytest.mark.parametrize("kernel", ["native", "reference"])
 def test_no_sweep_increases_the_error_of_a_row(monkeypatch, levels, kernel):
     if kernel == "reference":
-        monkeypatch.setenv(loader.PATH_VARIABLE, kernel)
+        monkeypatch.setenv(loader.KERNEL_VARIABLE, kernel)
     weight, grid, hessian = problem(levels=levels, groups=4)
     codes = grid.codes(weight)
     errors = [output_error(weight, grid.values(codes), hessian.matrix)]
@@ -94,7 +94,7 @@ def test_rows_do_not_know_of_each_other():
     weight, grid, hessian = problem(64, 150, 16, 2)
     whole, _ = compensate(weight, grid, hessian, 32)
     for rows in (slice(0, 1), slice(63, 66), slice(149, 150)):
-        part = Grid(grid.step[rows], grid.centre[rows], grid.levels)
+        part = Grid(grid.step[rows], grid.center[rows], grid.levels)
         alone, _ = compensate(weight[rows], part, hessian, 32)
         assert float((alone == whole[rows]).float().mean()) > 0.98  # BLAS sums in another order
 
@@ -107,7 +107,7 @@ def test_threads_do_not_matter():
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         w = weight.t().contiguous()
-        settings = (step, grid.centre.flatten(), 4)
+        settings = (step, grid.center.flatten(), 4)
         results.append((*columns.compensate_columns(w, hessian.factor, settings), w))
     torch.set_num_threads(before)
     for result in results[1:]:
@@ -119,17 +119,17 @@ def test_what_the_library_does_not_cover_and_when_it_is_switched_off(monkeypatch
     used = []
     monkeypatch.setattr(columns, "dequantize", lambda *a: used.append(1) or dequantize(*a))
     weight, grid, hessian = problem(32, 7)
-    step, centre = grid.column_step(32).t().contiguous(), grid.centre.flatten()
+    step, center = grid.column_step(32).t().contiguous(), grid.center.flatten()
     w = weight.t().contiguous()
-    expected, _ = columns.compensate_columns(w.clone(), hessian.factor, (step, centre, 8))
+    expected, _ = columns.compensate_columns(w.clone(), hessian.factor, (step, center, 8))
     assert not used
     wide = columns.compensate_columns(
-        w.double(), hessian.factor.double(), (step.double(), centre.double(), 8)
+        w.double(), hessian.factor.double(), (step.double(), center.double(), 8)
     )
     assert len(used) == 32 and wide[0].dtype == torch.float64
     strided = torch.zeros(32, 14)[:, ::2].copy_(w)
-    codes, _ = columns.compensate_columns(strided, hessian.factor, (step, centre, 8))
+    codes, _ = columns.compensate_columns(strided, hessian.factor, (step, center, 8))
     assert len(used) == 64 and torch.equal(codes, expected)
-    monkeypatch.setenv(loader.PATH_VARIABLE, "reference")
-    columns.compensate_columns(w, hessian.factor, (step, centre, 8))
+    monkeypatch.setenv(loader.KERNEL_VARIABLE, "reference")
+    columns.compensate_columns(w, hessian.factor, (step, center, 8))
     assert len(used) == 96

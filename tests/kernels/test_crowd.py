@@ -17,7 +17,7 @@ MS = 1_000_000  # of the library's nanoseconds
 
 
 class Crowd(ctypes.Structure):
-    """``maqd_crowd`` of maqd.h."""
+    """``maqd_crowd`` of internal.h."""
 
     _fields_ = [
         ("limit", ctypes.c_int32),

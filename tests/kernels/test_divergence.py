@@ -20,14 +20,14 @@ def by_autograd(student: Tensor, teacher: Tensor, temperature: float) -> tuple[T
     return loss.detach(), torch.autograd.grad(loss, s)[0]
 
 
-@pytest.mark.parametrize("path", ["compiled", "reference"])
+@pytest.mark.parametrize("form", ["compiled", "reference"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (5, 16), (4, 1003)])
 def test_loss_and_gradient(
-    monkeypatch: pytest.MonkeyPatch, path: str, temperature: float, rows: int, width: int
+    monkeypatch: pytest.MonkeyPatch, form: str, temperature: float, rows: int, width: int
 ) -> None:
-    if path == "reference":
-        monkeypatch.setenv(loader.PATH_VARIABLE, "reference")
+    if form == "reference":
+        monkeypatch.setenv(loader.KERNEL_VARIABLE, "reference")
     torch.manual_seed(width)
     student, teacher = torch.randn(rows, width) * 4, torch.randn(rows, width) * 4 + 30
     loss, grad = by_autograd(student, teacher, temperature)
@@ -37,10 +37,10 @@ def test_loss_and_gradient(
     torch.testing.assert_close(got_grad, grad.float(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", ["compiled", "reference"])
-def test_excluded_words_huge_logits_and_nan(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    if path == "reference":
-        monkeypatch.setenv(loader.PATH_VARIABLE, "reference")
+@pytest.mark.parametrize("form", ["compiled", "reference"])
+def test_excluded_words_huge_logits_and_nan(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    if form == "reference":
+        monkeypatch.setenv(loader.KERNEL_VARIABLE, "reference")
     excluded = torch.tensor([[0.0, 1.0, -float("inf")]])
     loss, grad = kl_divergence(excluded.clone(), excluded.clone(), 1.0)
     assert abs(float(loss)) < 1e-6 and grad.abs().max() < 1e-6

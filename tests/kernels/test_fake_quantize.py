@@ -29,7 +29,7 @@ def operands(rows: int, columns: int, groups: int, levels: int, offset: bool) ->
 
 
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(loader.PATH_VARIABLE, "reference")
+    monkeypatch.setenv(loader.KERNEL_VARIABLE, "reference")
 
 
 def near_a_threshold(weight: Tensor, step: Tensor, levels: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The compiled kernel on every path this machine runs, against the torch reference."""
+"""The compiled kernel on every instruction set this machine runs, against the torch reference."""
 
 import copy
 import pickle
@@ -20,8 +20,9 @@ from maqd_hf.nn import (
     PackedLinear,
 )
 from maqd_hf.packing import pack_codes
+from tests.support.taken import take
 
-PATHS = list(loader.paths())
+ISAS = list(loader.isas())
 TOLERANCE = 2e-6  # of the output's norm: float32 sums in another order
 
 
@@ -43,14 +44,14 @@ def both(layer, x, monkeypatch):
 
 def test_the_library_was_built():
     assert loader.library() is not None, "no C compiler at install time: the kernel is missing"
-    assert PATHS[0] == "portable"
-    assert str(kernels.info()["available"]).count(",") == len(PATHS)
+    assert ISAS[0] == "portable"
+    assert str(kernels.info()["available"]).count(",") == len(ISAS)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9, 12])
 @pytest.mark.parametrize("activation_levels", [None, 3, 15, 16, 255, 256])
 @pytest.mark.parametrize("weight_levels", [2, 3, 4, 5, 8, 15, 16, 17, 255, 256])
-def test_equals_the_reference(path, weight_levels, activation_levels, tokens, monkeypatch):
+def test_equals_the_reference(isa, weight_levels, activation_levels, tokens, monkeypatch):
     for columns, rows, settings in [
         (64, 33, {}),
         (67, 5, {"bias": False, "weight_offset": False}),
@@ -64,7 +65,7 @@ def test_equals_the_reference(path, weight_levels, activation_levels, tokens, mo
 
 
 @pytest.mark.parametrize("storage", list(native.STORAGES))
-def test_every_storage_multiplies_every_code(path, storage):
+def test_every_storage_multiplies_every_code(isa, storage):
     """Against a plain integer product: all levels, odd shapes, few tokens and whole tiles."""
     levels = native.STORAGES[storage].levels
     for columns, rows, tokens in [
@@ -93,7 +94,7 @@ def test_every_storage_multiplies_every_code(path, storage):
 
 @pytest.mark.parametrize("tokens", [15, 16, 31, 32, 33, 50])
 @pytest.mark.parametrize("weight_levels", [3, 7, 16, 256])
-def test_many_tokens_equal_the_reference(path, weight_levels, tokens, monkeypatch):
+def test_many_tokens_equal_the_reference(isa, weight_levels, tokens, monkeypatch):
     """Whole and broken tiles of 16 tokens, panels of one to several row blocks."""
     for columns, rows, settings in [
         (64, 16, {}),
@@ -113,7 +114,7 @@ def test_many_tokens_equal_the_reference(path, weight_levels, tokens, monkeypatc
 
 
 @pytest.mark.parametrize("storage", list(native.STORAGES))
-def test_many_inputs_are_multiplied_piece_by_piece(path, storage):
+def test_many_inputs_are_multiplied_piece_by_piece(isa, storage):
     """More tokens than a core's own cache holds, exactly; of trits the last unit is not whole."""
     levels, columns, rows, tokens = native.STORAGES[storage].levels, 2048, 72, 808
     codes = torch.randint(0, levels, (rows, columns))
@@ -124,7 +125,7 @@ def test_many_inputs_are_multiplied_piece_by_piece(path, storage):
     assert torch.equal(weight(x.float(), torch.ones(1)), exact)
 
 
-def test_the_tiles_of_other_libraries_stay_as_they_were(path):
+def test_the_tiles_of_other_libraries_stay_as_they_were(isa):
     """oneDNN multiplies by AMX too, and configures a thread's tiles once."""
     a, b = torch.randn(48, 96).bfloat16(), torch.randn(80, 96).bfloat16()
     expected = nn.functional.linear(a, b)
@@ -158,7 +159,7 @@ def test_ternary_weights_are_trits_where_their_model_fits_no_cache():
 
 
 @pytest.mark.parametrize("storage", list(native.STORAGES))
-def test_repacked_piece_by_piece(path, storage, monkeypatch):
+def test_repacked_piece_by_piece(isa, storage, monkeypatch):
     """All words are released, a piece of 16 rows at a time, and the pieces change nothing."""
     levels = native.STORAGES[storage].levels
     words = pack_codes(torch.randint(0, levels, (50, 96)), levels)
@@ -171,7 +172,7 @@ def test_repacked_piece_by_piece(path, storage, monkeypatch):
     assert torch.equal(torch.cat(released), words) and max(map(len, released)) == 16
 
 
-def test_against_float64(path):
+def test_against_float64(isa):
     layer = packed(1536, 576, 4)
     x = torch.randn(3, 1536)
     exact = layer.quantize_input(x).double() @ layer.dequantized_weight().double().t()
@@ -179,7 +180,7 @@ def test_against_float64(path):
     assert (layer(x) - exact).norm() / exact.norm() < TOLERANCE
 
 
-def test_large_sums_do_not_overflow(path):
+def test_large_sums_do_not_overflow(isa):
     layer = packed(16384, 16, 256, bias=False)
     layer.weight.fill_(-1)  # every code 255
     weight = layer.weight_scale.double() * 127.5 + layer.weight_offset.double()
@@ -190,13 +191,13 @@ def test_large_sums_do_not_overflow(path):
 
 @pytest.mark.parametrize("ratio", [1.0, 0.8])
 @pytest.mark.parametrize("levels", [15, 16, 255, 256])
-def test_activation_codes_bit_for_bit(path, levels, ratio):
+def test_activation_codes_bit_for_bit(isa, levels, ratio):
     x = 3 * torch.randn(5, 96)
     x[0, :4] = torch.tensor([float("inf"), -float("inf"), 0.0, 1e30])
     step = torch.tensor([0.1, 0.5, 0.0, 0.02, 0.3])  # 0: the token's own
     layer = packed(96, 24, 4, levels, group_size=32, activation_clip_ratio=ratio)
     weight = layer.native_weight()
-    used = weight.take(x, step)
+    used = take(weight, x, step)
     assert used["step"][2] == token_step(x[2:3], levels, ratio)
     expected = quantize(x, levels, used["step"].unsqueeze(1)).int() - levels // 2
     assert torch.equal(used["codes"].int(), expected)
@@ -207,7 +208,7 @@ def test_activation_codes_bit_for_bit(path, levels, ratio):
 @pytest.mark.parametrize("tokens", [1, 2, 5, 17])
 @pytest.mark.parametrize("activation_levels", [3, 15, 255])
 @pytest.mark.parametrize("weight_levels", [2, 3, 4, 8, 16, 255])
-def test_steps_of_groups(path, weight_levels, activation_levels, tokens, monkeypatch):
+def test_steps_of_groups(isa, weight_levels, activation_levels, tokens, monkeypatch):
     for columns, rows, group, settings in [
         (96, 48, 32, {}),
         (192, 33, 64, {"activation_clip_ratio": 0.7}),
@@ -222,13 +223,13 @@ def test_steps_of_groups(path, weight_levels, activation_levels, tokens, monkeyp
         assert float(error.max()) < TOLERANCE, (columns, rows, settings)
 
 
-def test_codes_of_groups_bit_for_bit(path):
+def test_codes_of_groups_bit_for_bit(isa):
     x = 3 * torch.randn(5, 96)
     x[0, :4] = torch.tensor([1e-30, -1e30, 0.0, 1e30])
     x[1, 32:64] = 0
     settings = {"activation_clip_ratio": 0.8, "activation_scaling": "group"}
     weight = packed(96, 24, 4, 15, group_size=32, **settings).native_weight()
-    used = weight.take(x, torch.zeros(5))
+    used = take(weight, x, torch.zeros(5))
     rows = x.unflatten(1, (3, -1))
     assert torch.equal(used["group_step"].unsqueeze(-1), token_step(rows, 15, 0.8))
     assert bool((used["step"] == 1).all())
@@ -239,7 +240,7 @@ def test_codes_of_groups_bit_for_bit(path):
     torch.testing.assert_close(used["sums"][:, 3], (sums * used["group_step"]).sum(1))
 
 
-def test_steps_of_groups_want_odd_levels(path):
+def test_steps_of_groups_want_odd_levels(isa):
     words = pack_codes(torch.zeros(4, 32, dtype=torch.int64), 16)
     given = (words, 16, 32, torch.ones(4, 2), None, None)
     with pytest.raises(ValueError, match=r"activation_levels=16.*odd"):
@@ -248,7 +249,7 @@ def test_steps_of_groups_want_odd_levels(path):
     assert not native.NativeWeight(*given, None, group_steps=True).group_steps
 
 
-def test_shapes_dtypes_and_views(path, monkeypatch):
+def test_shapes_dtypes_and_views(isa, monkeypatch):
     layer = packed(64, 24)
     for x in (
         torch.randn(2, 3, 64),
@@ -261,7 +262,7 @@ def test_shapes_dtypes_and_views(path, monkeypatch):
         assert torch.allclose(got.float(), expected.float(), rtol=1e-2, atol=1e-2)
 
 
-def test_what_it_does_not_cover_goes_to_the_reference(path):
+def test_what_it_does_not_cover_goes_to_the_reference(isa):
     layer = packed(64, 24, group_size=2)  # a group is less than any unit
     assert not kernels.native_serves(torch.ones(1, 64), layer.weight, 16, 32)
     layer = packed(64, 24)
@@ -277,7 +278,7 @@ def test_what_it_does_not_cover_goes_to_the_reference(path):
     assert x.grad.abs().sum() > 0
 
 
-def test_follows_changed_tensors_and_copies(path):
+def test_follows_changed_tensors_and_copies(isa):
     layer = packed(64, 24)
     x = torch.randn(2, 64)
     with torch.no_grad():
@@ -290,13 +291,13 @@ def test_follows_changed_tensors_and_copies(path):
         assert torch.allclose(layer(x), 2 * before, rtol=1e-5)
 
 
-def test_unknown_path_is_named(monkeypatch):
+def test_an_unknown_instruction_set_is_named(monkeypatch):
     monkeypatch.setenv("MAQD_KERNEL", "avx99")
     with pytest.raises(ValueError, match=r"avx99.*reference.*portable"):
         packed(8, 8)(torch.ones(1, 8))
 
 
-def test_whole_model_generates_alike(path, tiny_llama, monkeypatch):
+def test_whole_model_generates_alike(isa, tiny_llama, monkeypatch):
     # not rotated: sums of this table's few values lie on ties more often, where codes tip over
     config = MaQDConfig(activation_scaling="token", embedding_levels=255, rotation=None)
     quantize_model(tiny_llama, config)
@@ -311,7 +312,7 @@ def test_whole_model_generates_alike(path, tiny_llama, monkeypatch):
         assert torch.equal(text, tiny_llama.generate(ids, max_new_tokens=8, do_sample=False))
 
 
-def test_compiled_graphs_call_the_kernel(path):
+def test_compiled_graphs_call_the_kernel(isa):
     """One operator in the graph, no break; changed weights and copies are followed."""
     layer = packed(64, 24)
     graphs = []

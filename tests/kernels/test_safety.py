@@ -134,7 +134,7 @@ def test_ids_outside_a_table_are_refused(ids, best):
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 8, 16, 17, 255, 256])
-def test_empty_batches(path, levels):
+def test_empty_batches(isa, levels):
     for columns, rows in [(COLUMNS, ROWS), (1, 1), (67, 17)]:
         layer = layer_of(columns, rows, levels)
         weight = layer.native_weight()
@@ -144,7 +144,7 @@ def test_empty_batches(path, levels):
 
 
 @pytest.mark.parametrize("activations", [None, 255])
-def test_strides_do_not_matter(path, activations):
+def test_strides_do_not_matter(isa, activations):
     """Inputs, words, scales, offsets and biases that are views of something larger."""
     given = arguments(activation_levels=activations)
     x, step = torch.randn(5, COLUMNS), torch.rand(5, 1) / 10 + 0.01
@@ -171,7 +171,7 @@ def test_strides_do_not_matter(path, activations):
     assert torch.equal(one, expected[:1].expand(5, ROWS))
 
 
-def test_threads_do_not_change_a_bit(path):
+def test_threads_do_not_change_a_bit(isa):
     layer = layer_of(512, 1037, 4)  # enough for one token to be shared out
     for tokens in (1, 2, 5, 40):
         x = torch.randn(tokens, 512)
@@ -190,7 +190,7 @@ def test_threads_do_not_change_a_bit(path):
 
 @pytest.mark.parametrize("tokens", [1, 3, 6])
 @pytest.mark.parametrize("levels", [2, 3, 15, 16, 255, 256])
-def test_infinity_clips_and_nan_is_the_largest_code(path, levels, tokens):
+def test_infinity_clips_and_nan_is_the_largest_code(isa, levels, tokens):
     """As csrc/maqd.h says, with a static step; what is not a number stays in its token."""
     layer = layer_of(67, 21, 5, levels, static=True)
     x = torch.randn(tokens, 67)
@@ -208,7 +208,7 @@ def test_infinity_clips_and_nan_is_the_largest_code(path, levels, tokens):
 
 
 @pytest.mark.parametrize("activations", [None, 255])
-def test_strange_tokens_leave_the_others_alone(path, activations):
+def test_strange_tokens_leave_the_others_alone(isa, activations):
     layer = layer_of(67, 21, 4, activations)
     x = torch.randn(6, 67)
     plain = layer(x)
@@ -218,7 +218,7 @@ def test_strange_tokens_leave_the_others_alone(path, activations):
         assert torch.equal(layer(strange)[[0, 1, 3, 4, 5]], plain[[0, 1, 3, 4, 5]])
 
 
-def test_zeros_stay_zeros(path):
+def test_zeros_stay_zeros(isa):
     layer = layer_of(67, 21, 5)
     assert torch.equal(layer(torch.zeros(3, 67)), layer.bias.expand(3, 21))
 
@@ -226,14 +226,14 @@ def test_zeros_stay_zeros(path):
 # ------------------------------------------------------------------------------------ the machine
 
 
-def test_a_machine_that_lacks_instructions_takes_the_next_path(monkeypatch):
+def test_a_machine_that_lacks_instructions_takes_the_next_set(monkeypatch):
     """As if the processor had none, one, ... of the instruction sets the library was built for."""
-    library, names = loader.library(), list(loader.paths())
+    library, names = loader.library(), list(loader.isas())
     layer, x = layer_of(), torch.randn(3, COLUMNS)
     monkeypatch.delenv("MAQD_KERNEL")
 
     def forget():
-        loader.paths.cache_clear()
+        loader.isas.cache_clear()
 
     class Masked:
         def __init__(self, supported):
@@ -249,7 +249,7 @@ def test_a_machine_that_lacks_instructions_takes_the_next_path(monkeypatch):
         for supported in range(1, len(names) + 1):
             monkeypatch.setattr(loader, "library", lambda n=supported: Masked(n))
             forget()
-            assert loader.chosen_path() == names[supported - 1]
+            assert loader.chosen_isa() == names[supported - 1]
             torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
             for missing in names[supported:]:
                 with monkeypatch.context() as patch:
@@ -370,7 +370,7 @@ def test_generate_from_several_threads_at_once(threads, best):
     assert not problems
 
 
-def test_layers_of_several_threads_at_once(path):
+def test_layers_of_several_threads_at_once(isa):
     """Threads that make their weights, change them and multiply; nothing is shared by mistake."""
     problems = []
 
@@ -419,33 +419,33 @@ def test_a_forked_child_writes_the_same(best):
 
 
 def test_column_loops_refuse_other_shapes(best):
-    w, factor, step, centre = torch.randn(5, 7), torch.eye(5), torch.ones(5, 7), torch.zeros(7)
-    compensate_columns(w.clone(), factor, (step, centre, 4))
-    descend_columns(w.clone(), w.clone(), factor, (step, centre, 4))
+    w, factor, step, center = torch.randn(5, 7), torch.eye(5), torch.ones(5, 7), torch.zeros(7)
+    compensate_columns(w.clone(), factor, (step, center, 4))
+    descend_columns(w.clone(), w.clone(), factor, (step, center, 4))
     for bad in [
-        (w[:4], factor, step, centre),
-        (w[:, :6], factor, step, centre),
-        (w, factor[:4, :4], step, centre),
-        (w, factor[:, :4], step, centre),
-        (w, factor, step[:, :6], centre),
-        (w, factor, step, centre[:6]),
-        (w, factor, step.flatten(), centre),
+        (w[:4], factor, step, center),
+        (w[:, :6], factor, step, center),
+        (w, factor[:4, :4], step, center),
+        (w, factor[:, :4], step, center),
+        (w, factor, step[:, :6], center),
+        (w, factor, step, center[:6]),
+        (w, factor, step.flatten(), center),
     ]:
-        w_bad, factor_bad, step_bad, centre_bad = (tensor.clone() for tensor in bad)
-        grid = (step_bad, centre_bad, 4)
+        w_bad, factor_bad, step_bad, center_bad = (tensor.clone() for tensor in bad)
+        grid = (step_bad, center_bad, 4)
         with pytest.raises(ValueError):
             compensate_columns(w_bad, factor_bad, grid)
         with pytest.raises(ValueError):
             descend_columns(w_bad, w.clone(), factor_bad, grid)
     with pytest.raises(ValueError):
-        descend_columns(w.clone(), w[:4].clone(), factor, (step, centre, 4))
+        descend_columns(w.clone(), w[:4].clone(), factor, (step, center, 4))
 
 
 # ---------------------------------------------------------------- found wanting when first written
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_step_of_another_dtype_is_converted(dtype, path):
+def test_a_step_of_another_dtype_is_converted(dtype, isa):
     weight = NativeWeight(**arguments())
     x, step = torch.randn(3, COLUMNS), torch.full((1,), 0.125)
     assert torch.equal(weight(x, step.to(dtype)), weight(x, step))
@@ -475,18 +475,6 @@ def test_torchs_defaults_do_not_matter(dtype, best):
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected) and torch.equal(taken, rows)
     assert torch.equal(again, states)
-
-
-def test_what_is_taken_of_inputs_is_checked_too(best):
-    weight = NativeWeight(**arguments())
-    with pytest.raises(ValueError):
-        weight.take(torch.randn(3, 10), torch.ones(3))
-    with pytest.raises(ValueError):
-        weight.take(torch.randn(3, COLUMNS), torch.ones(1))
-    with pytest.raises(ValueError):
-        NativeWeight(**arguments(activation_levels=None)).take(
-            torch.randn(3, COLUMNS), torch.ones(3)
-        )
 
 
 @pytest.mark.parametrize(

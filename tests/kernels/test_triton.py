@@ -1,4 +1,4 @@
-"""The GPU path: its layout and the choice of it anywhere, its kernels where there is Triton.
+"""The GPU kernels: layout and choice of them anywhere, their results where there is Triton.
 
 Tests marked `triton` run on the GPU, or with TRITON_INTERPRET=1 on CPU tensors in Triton's own
 interpreter: the same kernel source, one program after the other. `test_compiles_for_gpus` needs no
@@ -137,7 +137,7 @@ def test_info_speaks_of_the_gpu(monkeypatch):
 @pytest.mark.parametrize("kernel", [None, "portable"])
 @pytest.mark.parametrize("scaling", ["token", "static"])
 def test_a_compiled_graph_on_a_gpu_holds_one_operator(scaling, kernel, monkeypatch):
-    """Traced with tensors that only claim to be on a GPU; a path of the CPU does not matter."""
+    """Traced with tensors that only claim to be on a GPU; the CPU's library does not matter."""
     monkeypatch.setattr(gpu, "missing", lambda _: None)
     monkeypatch.delenv("MAQD_KERNEL", raising=False)
     if kernel:

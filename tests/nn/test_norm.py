@@ -311,7 +311,7 @@ def test_the_compiled_norm_is_the_same(
     first_token: Literal["own", "shared"],
     statistics: Literal["token", "static"],
     absorbed: bool,
-    path: str,
+    isa: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     static = absorbed and statistics == "static"
@@ -330,7 +330,7 @@ def test_the_compiled_norm_is_the_same(
             norm.weight.mul_(-1)
 
 
-def test_the_compiled_norm_leaves_training_and_other_dtypes_to_torch(path: str) -> None:
+def test_the_compiled_norm_leaves_training_and_other_dtypes_to_torch(isa: str) -> None:
     norm = norm_of(replace(LAYER, statistics="token"))
     x = torch.randn(2, 3, 8, requires_grad=True)
     norm(x).square().sum().backward()

@@ -38,7 +38,7 @@ def test_hadamard_is_orthogonal_and_its_own_inverse(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 8, 16, 64, 512])
-def test_the_compiled_rotation_is_the_same_to_the_last_bit(path: str, size: int) -> None:
+def test_the_compiled_rotation_is_the_same_to_the_last_bit(isa: str, size: int) -> None:
     for shape in [(size,), (5, 3 * size), (2, 7, size)]:
         x = torch.randn(shape)
         assert torch.equal(hadamard(x, size), functional.hadamard(x, size))
@@ -47,7 +47,7 @@ def test_the_compiled_rotation_is_the_same_to_the_last_bit(path: str, size: int)
     assert hadamard(torch.empty(0, size), size).shape == (0, size)
 
 
-def test_gradients_go_through_the_rotation(path: str) -> None:
+def test_gradients_go_through_the_rotation(isa: str) -> None:
     x = torch.randn(4, 48)
     rotated = {}
     for name, rotate in (("compiled", hadamard), ("torch", functional.hadamard)):
@@ -58,7 +58,7 @@ def test_gradients_go_through_the_rotation(path: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [-2, 0, 3, 12, 64])
-def test_sizes_that_do_not_fit_raise_before_memory_is_touched(path: str, bad: int) -> None:
+def test_sizes_that_do_not_fit_raise_before_memory_is_touched(isa: str, bad: int) -> None:
     with pytest.raises(ValueError, match="power of two"):
         hadamard(torch.randn(2, 32 if bad == 64 else 24), bad)
 
@@ -108,7 +108,7 @@ def test_few_levels_fit_inputs_with_one_large_channel() -> None:
 
 
 @pytest.mark.parametrize("scaling", ["token", "static", "group"])
-def test_packed_is_what_was_trained_and_reloads(tmp_path, scaling, path) -> None:
+def test_packed_is_what_was_trained_and_reloads(tmp_path, scaling, isa) -> None:
     model = tiny("llama-untied")
     config = MaQDConfig(
         weight_levels=16, activation_levels=15, activation_scaling=scaling, group_size=8
@@ -180,7 +180,7 @@ def test_layers_that_share_an_input_may_differ_in_rotation() -> None:
 
 
 @pytest.mark.parametrize("scaling", ["token", "group"])
-def test_a_compiled_graph_holds_the_rotation(scaling: Literal["token", "group"], path: str) -> None:
+def test_a_compiled_graph_holds_the_rotation(scaling: Literal["token", "group"], isa: str) -> None:
     model = tiny("llama-tied").eval()
     quantize_model(model, MaQDConfig(rotation=16, activation_scaling=scaling, group_size=8))
     pack_model(model)
@@ -195,7 +195,7 @@ def test_a_compiled_graph_holds_the_rotation(scaling: Literal["token", "group"],
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("scaling", [None, "token", "group", "static"])
 def test_the_packed_product_rotates_its_inputs_itself(
-    scaling: Literal["token", "group", "static"] | None, tokens: int, path: str
+    scaling: Literal["token", "group", "static"] | None, tokens: int, isa: str
 ) -> None:
     """To the last bit what it makes of inputs that were rotated before."""
     levels = None if scaling is None else 15
@@ -214,7 +214,7 @@ def test_the_packed_product_rotates_its_inputs_itself(
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9])
-def test_a_rotated_head_belongs_to_the_native_step(tokens: int, path: str) -> None:
+def test_a_rotated_head_belongs_to_the_native_step(tokens: int, isa: str) -> None:
     model = tiny("llama-untied").eval()
     targets = ["*", "/lm_head"]
     config = MaQDConfig(rotation=16, targets=targets, activation_scaling="token")

@@ -1,32 +1,12 @@
 /* The compiled library without Python: every entry on buffers of exactly the size it may touch,
  * against sums in double. Built and run by .ci/valgrind, which sees a byte too far; alone it is a
  * test of the results. Exits with 1 if one is wrong. */
-#include "../../maqd_hf/kernels/csrc/decoder.c" /* for its structures */
-
+#include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
-int32_t maqd_paths(void), maqd_supported(int32_t);
-const char *maqd_path_name(int32_t);
-void maqd_repack(const int32_t *, int64_t, int64_t, int32_t, int32_t, int32_t, uint8_t *, int32_t);
-int32_t maqd_linear(const maqd_weight *, const float *, int64_t, int32_t, const float *, int64_t,
-                    float *, int32_t, int32_t);
-void maqd_take_inputs(const maqd_weight *, const float *, int64_t, int32_t, maqd_input *, float *,
-                      int32_t);
-void maqd_normalize(const maqd_norm *, const float *, const uint8_t *, int64_t, float *, int32_t,
-                    int32_t);
-void maqd_embedding(const maqd_table *, const int64_t *, int64_t, float *);
-void maqd_compensate(float *, const float *, const float *, const float *, float *, float *,
-                     int64_t, int64_t, int64_t, int64_t);
-void maqd_descend(float *, float *, const float *, const float *, const float *, float *, float *,
-                  float *, int64_t, int64_t, int64_t, int64_t);
-void maqd_fake_quantize(const float *, const float *, const float *, const float *, void *, int64_t,
-                        int64_t, int64_t, int32_t, int32_t, int32_t);
-void maqd_fake_quantize_backward(const float *, const float *, const float *, const void *, float *,
-                                 float *, float *, int64_t, int64_t, int64_t, int32_t, int32_t,
-                                 int32_t);
-void maqd_round_tokens(const void *, void *, int64_t, int64_t, float, int32_t, int32_t, int32_t,
-                       int32_t);
-void maqd_divergence(float *, float *, double *, int64_t, int64_t, float, float, int32_t);
+#include "../../maqd_hf/kernels/csrc/internal.h"
 
 static int failures, checks;
 static void expect(int fine, const char *what, int a, int b, int c, int d) {
@@ -142,17 +122,17 @@ static double on_grid(float x, float step, int levels) {
     return (code < top ? code > 0 ? code : 0 : top) - center;
 }
 
-static void product_case(int path, int32_t levels, int32_t bits, int64_t rows, int64_t columns,
+static void product_case(int isa, int32_t levels, int32_t bits, int64_t rows, int64_t columns,
                          int64_t groups, int64_t tokens, int activation_levels, int threads) {
     const int own = (int)draw(2), every = (int)draw(2);
     layer l = make(levels, bits, rows, columns, groups, (int)draw(2), activation_levels);
     float *x = reals(tokens * columns), *y = get(tokens * rows * 4), *step = get((every ? tokens : 1) * 4);
     for (int64_t i = 0; i < (every ? tokens : 1); ++i) step[i] = own ? 0 : 0.01f + 0.001f * (float)draw(9);
     if (!activation_levels) step = NULL;
-    expect(!maqd_linear(&l.w, x, tokens, activation_levels, step, every, y, path, threads), "memory",
-           path, levels, bits, 0);
+    expect(!maqd_linear(&l.w, x, tokens, activation_levels, step, every, y, isa, threads), "memory",
+           isa, levels, bits, 0);
     float *rotated = get(tokens * columns * 4), *row = get(columns * 4);
-    maqd_get_path(path)->hadamard(x, tokens * columns, l.w.rotation, rotated);
+    maqd_get_isa(isa)->hadamard(x, tokens * columns, l.w.rotation, rotated);
     double wrong = 0, size = 1e-6;
     for (int64_t t = 0; t < tokens; ++t) {
         const int64_t parts = l.w.group_steps ? groups : 1, width = columns / parts;
@@ -176,14 +156,14 @@ static void product_case(int path, int32_t levels, int32_t bits, int64_t rows, i
             size += fabs(sum);
         }
     }
-    expect(wrong <= 1e-5 * size, "product: path, levels, columns, tokens", path, levels,
+    expect(wrong <= 1e-5 * size, "product: isa, levels, columns, tokens", isa, levels,
            (int)columns, (int)tokens);
     if (activation_levels) {
         maqd_input taken = {get(tokens * maqd_stride(&l.w)), get(tokens * 4), get(tokens * groups * 4),
                             get(tokens * (groups + 1) * 4), NULL, 1, 4};
         if (!l.w.group_steps) taken.group_step = NULL;
         for (int64_t t = 0; t < tokens; ++t) taken.step[t] = step[every * t];
-        maqd_take_inputs(&l.w, x, tokens, activation_levels, &taken, row, path);
+        maqd_take_inputs(&l.w, x, tokens, activation_levels, &taken, row, isa);
         for (int64_t t = 0; t < tokens; ++t) {
             double sum = 0;
             for (int64_t k = 0; k < maqd_stride(&l.w); ++k) {
@@ -193,19 +173,19 @@ static void product_case(int path, int32_t levels, int32_t bits, int64_t rows, i
                 sum += own ? s * (double)code : code;
                 if (k < columns) {
                     const double q = on_grid(rotated[t * columns + k], s, activation_levels);
-                    expect(code == (int)floor(q), "code", path, activation_levels, (int)t, (int)k);
+                    expect(code == (int)floor(q), "code", isa, activation_levels, (int)t, (int)k);
                 } else {
-                    expect(code == 0, "padding", path, activation_levels, (int)t, (int)k);
+                    expect(code == 0, "padding", isa, activation_levels, (int)t, (int)k);
                 }
             }
             const double off = fabs(taken.sums[t * (groups + 1) + groups] - sum);
-            expect(l.w.group_steps ? off <= 1e-4 * (1 + fabs(sum)) : off == 0, "sum", path, (int)t, 0, 0);
+            expect(l.w.group_steps ? off <= 1e-4 * (1 + fabs(sum)) : off == 0, "sum", isa, (int)t, 0, 0);
         }
     }
     drop();
 }
 
-static void products(int path) {
+static void products(int isa) {
     const struct { int32_t levels, bits; } storages[] = {
         {2, 2}, {3, TRITS}, {3, 2}, {4, 2}, {5, 3}, {8, 3}, {16, 4}, {15, 4}, {17, 8}, {255, 8}, {256, 8}};
     const int64_t widths[] = {1, 3, 19, 67, 129, 64, 160}, heights[] = {1, 15, 17, 33, 64};
@@ -218,14 +198,14 @@ static void products(int path) {
                 if (groups > 1 && storages[s].bits == TRITS) continue;
                 const int64_t inputs = maqd_inputs(storages[s].bits);
                 const int64_t columns = groups == 1 ? widths[turn % 7] : groups * inputs * (1 << turn % 3);
-                product_case(path, storages[s].levels, storages[s].bits, heights[(turn + groups) % 5],
+                product_case(isa, storages[s].levels, storages[s].bits, heights[(turn + groups) % 5],
                              columns, groups, batches[b], (int)activations[(turn + groups) % 6],
                              1 + turn % 2);
             }
 }
 
 /* Activations that no grid holds: the call returns, and stays within its buffers. */
-static void strange_inputs(int path) {
+static void strange_inputs(int isa) {
     const float odd[] = {NAN, INFINITY, -INFINITY, 3e38f, -3e38f, 1e-45f, -0.0f};
     for (int levels = 0; levels < 257; levels += 64)
         for (int64_t tokens = 1; tokens < 6; tokens += 4) {
@@ -233,7 +213,7 @@ static void strange_inputs(int path) {
             float *x = get(tokens * 35 * 4), *y = get(tokens * 19 * 4), step[] = {0, 1e-38f, 3e38f};
             for (int64_t i = 0; i < tokens * 35; ++i) x[i] = odd[draw(7)];
             for (int i = 0; i < 3; ++i) {
-                maqd_linear(&l.w, x, tokens, l.activation_levels, step + i, 0, y, path, 1);
+                maqd_linear(&l.w, x, tokens, l.activation_levels, step + i, 0, y, isa, 1);
                 for (int64_t k = 0; k < tokens * 19; ++k) checks += y[k] == y[k];
             }
             drop();
@@ -269,8 +249,8 @@ static void tables(void) {
 
 enum { HIDDEN_SIZE = 23, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 10, INTERMEDIATE = 37, WORDS = 29, BATCH = 2 };
 
-static linear linear_of(layer *l, int own_first) {
-    return (linear){&l->w, l->activation_levels ? 0.02f : 0, l->activation_levels, own_first};
+static maqd_linear_plan plan_of(layer *l, int own_first) {
+    return (maqd_linear_plan){&l->w, l->activation_levels ? 0.02f : 0, l->activation_levels, own_first};
 }
 
 static maqd_norm norm_of(int64_t features, int token) {
@@ -279,7 +259,7 @@ static maqd_norm norm_of(int64_t features, int token) {
 
 /* `tokens` of every sequence in pieces of `piece`: states of all, logits of the last. `bytes`: keys
  * and values are kept so. */
-static void feed_model(const maqd_decoder *m, const int64_t *ids, int64_t tokens, int64_t piece, int path,
+static void feed_model(const maqd_decoder *m, const int64_t *ids, int64_t tokens, int64_t piece, int isa,
                        int threads, int bytes, float *states, float *logits) {
     const int64_t capacity = (tokens + 15) / 16 * 16, width = (HEAD_DIM + 15) / 16 * 16;
     const int64_t places = m->blocks * BATCH * KV_HEADS * capacity, size = bytes ? 1 : 4;
@@ -301,7 +281,7 @@ static void feed_model(const maqd_decoder *m, const int64_t *ids, int64_t tokens
         }
         maqd_call call = {BATCH, now, past, capacity, width, hidden, some, logits, positions, first,
                           mask, keys, values, scales[0], scales[1]};
-        expect(!maqd_decode(m, &call, path, threads), "memory of a decoder", path, threads, 0, 0);
+        expect(!maqd_decode(m, &call, isa, threads), "memory of a decoder", isa, threads, 0, 0);
         for (int64_t b = 0; b < BATCH; ++b)
             memcpy(states + (b * tokens + past) * HIDDEN_SIZE, hidden + b * now * HIDDEN_SIZE,
                    (size_t)(now * HIDDEN_SIZE) * 4);
@@ -309,29 +289,29 @@ static void feed_model(const maqd_decoder *m, const int64_t *ids, int64_t tokens
 }
 
 /* Against the matrix itself, whose element (i, j) has the sign of the bits i and j share. */
-static void rotations(int path) {
+static void rotations(int isa) {
     for (int64_t size = 2; size <= 512; size *= 2) {
         const int64_t count = 3 * size;
         float *x = reals(count), *y = get(count * 4);
-        maqd_get_path(path)->hadamard(x, count, size, y);
+        maqd_get_isa(isa)->hadamard(x, count, size, y);
         for (int64_t i = 0; i < count; ++i) {
             double sum = 0;
             for (int64_t j = 0; j < size; ++j)
                 sum += __builtin_parityll(i % size & j) ? -x[i / size * size + j] : x[i / size * size + j];
-            expect(fabs(sum / sqrt((double)size) - y[i]) < 1e-4, "rotation", path, (int)size, (int)i, 0);
+            expect(fabs(sum / sqrt((double)size) - y[i]) < 1e-4, "rotation", isa, (int)size, (int)i, 0);
         }
     }
     drop();
 }
 
-static void norms(int path) {
+static void norms(int isa) {
     for (int64_t features = 1; features < 40; features += 13)
         for (int kind = 0; kind < 4; ++kind) {
             const int64_t rows = 5, threads = 1 + kind % 2;
             maqd_norm norm = norm_of(features, kind / 2);
             const uint8_t marks[] = {1, 0, 0, 1, 0}, *first = kind % 2 ? marks : NULL;
             float *x = reals(rows * features), *y = get(rows * features * 4);
-            maqd_normalize(&norm, x, first, rows, y, path, (int32_t)threads);
+            maqd_normalize(&norm, x, first, rows, y, isa, (int32_t)threads);
             for (int64_t i = 0; i < rows * features; ++i) {
                 const float *row = x + i / features * features;
                 double mean = 0, square = 0, factor = norm.constant;
@@ -340,29 +320,29 @@ static void norms(int path) {
                 if (norm.token || (first && first[i / features]))
                     factor = norm.first_factor / sqrt(square / (double)features + norm.eps);
                 const double wanted = (x[i] - mean) * factor * norm.weight[i % features] + norm.bias[i % features];
-                expect(fabs(wanted - y[i]) < 1e-4, "norm", path, (int)features, kind, (int)i);
+                expect(fabs(wanted - y[i]) < 1e-4, "norm", isa, (int)features, kind, (int)i);
             }
             drop();
         }
 }
 
-static void decoders(int path, int levels, int32_t bits, int activation_levels, int bytes) {
+static void decoders(int isa, int levels, int32_t bits, int activation_levels, int bytes) {
     enum { BLOCK_COUNT = 2, TOKENS = 19 };
     const int64_t queries = HEADS * HEAD_DIM, pairs = KV_HEADS * HEAD_DIM;
-    block blocks_of[BLOCK_COUNT];
+    maqd_block_plan blocks_of[BLOCK_COUNT];
     layer l[BLOCK_COUNT][7];
     for (int i = 0; i < BLOCK_COUNT; ++i) {
         const int64_t shapes[7][2] = {{queries, HIDDEN_SIZE}, {pairs, HIDDEN_SIZE}, {pairs, HIDDEN_SIZE},
                                       {HIDDEN_SIZE, queries}, {INTERMEDIATE, HIDDEN_SIZE},
                                       {INTERMEDIATE, HIDDEN_SIZE}, {HIDDEN_SIZE, INTERMEDIATE}};
-        linear *to[7] = {&blocks_of[i].q, &blocks_of[i].k, &blocks_of[i].v, &blocks_of[i].o,
+        maqd_linear_plan *to[7] = {&blocks_of[i].q, &blocks_of[i].k, &blocks_of[i].v, &blocks_of[i].o,
                          &blocks_of[i].gate, &blocks_of[i].up, &blocks_of[i].down};
         for (int j = 0; j < 7; ++j) {
             l[i][j] = make(levels, bits, shapes[j][0], shapes[j][1], 1, j % 2, activation_levels);
-            *to[j] = linear_of(&l[i][j], 1);
+            *to[j] = plan_of(&l[i][j], 1);
         }
         blocks_of[i].window = i * 6;
-        blocks_of[i].rotates = i == 0;
+        blocks_of[i].rope = i == 0;
         blocks_of[i].input_norm = norm_of(HIDDEN_SIZE, 1);
         blocks_of[i].post_norm = norm_of(HIDDEN_SIZE, 0);
         blocks_of[i].query_norm = norm_of(i ? HEAD_DIM : 0, 1);
@@ -377,14 +357,14 @@ static void decoders(int path, int levels, int32_t bits, int activation_levels, 
     maqd_table table = {rows, scale, NULL, HIDDEN_SIZE, 255, digits_of(255), 1};
     float *frequencies = reals(HEAD_DIM / 2);
     maqd_decoder m = {BLOCK_COUNT, HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, 0.3f, 1.0f,
-                      frequencies, blocks_of, norm_of(HIDDEN_SIZE, 1), &table, linear_of(&head, 1),
+                      frequencies, blocks_of, norm_of(HIDDEN_SIZE, 1), &table, plan_of(&head, 1),
                       !activation_levels};
     int64_t *ids = get(BATCH * TOKENS * 8);
     for (int64_t i = 0; i < BATCH * TOKENS; ++i) ids[i] = draw(WORDS);
     float *whole = get(BATCH * TOKENS * HIDDEN_SIZE * 4), *parts = get(BATCH * TOKENS * HIDDEN_SIZE * 4);
     float *logits = get(BATCH * WORDS * 4), *again = get(BATCH * WORDS * 4);
-    feed_model(&m, ids, TOKENS, TOKENS, path, 1, bytes, whole, logits);
-    feed_model(&m, ids, TOKENS, 1, path, 2, bytes, parts, again);
+    feed_model(&m, ids, TOKENS, TOKENS, isa, 1, bytes, whole, logits);
+    feed_model(&m, ids, TOKENS, 1, isa, 2, bytes, parts, again);
     double wrong = 0, size = 0;
     for (int64_t i = 0; i < BATCH * TOKENS * HIDDEN_SIZE; ++i) {
         if (i < HIDDEN_SIZE * TOKENS + HIDDEN_SIZE && i >= HIDDEN_SIZE * TOKENS) continue; /* padding */
@@ -396,7 +376,7 @@ static void decoders(int path, int levels, int32_t bits, int activation_levels, 
         size += fabs(logits[i]);
     }
     /* with codes a rounding that tips one over grows to the size of a step */
-    expect(wrong <= (activation_levels ? 0.1 : bytes ? 0.01 : 1e-4) * size, "pieces: path, levels, activations", path,
+    expect(wrong <= (activation_levels ? 0.1 : bytes ? 0.01 : 1e-4) * size, "pieces: isa, levels, activations", isa,
            levels, activation_levels, 0);
     drop();
 }
@@ -404,15 +384,15 @@ static void decoders(int path, int levels, int32_t bits, int activation_levels, 
 /* ---------------------------------------------------------------------------------- column loops */
 
 static void columns_of(int64_t columns, int64_t rows, int threads) {
-    float *w = reals(columns * rows), *step = get(columns * rows * 4), *centre = reals(rows);
+    float *w = reals(columns * rows), *step = get(columns * rows * 4), *center = reals(rows);
     float *h = reals(columns * columns), *codes = get(columns * rows * 4), *errors = get(columns * rows * 4);
     float *gradient = reals(columns * rows), *moved = get(columns * rows * 4);
     for (int64_t i = 0; i < columns * rows; ++i) step[i] = 0.1f;
     for (int64_t i = 0; i < columns; ++i) h[i * columns + i] = 2;
-    maqd_compensate(w, h, step, centre, codes, errors, 16, columns, rows, threads);
+    maqd_compensate(w, h, step, center, codes, errors, 16, columns, rows, threads);
     for (int64_t i = 0; i < columns * rows; ++i)
         expect(codes[i] >= 0 && codes[i] <= 15 && errors[i] == errors[i], "column", (int)i, 0, 0, 0);
-    maqd_descend(w, gradient, h, step, centre, codes, errors, moved, 16, columns, rows, threads);
+    maqd_descend(w, gradient, h, step, center, codes, errors, moved, 16, columns, rows, threads);
     for (int64_t i = 0; i < columns * rows; ++i)
         expect(codes[i] >= 0 && codes[i] <= 15 && moved[i] == moved[i], "descent", (int)i, 0, 0, 0);
     drop();
@@ -471,36 +451,36 @@ static void training_of(int64_t rows, int64_t columns, int64_t groups, int level
 }
 
 /* A panel of any weight finds room in what the widest one asks for. */
-static void panels(int path) {
+static void panels(int isa) {
     const int64_t batches[] = {1, 8, 63, 64, 512};
-    const maqd_path *p = maqd_get_path(path);
+    const maqd_isa *p = maqd_get_isa(isa);
     for (int b = 0; b < 5; ++b)
         for (int64_t widest = 4; widest < 12000; widest = widest * 9 / 8 + 4)
             for (int64_t stride = 4; stride <= widest; stride = stride * 9 / 8 + 4)
                 expect(maqd_panel_blocks(p, batches[b], stride) * ROWS * stride <=
                            maqd_panel(p, batches[b], widest),
-                       "panel: path, tokens, stride, widest", path, (int)batches[b], (int)stride,
+                       "panel: isa, tokens, stride, widest", isa, (int)batches[b], (int)stride,
                        (int)widest);
 }
 
 int main(void) {
-    for (int path = 0; path < maqd_paths(); ++path) {
-        if (!maqd_supported(path)) {
-            printf("%s: this machine does not run it\n", maqd_path_name(path));
+    for (int isa = 0; isa < maqd_isas(); ++isa) {
+        if (!maqd_supported(isa)) {
+            printf("%s: this machine does not run it\n", maqd_isa_name(isa));
             continue;
         }
         const int before = checks;
-        panels(path);
-        products(path);
-        strange_inputs(path);
-        rotations(path);
-        norms(path);
-        decoders(path, 4, 2, 0, 0);
-        decoders(path, 4, 2, 0, 1);
-        decoders(path, 3, TRITS, 255, 0);
-        decoders(path, 8, 3, 16, 1);
-        decoders(path, 256, 8, 256, 0);
-        printf("%s: %d checks\n", maqd_path_name(path), checks - before);
+        panels(isa);
+        products(isa);
+        strange_inputs(isa);
+        rotations(isa);
+        norms(isa);
+        decoders(isa, 4, 2, 0, 0);
+        decoders(isa, 4, 2, 0, 1);
+        decoders(isa, 3, TRITS, 255, 0);
+        decoders(isa, 8, 3, 16, 1);
+        decoders(isa, 256, 8, 256, 0);
+        printf("%s: %d checks\n", maqd_isa_name(isa), checks - before);
     }
     tables();
     columns_of(7, 1, 1);

@@ -8,7 +8,7 @@
  * So runs are judged in windows. If in one the average waiting thread slept more than half of the
  * time, half as many threads take over; after a pause, which doubles as long as that fails, twice
  * as many are tried again. Results do not depend on the number of threads. */
-#include "maqd.h"
+#include "internal.h"
 
 #define MILLISECOND 1000000
 #define WINDOW (10 * MILLISECOND)

@@ -3,51 +3,11 @@
  * Every thread runs `decode`; phases that need all of another phase end in a barrier. With few
  * tokens each thread normalises and quantises all of them for itself, which costs less than waiting
  * for another to do it; with many, tokens are shared out. */
-#include "maqd.h"
-
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct {
-    const maqd_weight *weight;
-    float step; /* of the activations; 0: one per token */
-    int32_t levels, own_first; /* levels 0: float activations */
-} linear;
-
-typedef struct {
-    maqd_norm input_norm, post_norm, query_norm, key_norm; /* the last two: features 0 if absent */
-    linear q, k, v, o, gate, up, down; /* k, v: weight NULL where q gives all three; gate: NULL
-                                          unless the activation is gated */
-    int64_t window; /* positions a token sees, itself one of them; 0: all before it */
-    int64_t rotates; /* queries and keys, where there are frequencies */
-} block;
-
-typedef struct {
-    int64_t blocks, hidden, heads, kv_heads, head_dim, intermediate;
-    float attention_scale, rope_scale;
-    const float *frequencies; /* (head_dim / 2), or NULL: nothing is rotated */
-    const block *block;
-    maqd_norm norm;
-    const maqd_table *table; /* NULL: the caller looks up the embeddings */
-    linear head;             /* weight NULL: the caller multiplies with the head */
-    int32_t floats, group_steps; /* some layer has float activations; steps of groups */
-    int32_t activation;
-} maqd_decoder;
-
-typedef struct {
-    int64_t batch, tokens, past, capacity, value_stride; /* capacity: a multiple of 16 */
-    float *hidden;            /* (batch, tokens, hidden): embeddings in, normalised states out */
-    const int64_t *ids;       /* (batch, tokens) or NULL: looked up instead of `hidden` */
-    float *logits;            /* (batch, vocabulary) or NULL: of every sequence's last token */
-    const int64_t *positions; /* (batch, tokens) */
-    const uint8_t *first;     /* (batch, tokens) or NULL: 1 on a sequence's first token */
-    const uint8_t *mask;      /* (batch, past + tokens) or NULL: 0 hides a position */
-    void *keys;               /* (blocks, batch, kv_heads, capacity / 16, head_dim, 16) */
-    void *values;             /* (blocks, batch, kv_heads, capacity, value_stride) */
-    float *key_scales, *value_scales; /* (blocks, batch, kv_heads, capacity): keys and values are
-                                         bytes; or NULL: they are floats */
-} maqd_call;
+#include "internal.h"
 
 typedef struct {
     float *hidden, *row;
@@ -57,19 +17,19 @@ typedef struct {
 typedef struct {
     const maqd_decoder *model;
     const maqd_call *call;
-    const maqd_path *path;
-    int64_t count;  /* batch * tokens */
-    int private;    /* every thread feeds itself */
+    const maqd_isa *isa;
+    int64_t count; /* batch * tokens */
+    int private;   /* every thread feeds itself */
     int threads;
     maqd_team *team;
     int64_t widest, stride; /* input of any layer; padded for any unit */
-    feeding *feeding;   /* one for all, or one per thread */
-    float *mixed, *out; /* (count, widest): q, k, v or gate; attention, up or down */
-    float *added;       /* (count, hidden): what attention adds */
-    float *scores;      /* (threads, 4 * capacity) */
-    float *cosine, *sine; /* (count, head_dim / 2) */
-    uint8_t *panels;      /* one per thread */
-    maqd_input last;      /* of the head */
+    feeding *feeding;       /* one for all, or one per thread */
+    float *mixed, *out;     /* (count, widest): q, k, v or gate; attention, up or down */
+    float *added;           /* (count, hidden): what attention adds */
+    float *scores;          /* (threads, 4 * capacity) */
+    float *cosine, *sine;   /* (count, head_dim / 2) */
+    uint8_t *panels;        /* one per thread */
+    maqd_input last;        /* of the head */
 } state;
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -89,22 +49,20 @@ static void lay_out(state *s, maqd_arena *memory) {
     s->scores = maqd_cut_floats(memory, s->threads * 4 * s->call->capacity);
     s->cosine = maqd_cut_floats(memory, n * m->head_dim / 2);
     s->sine = maqd_cut_floats(memory, n * m->head_dim / 2);
-    s->panels = maqd_cut(memory, s->threads * maqd_panel(s->path, n, stride));
+    s->panels = maqd_cut(memory, s->threads * maqd_panel(s->isa, n, stride));
     for (int i = 0; i < feeders; ++i) {
         feeding f;
         f.hidden = s->private ? maqd_cut_floats(memory, n * m->hidden) : s->call->hidden;
         f.row = maqd_cut_floats(memory, (s->private ? 1 : s->threads) * 2 * widest);
         for (int j = 0; j < 3; ++j)
-            f.input[j] =
-                maqd_cut_input(memory, n, stride, widest / 4, m->floats, m->group_steps);
+            f.input[j] = maqd_cut_input(memory, n, stride, widest / 4, m->floats, m->group_steps);
         if (memory->base) s->feeding[i] = f;
     }
-    s->last =
-        maqd_cut_input(memory, s->call->batch, stride, widest / 4, m->floats, m->group_steps);
+    s->last = maqd_cut_input(memory, s->call->batch, stride, widest / 4, m->floats, m->group_steps);
 }
 
 static uint8_t *panel_of(const state *s, int thread) {
-    return s->panels + thread * maqd_panel(s->path, s->count, s->stride);
+    return s->panels + thread * maqd_panel(s->isa, s->count, s->stride);
 }
 
 /* The thread's scratch for two rows: a normalised one, a rotated one. */
@@ -112,7 +70,7 @@ static float *rows_of(const state *s, int thread) {
     return s->private ? s->feeding[thread].row : s->feeding->row + thread * 2 * s->widest;
 }
 
-static int same_input(const linear *a, const linear *b) {
+static int same_input(const maqd_linear_plan *a, const maqd_linear_plan *b) {
     return a->step == b->step && a->levels == b->levels && a->own_first == b->own_first &&
            a->weight->groups == b->weight->groups && a->weight->bits == b->weight->bits &&
            a->weight->clip_ratio == b->weight->clip_ratio &&
@@ -121,10 +79,11 @@ static int same_input(const linear *a, const linear *b) {
 }
 
 /* The parts of `input` that a layer's `tokens` inputs have, and how they lie. */
-static maqd_input input_of(const state *s, maqd_input input, const linear *layer, int64_t tokens) {
+static maqd_input input_of(const state *s, maqd_input input, const maqd_linear_plan *layer,
+                           int64_t tokens) {
     if (layer->levels) input.values = NULL;
     if (!layer->weight->group_steps) input.group_step = NULL;
-    maqd_arrange(s->path, layer->weight, tokens, &input);
+    maqd_arrange(s->isa, layer->weight, tokens, &input);
     return input;
 }
 
@@ -135,7 +94,8 @@ CLONES static void add_row(float *restrict sum, const float *restrict row, int64
 /* Adds `add` (or NULL) to the hidden states, or takes `rows` instead of them, normalises (norm or
  * NULL) and quantises for `n` layers; `input[i]` is then what layer i multiplies. */
 static void feed(const state *s, int thread, const float *add, const float *rows, int64_t width,
-                 const maqd_norm *norm, const linear *const *layers, int n, maqd_input *input) {
+                 const maqd_norm *norm, const maqd_linear_plan *const *layers, int n,
+                 maqd_input *input) {
     const feeding *f = s->feeding + (s->private ? thread : 0);
     float *scratch = rows_of(s, thread);
     int64_t from = 0, to = s->count;
@@ -150,13 +110,13 @@ static void feed(const state *s, int thread, const float *add, const float *rows
         const float *row = rows ? rows + t * width : f->hidden + t * width;
         if (add) add_row(f->hidden + t * width, add + t * width, width);
         if (norm) {
-            s->path->norm(norm, first, row, scratch);
+            s->isa->norm(norm, first, row, scratch);
             row = scratch;
         }
         for (int i = 0; i < n; ++i) {
             if (input[i].codes != f->input[i].codes) continue;
             input[i].step[t] = layers[i]->own_first && first ? 0 : layers[i]->step;
-            maqd_take(s->path, layers[i]->weight, row, layers[i]->levels, input + i, t,
+            maqd_take(s->isa, layers[i]->weight, row, layers[i]->levels, input + i, t,
                       scratch + s->widest);
         }
     }
@@ -164,7 +124,7 @@ static void feed(const state *s, int thread, const float *add, const float *rows
 }
 
 /* The thread's share of the row blocks of `n` layers, whose outputs stand side by side in y. */
-static void multiply(const state *s, int thread, const linear *const *layers, int n,
+static void multiply(const state *s, int thread, const maqd_linear_plan *const *layers, int n,
                      const maqd_input *input, float *y, int64_t stride) {
     int64_t total = 0, from, to;
     for (int i = 0; i < n; ++i) total += maqd_blocks(layers[i]->weight);
@@ -174,7 +134,7 @@ static void multiply(const state *s, int thread, const linear *const *layers, in
         const int64_t blocks = maqd_blocks(w);
         const int64_t first = from > 0 ? from : 0, last = to < blocks ? to : blocks;
         if (first < last)
-            s->path->matmul(w, input + i, first, last, s->count, y, stride, panel_of(s, thread));
+            s->isa->matmul(w, input + i, first, last, s->count, y, stride, panel_of(s, thread));
         from -= blocks;
         to -= blocks;
         y += w->rows;
@@ -201,13 +161,13 @@ static memory_of_head remember(const state *s, int64_t layer, int64_t sequence, 
 }
 
 /* Stores one position's key and value. */
-static void keep(const state *s, const memory_of_head *m, int64_t at, const float *key,
-                 const float *value) {
+static void store_position(const state *s, const memory_of_head *m, int64_t at, const float *key,
+                           const float *value) {
     const int64_t d = s->model->head_dim, k0 = at / 16 * 16 * d + at % 16;
     const int64_t v0 = at * s->call->value_stride;
     if (m->key_scales) {
-        m->key_scales[at] = s->path->keep(key, d, (int8_t *)m->keys + k0, 16);
-        m->value_scales[at] = s->path->keep(value, d, (int8_t *)m->values + v0, 1);
+        m->key_scales[at] = s->isa->to_bytes(key, d, (int8_t *)m->keys + k0, 16);
+        m->value_scales[at] = s->isa->to_bytes(value, d, (int8_t *)m->values + v0, 1);
         return;
     }
     float *keys = (float *)m->keys + k0;
@@ -215,10 +175,10 @@ static void keep(const state *s, const memory_of_head *m, int64_t at, const floa
     memcpy((float *)m->values + v0, value, (size_t)d * sizeof *value);
 }
 
-/* Normalise and rotate queries and keys, and store keys and values. */
-static void rotate(const state *s, int64_t layer, int thread) {
+/* Normalises queries and keys, gives them their rotary embeddings, and stores keys and values. */
+static void place(const state *s, int64_t layer, int thread) {
     const maqd_decoder *m = s->model;
-    const block *b = m->block + layer;
+    const maqd_block_plan *b = m->block + layer;
     const int64_t d = m->head_dim, stride = (m->heads + 2 * m->kv_heads) * d;
     int64_t from, to;
     maqd_share(s->count * (m->heads + m->kv_heads), thread, s->threads, &from, &to);
@@ -227,13 +187,12 @@ static void rotate(const state *s, int64_t layer, int thread) {
         float *x = s->mixed + t * stride + head * d;
         const maqd_norm *norm = head < m->heads ? &b->query_norm : &b->key_norm;
         const int first = s->call->first && s->call->first[t];
-        if (norm->features) s->path->norm(norm, first, x, x);
-        if (m->frequencies && b->rotates)
-            s->path->rope(x, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
+        if (norm->features) s->isa->norm(norm, first, x, x);
+        if (m->frequencies && b->rope)
+            s->isa->rope(x, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
         if (head < m->heads) continue;
-        const memory_of_head memory =
-            remember(s, layer, t / s->call->tokens, head - m->heads);
-        keep(s, &memory, s->call->past + t % s->call->tokens, x, x + m->kv_heads * d);
+        const memory_of_head memory = remember(s, layer, t / s->call->tokens, head - m->heads);
+        store_position(s, &memory, s->call->past + t % s->call->tokens, x, x + m->kv_heads * d);
     }
 }
 
@@ -246,8 +205,7 @@ static void attend(const state *s, int64_t layer, int thread) {
     for (int64_t i = thread; i < c->batch * m->heads * tiles; i += s->threads) {
         const int64_t tile = i / (c->batch * m->heads), rest = i % (c->batch * m->heads);
         const int64_t sequence = rest / m->heads, head = rest % m->heads;
-        const memory_of_head memory =
-            remember(s, layer, sequence, head / (m->heads / m->kv_heads));
+        const memory_of_head memory = remember(s, layer, sequence, head / (m->heads / m->kv_heads));
         maqd_attention a = {.queries = (int)(c->tokens - 4 * tile < 4 ? c->tokens - 4 * tile : 4),
                             .keys = memory.keys,
                             .values = memory.values,
@@ -265,26 +223,25 @@ static void attend(const state *s, int64_t layer, int thread) {
             a.seen[q] = c->past + token + 1;
             a.from[q] = window && a.seen[q] > window ? a.seen[q] - window : 0;
         }
-        s->path->attend(&a);
+        s->isa->attend(&a);
     }
 }
 
 /* The thread's share of the inner units of the feed-forward part: its matrix or, with a gate, both
  * and their product. */
-static void inner(const state *s, int thread, const block *b, const maqd_input *input) {
+static void inner(const state *s, int thread, const maqd_block_plan *b, const maqd_input *input) {
     const int64_t width = s->model->intermediate;
     const int gated = s->model->activation == SWIGLU;
     int64_t from, to;
     maqd_share((width + ROWS - 1) / ROWS, thread, s->threads, &from, &to);
     uint8_t *panel = panel_of(s, thread);
-    const linear *one = gated ? &b->gate : &b->up;
-    s->path->matmul(one->weight, input, from, to, s->count, s->mixed, width, panel);
-    if (gated)
-        s->path->matmul(b->up.weight, input + 1, from, to, s->count, s->out, width, panel);
+    const maqd_linear_plan *one = gated ? &b->gate : &b->up;
+    s->isa->matmul(one->weight, input, from, to, s->count, s->mixed, width, panel);
+    if (gated) s->isa->matmul(b->up.weight, input + 1, from, to, s->count, s->out, width, panel);
     const int64_t first = from * ROWS, last = to * ROWS < width ? to * ROWS : width;
     for (int64_t t = 0; first < last && t < s->count; ++t)
-        s->path->activate(s->model->activation, s->mixed + t * width + first,
-                          s->out + t * width + first, last - first);
+        s->isa->activate(s->model->activation, s->mixed + t * width + first,
+                         s->out + t * width + first, last - first);
 }
 
 static void angles(const state *s, int thread) {
@@ -310,14 +267,14 @@ static void head(const state *s, int thread) {
     for (int64_t b = from; b < to; ++b) {
         const int64_t t = (b + 1) * c->tokens - 1;
         input.step[b] = m->head.own_first && c->first && c->first[t] ? 0 : m->head.step;
-        maqd_take(s->path, m->head.weight, c->hidden + t * m->hidden, m->head.levels, &input, b,
+        maqd_take(s->isa, m->head.weight, c->hidden + t * m->hidden, m->head.levels, &input, b,
                   rows_of(s, thread));
     }
     maqd_barrier(s->team);
     maqd_share(maqd_blocks(m->head.weight), thread, s->threads, &from, &to);
     if (from < to)
-        s->path->matmul(m->head.weight, &input, from, to, c->batch, c->logits,
-                        m->head.weight->rows, panel_of(s, thread));
+        s->isa->matmul(m->head.weight, &input, from, to, c->batch, c->logits, m->head.weight->rows,
+                       panel_of(s, thread));
 }
 
 static void decode(void *argument, maqd_team *team, int thread, int threads) {
@@ -340,14 +297,16 @@ static void decode(void *argument, maqd_team *team, int thread, int threads) {
     }
     angles(s, thread);
     for (int64_t i = 0; i < m->blocks; ++i) {
-        const block *b = m->block + i;
-        const linear *const attention[] = {&b->q, &b->k, &b->v}, *const gated[] = {&b->gate, &b->up};
-        const linear *const o = &b->o, *const down = &b->down;
+        const maqd_block_plan *b = m->block + i;
+        const maqd_linear_plan *const attention[] = {&b->q, &b->k, &b->v}, *const gated[] = {
+                                                                               &b->gate, &b->up};
+        const maqd_linear_plan *const o = &b->o, *const down = &b->down;
         const int parts = b->k.weight ? 3 : 1, plain = m->activation != SWIGLU;
         feed(s, thread, add, NULL, hidden, &b->input_norm, attention, parts, input);
-        multiply(s, thread, attention, parts, input, s->mixed, heads + 2 * m->kv_heads * m->head_dim);
+        multiply(s, thread, attention, parts, input, s->mixed,
+                 heads + 2 * m->kv_heads * m->head_dim);
         maqd_barrier(team);
-        rotate(s, i, thread);
+        place(s, i, thread);
         maqd_barrier(team);
         attend(s, i, thread);
         maqd_barrier(team);
@@ -367,18 +326,17 @@ static void decode(void *argument, maqd_team *team, int thread, int threads) {
     for (int64_t t = from; t < to; ++t) {
         float *row = own + t * hidden;
         if (add) add_row(row, add + t * hidden, hidden);
-        s->path->norm(&m->norm, s->call->first && s->call->first[t], row,
-                      s->call->hidden + t * hidden);
+        s->isa->norm(&m->norm, s->call->first && s->call->first[t], row,
+                     s->call->hidden + t * hidden);
     }
     if (!s->call->logits) return;
     maqd_barrier(team);
     head(s, thread);
 }
 
-/* Runs all blocks and the final norm on call->hidden. Returns 0, or 1 if memory is short. */
-int32_t maqd_decode(const maqd_decoder *model, const maqd_call *call, int32_t path,
+int32_t maqd_decode(const maqd_decoder *model, const maqd_call *call, int32_t isa,
                     int32_t threads) {
-    state s = {.model = model, .call = call, .path = maqd_get_path(path), .threads = threads};
+    state s = {.model = model, .call = call, .isa = maqd_get_isa(isa), .threads = threads};
     s.count = call->batch * call->tokens;
     s.private = s.count <= 2;
     maqd_arena memory = {NULL, 0};

@@ -1,4 +1,5 @@
-/* The Kullback-Leibler divergence of two rows of logits, and its gradient: the loss of distillation.
+/* The Kullback-Leibler divergence of two rows of logits, and its gradient: the loss of
+ * distillation.
  *
  * With e = exp(x - max) and Z = sum e of student (s) and teacher (t):
  *
@@ -6,42 +7,19 @@
  *
  * Two passes over two rows of some 50 thousand logits, which the second-level cache holds, instead
  * of ten in torch, each of them into new memory.
- *
- * Plain C without Python or torch: called through ctypes on data pointers (divergence.py).
  */
-#include "maqd.h"
-
-#include <math.h>
-#include <string.h>
-
-#define LANES 16
-#define INLINE static inline __attribute__((always_inline))
-
-/* e^x to 2 ulp for x <= 0, in operations that the compiler vectorises; 0 below -87. */
-INLINE float exponential(float x) {
-    const float low = x < -87.0f ? -87.0f : x;
-    const float n = rintf(low * 1.44269504f);
-    const float r = (low - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const int32_t bits = ((int32_t)n + 127) * (1 << 23);
-    float power;
-    memcpy(&power, &bits, 4);
-    return x < -87.0f ? 0.0f : p * power;
-}
+#include "internal.h"
+#include "vector.h"
 
 typedef struct {
     float *student, *teacher;
     double *loss;
-    int64_t rows, width;
+    int64_t width;
     float cooling, factor;
 } divergence;
 
-INLINE void keep_most(const float *x, const int count, float *most) {
+/* The larger of each lane and its number; NaN stays. */
+INLINE void raise_to(const float *x, const int count, float *most) {
     for (int i = 0; i < count; ++i) most[i] = x[i] > most[i] || x[i] != x[i] ? x[i] : most[i];
 }
 
@@ -49,8 +27,8 @@ INLINE float most_of(const float *x, int64_t width) {
     const int64_t whole = width / LANES * LANES;
     float lanes[LANES], most = -INFINITY;
     for (int i = 0; i < LANES; ++i) lanes[i] = most;
-    for (int64_t k = 0; k < whole; k += LANES) keep_most(x + k, LANES, lanes);
-    keep_most(x + whole, (int)(width - whole), lanes);
+    for (int64_t k = 0; k < whole; k += LANES) raise_to(x + k, LANES, lanes);
+    raise_to(x + whole, (int)(width - whole), lanes);
     for (int i = 0; i < LANES; ++i)
         most = lanes[i] > most || lanes[i] != lanes[i] ? lanes[i] : most;
     return most;
@@ -92,18 +70,12 @@ CLONES static void diverge(const divergence *d, int64_t row) {
     for (int64_t k = 0; k < width; ++k) s[k] = s[k] * fs - t[k] * ft;
 }
 
-static void diverge_share(void *argument, maqd_team *team, int thread, int threads) {
-    (void)team;
-    const divergence *d = argument;
-    int64_t from, to;
-    maqd_share(d->rows, thread, threads, &from, &to);
-    for (; from < to; ++from) diverge(d, from);
+static void diverge_rows(const void *argument, int64_t from, int64_t to) {
+    for (; from < to; ++from) diverge(argument, from);
 }
 
-/* student, teacher (rows, width): logits, to be multiplied by `cooling`. loss (rows): KL(teacher ||
- * student); student becomes `factor` times the gradient in its cooled logits, teacher is spoilt. */
 void maqd_divergence(float *student, float *teacher, double *loss, int64_t rows, int64_t width,
                      float cooling, float factor, int32_t threads) {
-    divergence d = {student, teacher, loss, rows, width, cooling, factor};
-    maqd_run(diverge_share, &d, rows, threads);
+    divergence d = {student, teacher, loss, width, cooling, factor};
+    maqd_run_pieces(diverge_rows, &d, rows, threads);
 }

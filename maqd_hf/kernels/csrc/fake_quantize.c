@@ -6,16 +6,9 @@
  *
  * A row's mean and deviation are summed in double, which makes them independent of the instruction
  * set; codes come from one function, for training and packing alike.
- *
- * Plain C without Python or torch: called through ctypes on data pointers (fake_quantize.py).
  */
-#include "maqd.h"
-
-#include <math.h>
-#include <string.h>
-
-#define LANES 16
-#define INLINE static inline __attribute__((always_inline))
+#include "internal.h"
+#include "vector.h"
 
 enum { VALUES, VALUES_BF16, CODES };
 
@@ -24,7 +17,7 @@ typedef struct {
     void *out;                                   /* (rows, columns): VALUES .. CODES */
     const void *grad;                            /* (rows, columns), bfloat16 if `narrow` */
     float *grad_weight, *grad_scale, *grad_offset;
-    int64_t rows, columns, groups;
+    int64_t columns, groups;
     int32_t levels, kind, narrow;
 } fake;
 
@@ -52,25 +45,6 @@ INLINE statistics statistics_of(const float *w, int64_t columns) {
     total = 0;
     for (int i = 0; i < LANES; ++i) total += square[i];
     return (statistics){mean, sqrtf((float)(total / (double)columns) + 1e-12f)};
-}
-
-/* functional.quantize of a standardised weight; NaN stays NaN. */
-INLINE float code_of(float u, float zero, float top) {
-    const float code = rintf(u + zero);
-    return code < 0 ? 0 : code > top ? top : code;
-}
-
-INLINE uint16_t to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)(x != x ? 0x7fc0 : rounded);
-}
-INLINE float from_bf16(uint16_t x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
 }
 
 INLINE void quantize_row(const fake *f, int64_t row, const int kind) {
@@ -153,59 +127,59 @@ INLINE void differentiate_row(const fake *f, int64_t row, const int narrow) {
         out[k] = (out[k] - mean - (w[k] - s.mean) * inverse * along) * inverse;
 }
 
-CLONES static void quantize_rows(const fake *f, int64_t from, int64_t to) {
+CLONES static void quantize_rows(const void *argument, int64_t from, int64_t to) {
+    const fake *f = argument;
     switch (f->kind) {
-        case VALUES: for (; from < to; ++from) quantize_row(f, from, VALUES); break;
-        case VALUES_BF16: for (; from < to; ++from) quantize_row(f, from, VALUES_BF16); break;
-        default: for (; from < to; ++from) quantize_row(f, from, CODES);
+        case VALUES:
+            for (; from < to; ++from) quantize_row(f, from, VALUES);
+            break;
+        case VALUES_BF16:
+            for (; from < to; ++from) quantize_row(f, from, VALUES_BF16);
+            break;
+        default:
+            for (; from < to; ++from) quantize_row(f, from, CODES);
     }
 }
 
-CLONES static void differentiate_rows(const fake *f, int64_t from, int64_t to) {
+CLONES static void differentiate_rows(const void *argument, int64_t from, int64_t to) {
+    const fake *f = argument;
     if (f->narrow)
         for (; from < to; ++from) differentiate_row(f, from, 1);
     else
         for (; from < to; ++from) differentiate_row(f, from, 0);
 }
 
-static void quantize_share(void *argument, maqd_team *team, int thread, int threads) {
-    (void)team;
-    const fake *f = argument;
-    int64_t from, to;
-    maqd_share(f->rows, thread, threads, &from, &to);
-    quantize_rows(f, from, to);
-}
-
-static void differentiate_share(void *argument, maqd_team *team, int thread, int threads) {
-    (void)team;
-    const fake *f = argument;
-    int64_t from, to;
-    maqd_share(f->rows, thread, threads, &from, &to);
-    differentiate_rows(f, from, to);
-}
-
-/* weight (rows, columns) with step and scale (rows, groups), offset (rows) or NULL, to `out`
- * (rows, columns), by `kind` 0: values in float32, 1: values in bfloat16, 2: codes in float32 (for
- * which scale may be NULL). */
 void maqd_fake_quantize(const float *weight, const float *step, const float *scale,
                         const float *offset, void *out, int64_t rows, int64_t columns,
                         int64_t groups, int32_t levels, int32_t kind, int32_t threads) {
-    fake f = {.weight = weight, .step = step, .scale = scale, .offset = offset, .out = out,
-              .rows = rows, .columns = columns, .groups = groups, .levels = levels, .kind = kind};
-    maqd_run(quantize_share, &f, rows, threads);
+    fake f = {.weight = weight,
+              .step = step,
+              .scale = scale,
+              .offset = offset,
+              .out = out,
+              .columns = columns,
+              .groups = groups,
+              .levels = levels,
+              .kind = kind};
+    maqd_run_pieces(quantize_rows, &f, rows, threads);
 }
 
-/* The gradients of the same from that of its values: `grad` (rows, columns), bfloat16 if `narrow`.
- * grad_offset may be NULL. */
 void maqd_fake_quantize_backward(const float *weight, const float *step, const float *scale,
                                  const void *grad, float *grad_weight, float *grad_scale,
                                  float *grad_offset, int64_t rows, int64_t columns, int64_t groups,
                                  int32_t levels, int32_t narrow, int32_t threads) {
-    fake f = {.weight = weight, .step = step, .scale = scale, .grad = grad,
-              .grad_weight = grad_weight, .grad_scale = grad_scale, .grad_offset = grad_offset,
-              .rows = rows, .columns = columns, .groups = groups, .levels = levels,
+    fake f = {.weight = weight,
+              .step = step,
+              .scale = scale,
+              .grad = grad,
+              .grad_weight = grad_weight,
+              .grad_scale = grad_scale,
+              .grad_offset = grad_offset,
+              .columns = columns,
+              .groups = groups,
+              .levels = levels,
               .narrow = narrow};
-    maqd_run(differentiate_share, &f, rows, threads);
+    maqd_run_pieces(differentiate_rows, &f, rows, threads);
 }
 
 /* ------------------------------------------------------------------------------------- tokens */
@@ -213,7 +187,7 @@ void maqd_fake_quantize_backward(const float *weight, const float *step, const f
 typedef struct {
     const void *x;
     void *out;
-    int64_t tokens, width;
+    int64_t width;
     float clip_ratio;
     int32_t levels, narrow_in, narrow_out;
 } rounding;
@@ -234,8 +208,8 @@ INLINE void round_token(const rounding *r, int64_t token, const int narrow_in,
     }
     for (int i = 0; i < LANES; ++i)
         absmax = most[i] > absmax || most[i] != most[i] ? most[i] : absmax;
-    const float least = 1.17549435e-38f, wanted = absmax / zero * r->clip_ratio;
-    const float step = wanted < least ? least : wanted;
+    const float wanted = absmax / zero * r->clip_ratio;
+    const float step = wanted < LEAST_NORMAL ? LEAST_NORMAL : wanted;
     for (int64_t k = 0; k < width; ++k) {
         const float x = narrow_in ? from_bf16(narrow[k]) : wide[k];
         const float value = (code_of(x / step, zero, top) - zero) * step;
@@ -246,7 +220,8 @@ INLINE void round_token(const rounding *r, int64_t token, const int narrow_in,
     }
 }
 
-CLONES static void round_some(const rounding *r, int64_t from, int64_t to) {
+CLONES static void round_some(const void *argument, int64_t from, int64_t to) {
+    const rounding *r = argument;
     for (; from < to; ++from) {
         if (r->narrow_in && r->narrow_out)
             round_token(r, from, 1, 1);
@@ -259,18 +234,8 @@ CLONES static void round_some(const rounding *r, int64_t from, int64_t to) {
     }
 }
 
-static void round_share(void *argument, maqd_team *team, int thread, int threads) {
-    (void)team;
-    const rounding *r = argument;
-    int64_t from, to;
-    maqd_share(r->tokens, thread, threads, &from, &to);
-    round_some(r, from, to);
-}
-
-/* Every token of x (tokens, width) on a grid over `clip_ratio` of its own absmax, to `out` of the
- * same shape; each of the two is bfloat16 if it is `narrow`, else float32. */
 void maqd_round_tokens(const void *x, void *out, int64_t tokens, int64_t width, float clip_ratio,
                        int32_t levels, int32_t narrow_in, int32_t narrow_out, int32_t threads) {
-    rounding r = {x, out, tokens, width, clip_ratio, levels, narrow_in, narrow_out};
-    maqd_run(round_share, &r, tokens, threads);
+    rounding r = {x, out, width, clip_ratio, levels, narrow_in, narrow_out};
+    maqd_run_pieces(round_some, &r, tokens, threads);
 }

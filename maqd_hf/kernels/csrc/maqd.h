@@ -1,98 +1,35 @@
-/* What the files of this library share: the packed weight, a path's functions, the threads.
+/* What callers of the library see: its structures and its entries.
  *
- * Layout "16 x 4": rows in blocks of 16, and of a block one unit after the other, so that a thread
- * reads one stream. A plane of 64 bytes holds for each of 16 rows 4 bytes: byte 4*r + j belongs to
- * row r and to inputs 4*p + j, where p counts the positions a byte has room for. One plane is thus
- * the operand of one dot-product instruction per position. What a unit is, by `bits`:
- *
- *   8, 4, 2   one plane; position p is bits p*b.. of a byte, 8/b positions
- *   3         three planes, 8 positions: two planes with the low 2 bits (as above, 4 positions
- *             each) and one with the high bit
- *   TRITS     one plane, 5 positions: byte = ceil(v * 256 / 243), v the number of 5 base-3 digits,
- *             position 0 first. With q_0 = byte and q_{p+1} = 3 q_p mod 256 digit p is
- *             (3 q_p - q_{p+1}) / 256, exactly: dot products need no decoding
- *
- * Masks select a position in place, without a shift; every position has an accumulator of its own,
- * and the accumulators are shifted at the end. Many tokens: row blocks are spread to bytes (a
- * "panel", planes of 8 bits) and multiplied with TILE tokens at a time, or (amx.h) with 16.
- *
- * With codes c, activation codes q, z = (M-1)/2 and h = 0 or 1/2 (odd or even activation levels):
- *
- *   y = xs * ( sum_g s_g (sum c q - z sum_g q) + o sum q + constant ) + bias
- *
- * where `constant` = sum_g s_g h (sum_g c - z n_g) + o h n comes ready from the repacking side.
- * With a step xs_g for every group (and odd activation levels) it is
- *
- *   y = sum_g xs_g s_g (sum c q - z sum_g q) + o sum_g xs_g sum_g q + bias
- *
- * Float activations ("weight-only") take the place of q, with xs = 1 and a constant of 0.
- *
- * Plain C without Python or torch: called through ctypes on data pointers. Each path_*.c compiles
- * path.h for its instruction set; the choice is made at run time, never by -march=native.
+ * The library is plain C without Python or torch; `abi.py` spells all of this a second time for
+ * ctypes, and compares `maqd_struct_size` when it loads the library. All pointers are to contiguous
+ * data that the library trusts to be large enough. `isa` is an instruction set by its number, see
+ * `maqd_isas`; `threads` is how many may work at most.
  */
 #ifndef MAQD_H
 #define MAQD_H
 
-#include <stddef.h>
 #include <stdint.h>
 
-#define ROWS 16
-#define TRITS 5
-#define BLOCKS 2 /* row blocks that are multiplied together */
-#define HIDDEN __attribute__((visibility("hidden")))
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ > 10)
-#define MAQD_AMX /* the compiler knows AMX, and the system is asked for it as Linux wants it */
-#endif
+/* ---------------------------------------------------------------------------------- structures */
 
-/* A function compiled for several instruction sets, chosen when the library is loaded: for loops
- * that the compiler vectorises by itself. "arch=haswell" would ask for Intel's processor of that
- * name and not for what it can do, and leave every other one without AVX-512 with SSE2. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#if __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
-#else
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
-#else
-#define CLONES
-#endif
-
+/* A packed weight. The layout of `codes` and what it is multiplied with are described in
+ * internal.h. */
 typedef struct {
-    const uint8_t *codes;  /* (row blocks, units, planes of a unit, 64) */
-    const void *scale;     /* (row blocks, groups, 16): bfloat16, but float for one group */
-    const float *offset;   /* (padded rows) or NULL, as the next two */
+    const uint8_t *codes; /* (row blocks, units, planes of a unit, 64) */
+    const void *scale;    /* (row blocks, groups, 16): bfloat16, but float for one group */
+    const float *offset;  /* (padded rows) or NULL, as the next two */
     const float *constant;
     const float *bias;
     int64_t rows, columns, groups, units;
     int32_t bits, wide; /* wide: codes above 127 occur */
     float zero;
-    float clip_ratio; /* of its absmax, what the grid of a token with a step of its own covers */
+    float clip_ratio;    /* how much of its absmax the grid of a token's own step covers */
     int32_t group_steps; /* every group of a token's inputs has a step of its own */
-    int32_t rotation; /* neighbouring inputs that are rotated (maqd_path.hadamard) before anything
-                         else; 1: none */
+    int32_t rotation;    /* the Hadamard transform rotates so many neighbouring inputs before
+                            anything else; 1: none */
 } maqd_weight;
 
-static inline int64_t maqd_planes(int32_t bits) { return bits == 3 ? 3 : 1; }
-static inline int64_t maqd_inputs(int32_t bits) {
-    return bits == 3 ? 32 : bits == TRITS ? 20 : 32 / bits;
-}
-/* Inputs of a row, padded to whole units. */
-static inline int64_t maqd_stride(const maqd_weight *w) { return w->units * maqd_inputs(w->bits); }
-static inline int64_t maqd_blocks(const maqd_weight *w) { return (w->rows + ROWS - 1) / ROWS; }
-/* Activations. `tile` tokens lie together, `run` codes of one after as many of the next: code k of
- * token t is at (t / tile * tile) * stride + (k / run * tile + t % tile) * run + k % run. A tile of
- * 1 is plain rows. Codes beyond the columns are zero, or nobody reads them (runs of more than 4). */
-typedef struct {
-    int8_t *codes; /* (tokens rounded up to the tile, stride) */
-    float *step;   /* (tokens) */
-    float *group_step; /* (tokens, groups), `step` is 1 then and the last sum is in units of the
-                          steps; or NULL: all groups of a token have its step */
-    float *sums;   /* (tokens, groups + 1): sum of the codes (or values) of every group, and all */
-    float *values; /* (tokens, stride): float activations have these instead of codes, else NULL */
-    int64_t tile, run;
-} maqd_input;
-
-/* An embedding of packed words (rows, words per row), one scale and offset a row. */
+/* An embedding of packed words (rows, words per row) with one scale and offset a row. */
 typedef struct {
     const int32_t *words;
     const float *scale, *offset; /* offset may be NULL */
@@ -101,8 +38,9 @@ typedef struct {
     float output_scale;
 } maqd_table;
 
-/* y = x * factor (weight) (+ bias). `token`: factor = 1 / sqrt(mean square + eps), for every token;
- * else it is `constant`, but for first tokens if `own_first`: first_factor / sqrt(...). */
+/* y = x * factor (* weight) (+ bias), x less its mean if `centered`. The factor is 1 / sqrt(mean
+ * square + eps) of every token if `token`; else it is `constant`, but on first tokens, if
+ * `own_first`, it is first_factor / sqrt(mean square + eps). */
 typedef struct {
     const float *weight, *bias; /* (features) or NULL */
     int64_t features;
@@ -110,166 +48,132 @@ typedef struct {
     int32_t token, own_first, centered;
 } maqd_norm;
 
-/* Keys are kept in blocks of 16 positions, (kv heads, positions / 16, head_dim, 16): a query then
- * meets 16 keys per multiplication. Values are (kv heads, positions, value_stride). Both are floats
- * or, with scales (kv heads, positions), bytes in units of their position's scale. */
+/* A packed layer of a decoder. */
 typedef struct {
-    const float *query[4]; /* up to 4 queries of one kv head */
-    int64_t from[4], seen[4]; /* positions each of them may see, the second not included */
-    float *out[4];
-    int queries;
-    const void *keys, *values;
-    const float *key_scales, *value_scales; /* NULL: keys and values are floats */
-    const uint8_t *mask;                    /* (positions) or NULL: 0 hides */
-    int64_t head_dim, value_stride;
-    float scale;
-    float *scores; /* scratch: 4 * (most seen, rounded up to 16) */
-} maqd_attention;
+    const maqd_weight *weight;
+    float step;                /* of the activations; 0: every token has its own */
+    int32_t levels, own_first; /* levels 0: float activations */
+} maqd_linear_plan;
+
+/* A block of a decoder. */
+typedef struct {
+    maqd_norm input_norm, post_norm, query_norm, key_norm; /* the last two: features 0 if absent */
+    maqd_linear_plan q, k, v, o, gate, up, down; /* k, v: weight NULL where q gives all three;
+                                                    gate: NULL unless the activation is gated */
+    int64_t window; /* positions a token sees, itself one of them; 0: all before it */
+    int64_t rope;   /* queries and keys get rotary embeddings, where there are frequencies */
+} maqd_block_plan;
 
 enum { SWIGLU, RELU, GELU_TANH };
 
 typedef struct {
-    const char *name;
-    int (*supported)(void);
-    int64_t tile;   /* tokens that share one pass over a panel */
-    int32_t square; /* many tokens are multiplied as square tiles: runs of inputs, not of 4 */
-    /* Row blocks first..last-1 of all tokens; y has y_stride floats a token. `panel` is scratch,
-     * aligned to 64 bytes. */
-    void (*matmul)(const maqd_weight *w, const maqd_input *x, int64_t first, int64_t last,
-                   int64_t tokens, float *y, int64_t y_stride, uint8_t *panel);
-    /* One token: codes = clamp(rint(x / step + (M-1)/2), 0, M-1) - M/2 (floor), four every
-     * `every` bytes (or `run` codes together, and such runs `every` bytes apart). A step of 0 asks for the token's own, absmax / ((M-1)/2) * clip_ratio;
-     * `group_step`, unless NULL, for that of every group. NaN counts as the largest code, infinity
-     * clips. */
-    void (*quantize)(const float *x, int64_t columns, int64_t groups, int32_t levels,
-                     float clip_ratio, float *step, float *group_step, int8_t *codes, int64_t run,
-                     int64_t every, int64_t stride, float *sums);
-    /* One token of float activations: copied, padded, summed. */
-    void (*spread)(const float *x, int64_t columns, int64_t groups, float *values, int64_t stride,
-                   float *sums);
-    void (*norm)(const maqd_norm *norm, int first, const float *x, float *y);
-    void (*rope)(float *x, const float *cosine, const float *sine, int64_t half);
-    /* Every `size` neighbours of x, a power of two, times the normalised Hadamard matrix. */
-    void (*hadamard)(const float *x, int64_t count, int64_t size, float *y);
-    void (*attend)(const maqd_attention *a);
-    /* x = silu(x) * up, relu(x) or gelu(x), by `kind` */
-    void (*activate)(int32_t kind, float *x, const float *up, int64_t count);
-    /* x in 255 steps of the largest magnitude: bytes `every` bytes apart; returns the scale. NaN
-     * becomes the least byte, infinity clips at the largest float. */
-    float (*keep)(const float *x, int64_t count, int8_t *bytes, int64_t every);
-} maqd_path;
+    int64_t blocks, hidden, heads, kv_heads, head_dim, intermediate;
+    float attention_scale, rope_scale;
+    const float *frequencies; /* (head_dim / 2), or NULL: no rotary embeddings */
+    const maqd_block_plan *block;
+    maqd_norm norm;
+    const maqd_table *table;     /* NULL: the caller looks up the embeddings */
+    maqd_linear_plan head;       /* weight NULL: the caller multiplies with the head */
+    int32_t floats, group_steps; /* some layer has float activations; steps of groups */
+    int32_t activation;
+} maqd_decoder;
 
-extern HIDDEN const maqd_path maqd_path_portable, maqd_path_avx2, maqd_path_vnni, maqd_path_amx,
-    maqd_path_neon;
-HIDDEN const maqd_path *maqd_get_path(int32_t path);
-
-HIDDEN void maqd_look_up(const maqd_table *table, int64_t id, float *y);
-
-/* Runs work(argument, team, thread, threads) on up to `threads` threads at once, and no more than
- * there are pieces of work. */
-typedef struct maqd_team maqd_team;
-typedef void (*maqd_work)(void *argument, maqd_team *team, int thread, int threads);
-HIDDEN void maqd_run(maqd_work work, void *argument, int64_t pieces, int threads);
-/* Every thread of the team waits here for the others. */
-HIDDEN void maqd_barrier(maqd_team *team);
-
-/* How many threads a run gets, by what those before it lost; see crowd.c. Nanoseconds; zeroed at
- * first. */
+/* One forward of a decoder. */
 typedef struct {
-    int32_t limit;        /* threads of a run, 0: as many as are asked for */
-    int64_t until;        /* when the limit is lifted */
-    int64_t pause;        /* how long the last one held */
-    int64_t asleep, wall; /* of the runs that are being judged */
-} maqd_crowd;
-int32_t maqd_crowd_threads(maqd_crowd *crowd, int32_t asked, int64_t now);
-void maqd_crowd_note(maqd_crowd *crowd, int32_t asked, int32_t used, int64_t asleep, int64_t wall,
-                     int64_t now);
-void maqd_spin_less(int crowded);
+    int64_t batch, tokens, past, capacity, value_stride; /* capacity: a multiple of 16 */
+    float *hidden;            /* (batch, tokens, hidden): embeddings in, normalised states out */
+    const int64_t *ids;       /* (batch, tokens) or NULL: looked up instead of `hidden` */
+    float *logits;            /* (batch, vocabulary) of every sequence's last token, or NULL */
+    const int64_t *positions; /* (batch, tokens) */
+    const uint8_t *first;     /* (batch, tokens) or NULL: 1 on a sequence's first token */
+    const uint8_t *mask;      /* (batch, past + tokens) or NULL: 0 hides a position */
+    void *keys;               /* (blocks, batch, kv_heads, capacity / 16, head_dim, 16) */
+    void *values;             /* (blocks, batch, kv_heads, capacity, value_stride) */
+    float *key_scales, *value_scales; /* (blocks, batch, kv_heads, capacity): keys and values are
+                                         bytes; or NULL: they are floats */
+} maqd_call;
 
-/* Tokens from which on a path works with panels and tiles. */
-#define MANY 4
-#define SQUARE 16 /* tokens of a square tile */
+/* Bytes of structure `index` of those above, in their order; 0 after the last. */
+int64_t maqd_struct_size(int32_t index);
 
-/* Row blocks of a panel for `stride` inputs: where many tokens meet them, as many as WIDE bytes hold,
- * so that a token's results lie side by side; else those that are multiplied together. */
-#define WIDE (1 << 18) /* an eighth of a second-level cache */
-static inline int maqd_wide(const maqd_path *path, int64_t tokens) {
-    return path->square && tokens >= 64;
-}
-static inline int64_t maqd_panel_blocks(const maqd_path *path, int64_t tokens, int64_t stride) {
-    const int64_t most = maqd_wide(path, tokens) ? WIDE / (ROWS * stride) : BLOCKS;
-    return most < 2 * BLOCKS ? BLOCKS : most < 4 * BLOCKS ? 2 * BLOCKS : 4 * BLOCKS;
-}
-/* Bytes that are enough for the panels of all weights with up to `stride` inputs. */
-static inline int64_t maqd_panel(const maqd_path *path, int64_t tokens, int64_t stride) {
-    const int64_t least = BLOCKS * ROWS * stride;
-    return maqd_wide(path, tokens) && least < WIDE ? WIDE : least;
-}
+/* ---------------------------------------------------------------------------- instruction sets */
 
-/* How the inputs of a weight lie. */
-static inline void maqd_arrange(const maqd_path *path, const maqd_weight *w, int64_t tokens,
-                                maqd_input *input) {
-    const int64_t width = w->columns / w->groups;
-    input->tile = tokens < MANY || input->values ? 1 : path->tile;
-    input->run = 4;
-    if (path->square && input->tile > 1 && width % 32 == 0) {
-        input->tile = SQUARE;
-        input->run = width % 64 ? 32 : 64;
-    }
-}
+/* How many instruction sets this build knows, slowest first. */
+int32_t maqd_isas(void);
+const char *maqd_isa_name(int32_t isa);
+/* Whether this machine runs it. */
+int32_t maqd_supported(int32_t isa);
+/* The one that the environment asks for, by its name, or NULL. */
+const char *maqd_asked_isa(void);
 
-/* Rotates, then quantises or for `levels` 0 copies, one token: `x` becomes row `token` of `input`.
- * `rotated`: room for a row, if the weight wants it rotated. */
-static inline void maqd_take(const maqd_path *path, const maqd_weight *w, const float *x,
-                             int32_t levels, maqd_input *input, int64_t token, float *rotated) {
-    const int64_t stride = maqd_stride(w), sums = w->groups + 1;
-    const int64_t tile = input->tile, run = input->run;
-    int8_t *codes = input->codes + token / tile * tile * stride + token % tile * run;
-    float *group_step = input->group_step ? input->group_step + token * w->groups : NULL;
-    if (w->rotation > 1) {
-        path->hadamard(x, w->columns, w->rotation, rotated);
-        x = rotated;
-    }
-    if (levels)
-        path->quantize(x, w->columns, w->groups, levels, w->clip_ratio, input->step + token,
-                       group_step, codes, run, run * tile, stride, input->sums + token * sums);
-    else
-        path->spread(x, w->columns, w->groups, input->values + token * stride, stride,
-                     input->sums + token * sums);
-}
+/* ------------------------------------------------------------------------------------ products */
 
-/* Scratch in one piece: laid out once without a base, to count, and once to hand out. */
-typedef struct {
-    char *base; /* NULL while counting */
-    size_t used;
-} maqd_arena;
+/* Dense words (rows, words per row; mixed radix, see packing.py) to the layout of a weight;
+ * `codes` is zero before. */
+void maqd_repack(const int32_t *words, int64_t rows, int64_t columns, int32_t levels,
+                 int32_t digits, int32_t bits, uint8_t *codes, int32_t threads);
 
-static inline void *maqd_cut(maqd_arena *memory, int64_t bytes) {
-    void *piece = memory->base ? memory->base + memory->used : NULL;
-    memory->used += ((size_t)bytes + 63) / 64 * 64;
-    return piece;
-}
+/* x (tokens, columns) times the weight, to y (tokens, rows). `levels` 0: float activations; else
+ * `step` is theirs, one every `step_every` floats (0: the same for all), where 0 asks for the
+ * token's own; NULL: all have their own. Returns 0, or 1 if memory is short. */
+int32_t maqd_linear(const maqd_weight *w, const float *x, int64_t tokens, int32_t levels,
+                    const float *step, int64_t step_every, float *y, int32_t isa, int32_t threads);
 
-static inline float *maqd_cut_floats(maqd_arena *memory, int64_t count) {
-    return maqd_cut(memory, count * (int64_t)sizeof(float));
-}
+/* Runs all blocks and the final norm on call->hidden. Returns 0, or 1 if memory is short. */
+int32_t maqd_decode(const maqd_decoder *model, const maqd_call *call, int32_t isa, int32_t threads);
 
-/* Room for what `tokens` tokens of at most `stride` padded inputs become, however they lie. */
-static inline maqd_input maqd_cut_input(maqd_arena *memory, int64_t tokens, int64_t stride,
-                                        int64_t groups, int floats, int group_steps) {
-    maqd_input input = {0};
-    input.codes = maqd_cut(memory, (tokens < MANY ? tokens : tokens + SQUARE - 1) * stride);
-    input.step = maqd_cut_floats(memory, tokens);
-    input.group_step = group_steps ? maqd_cut_floats(memory, tokens * groups) : NULL;
-    input.sums = maqd_cut_floats(memory, tokens * (groups + 1));
-    input.values = floats ? maqd_cut_floats(memory, tokens * stride) : NULL;
-    return input;
-}
+/* --------------------------------------------------------------------------- passes over rows */
 
-/* The part of 0..count that belongs to a thread. */
-static inline void maqd_share(int64_t count, int thread, int threads, int64_t *from, int64_t *to) {
-    *from = count * thread / threads;
-    *to = count * (thread + 1) / threads;
-}
+/* Rows `ids` of a table, to y (count, columns). */
+void maqd_embedding(const maqd_table *table, const int64_t *ids, int64_t count, float *y);
+
+/* Rows of x (rows, features) normalised, to y; `first` (rows) or NULL: 1 on first tokens. */
+void maqd_normalize(const maqd_norm *norm, const float *x, const uint8_t *first, int64_t rows,
+                    float *y, int32_t isa, int32_t threads);
+
+/* Every `size` neighbours of x (rows, columns) times the normalised Hadamard matrix, to y. */
+void maqd_hadamard(const float *x, float *y, int64_t rows, int64_t columns, int64_t size,
+                   int32_t isa, int32_t threads);
+
+/* ------------------------------------------------------------------- calibration and training */
+
+/* Error compensation: w (columns, rows) in place. Each column keeps the value that was rounded, and
+ * the later ones take over its error by the row of `factor` (columns, columns). The grid is `steps`
+ * (columns, rows) and `center` (rows). Codes and scaled errors are (columns, rows). */
+void maqd_compensate(float *w, const float *factor, const float *steps, const float *center,
+                     float *codes, float *errors, int64_t levels, int64_t columns, int64_t rows,
+                     int32_t threads);
+
+/* Coordinate descent: value and gradient (columns, rows) in place. Each column goes to its best
+ * value given the others, `gradient` being h (columns, columns) times what is still missing. The
+ * grid as above. Codes, the values that were rounded, and how far each value moved are (columns,
+ * rows). */
+void maqd_descend(float *value, float *gradient, const float *h, const float *steps,
+                  const float *center, float *codes, float *wanted, float *moved, int64_t levels,
+                  int64_t columns, int64_t rows, int32_t threads);
+
+/* weight (rows, columns) with step and scale (rows, groups), offset (rows) or NULL, to `out`
+ * (rows, columns), by `kind` 0: values in float32, 1: values in bfloat16, 2: codes in float32 (for
+ * which scale may be NULL). */
+void maqd_fake_quantize(const float *weight, const float *step, const float *scale,
+                        const float *offset, void *out, int64_t rows, int64_t columns,
+                        int64_t groups, int32_t levels, int32_t kind, int32_t threads);
+
+/* The gradients of the same from that of its values: `grad` (rows, columns), bfloat16 if `narrow`.
+ * grad_offset may be NULL. */
+void maqd_fake_quantize_backward(const float *weight, const float *step, const float *scale,
+                                 const void *grad, float *grad_weight, float *grad_scale,
+                                 float *grad_offset, int64_t rows, int64_t columns, int64_t groups,
+                                 int32_t levels, int32_t narrow, int32_t threads);
+
+/* Every token of x (tokens, width) on a grid over `clip_ratio` of its own absmax, to `out` of the
+ * same shape; each of the two is bfloat16 if it is `narrow`, else float32. */
+void maqd_round_tokens(const void *x, void *out, int64_t tokens, int64_t width, float clip_ratio,
+                       int32_t levels, int32_t narrow_in, int32_t narrow_out, int32_t threads);
+
+/* student, teacher (rows, width): logits, to be multiplied by `cooling`. loss (rows): KL(teacher ||
+ * student); student becomes `factor` times the gradient in its cooled logits, teacher is spoilt. */
+void maqd_divergence(float *student, float *teacher, double *loss, int64_t rows, int64_t width,
+                     float cooling, float factor, int32_t threads);
 
 #endif

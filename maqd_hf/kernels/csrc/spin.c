@@ -7,7 +7,7 @@
  * the machine is quiet again or nobody has said for a while that it is not. Without this a token of
  * SmolLM2-135M took 10 to 15 ms beside two busy processes on two cores, with it 6 to 9. */
 #define _GNU_SOURCE
-#include "maqd.h"
+#include "internal.h"
 
 #if defined(_OPENMP) && defined(__GNUC__) && !defined(__clang__)
 #include <omp.h>
@@ -27,7 +27,7 @@ static int passed(struct timespec t) {
     return now.tv_sec > t.tv_sec || (now.tv_sec == t.tv_sec && now.tv_nsec >= t.tv_nsec);
 }
 
-static void *keep(void *unused) {
+static void *hold_threads(void *unused) {
 #pragma omp parallel num_threads(omp_get_num_procs())
     {
 #pragma omp barrier
@@ -46,7 +46,7 @@ void maqd_spin_less(int crowded) {
     if (crowded) until.tv_sec += SECONDS;
     if (!crowded) pthread_cond_signal(&change);
     pthread_t thread;
-    if (crowded && !running && !pthread_create(&thread, NULL, keep, NULL)) {
+    if (crowded && !running && !pthread_create(&thread, NULL, hold_threads, NULL)) {
         running = 1;
         pthread_detach(thread);
     }

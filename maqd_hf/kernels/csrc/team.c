@@ -1,9 +1,9 @@
 /* Threads of one run. They are those of the host's OpenMP pool, which torch uses too: a pool of our
- * own would fight with its spinning threads for the cores (measured: one token took 11 ms instead
- * of 5). Inside a run threads wait for each other some two hundred times, for microseconds, so the
- * barrier is ours: it spins for a bound and sleeps after it, which keeps a busy machine usable. */
+ * own would fight with its spinning threads for the cores (one token took 11 ms instead of 5).
+ * Inside a run threads wait for each other some two hundred times, for microseconds, so the barrier
+ * is ours: it spins for a bound and sleeps after it, which keeps a busy machine usable. */
 #define _GNU_SOURCE
-#include "maqd.h"
+#include "internal.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -85,8 +85,8 @@ static void note_fork(void) { forked = 1; }
 static void prepare(void) { pthread_atfork(NULL, NULL, note_fork); }
 
 #ifdef _OPENMP
-/* Of all runs: who else uses the machine is the same for them. A run that finds another one at it
- * goes on without. */
+/* One for all runs: who else uses the machine is the same for them. A run that finds another one at
+ * it goes on without. */
 static maqd_crowd crowd;
 static pthread_mutex_t crowded = PTHREAD_MUTEX_INITIALIZER;
 #endif
@@ -123,4 +123,23 @@ void maqd_run(maqd_work work, void *argument, int64_t pieces, int threads) {
     }
 #endif
     work(argument, &team, 0, 1);
+}
+
+typedef struct {
+    maqd_pieces pieces;
+    const void *argument;
+    int64_t count;
+} sharing;
+
+static void share(void *argument, maqd_team *team, int thread, int threads) {
+    (void)team;
+    const sharing *s = argument;
+    int64_t from, to;
+    maqd_share(s->count, thread, threads, &from, &to);
+    if (from < to) s->pieces(s->argument, from, to);
+}
+
+void maqd_run_pieces(maqd_pieces pieces, const void *argument, int64_t count, int threads) {
+    sharing s = {pieces, argument, count};
+    maqd_run(share, &s, count, threads);
 }

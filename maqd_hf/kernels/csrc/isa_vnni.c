@@ -1,5 +1,5 @@
 /* x86-64 with AVX-512 and its byte dot product (VNNI). */
-#include "maqd.h"
+#include "internal.h"
 
 #if defined(__x86_64__)
 #define FEATURES "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
@@ -11,7 +11,9 @@
 #include <immintrin.h>
 #include <string.h>
 
-#define PATH maqd_path_vnni
+#include "vector.h"
+
+#define ISA maqd_isa_vnni
 #define NAME "avx512-vnni"
 #define SUPPORTED has_vnni
 
@@ -24,7 +26,6 @@ static int has_vnni(void) {
 
 #define TILE 12
 #define DIRECT(bits) 1
-#define INLINE static inline __attribute__((always_inline))
 
 /* acc += codes (unsigned) . x (four signed bytes), for each row. The intrinsic would do, but gcc 12
  * then moves the accumulators about. x is broadcast by a load of its own: as a memory operand of
@@ -53,8 +54,8 @@ INLINE __m512i bits_at(__m512i codes, int width, int at) {
     return _mm512_and_si512(codes, _mm512_set1_epi8((char)(((1 << width) - 1) << at)));
 }
 
-/* `sets` units take turns with sums of their own: an addition waits for the one before, 4 cycles on Zen
- * 4 and 5 on Intel's, and with 4 bits a unit has only two sums. */
+/* `sets` units take turns with sums of their own: an addition waits for the one before, 4 cycles on
+ * Zen 4 and 5 on Intel's, and with 4 bits a unit has only two sums. */
 INLINE __m512i dot_fields(const uint8_t *codes, int64_t units, const int bits, const int sets,
                           const int8_t *x) {
     const int positions = 8 / bits;
@@ -119,7 +120,7 @@ INLINE __m512i dot_trits(const uint8_t *codes, int64_t units, const int8_t *x) {
 
 INLINE void dot(const uint8_t *codes, int64_t units, const int bits, const int8_t *x,
                 int32_t *out) {
-    const __m512i sum = bits == 3     ? dot_planes(codes, units, x)
+    const __m512i sum = bits == 3       ? dot_planes(codes, units, x)
                         : bits == TRITS ? dot_trits(codes, units, x)
                         : units < 16    ? dot_fields(codes, units, bits, 1, x)
                                         : dot_fields(codes, units, bits, bits == 8 ? 4 : bits, x);
@@ -144,11 +145,11 @@ INLINE void dot_panel(const uint8_t *panel, int64_t block_stride, int64_t planes
     for (int i = 0; i < tokens * blocks; ++i) _mm512_storeu_si512(out + i * ROWS, acc[i]);
 }
 
-#include "path.h"
+#include "isa.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
 #if defined(MAQD_AMX)
-#include "amx.h"
+#include "amx.inc"
 #endif
 #endif

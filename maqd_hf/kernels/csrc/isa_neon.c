@@ -1,7 +1,8 @@
-/* 64-bit Arm with its byte dot product (dotprod: Cortex-A55 and A76, Neoverse N1, Apple M1, and what
- * came after). The products are signed: codes of 8 bits are moved down by 128, which the sum of the
- * activation codes makes up for. Run on an emulator only (.ci/arm): no choice here was timed. */
-#include "maqd.h"
+/* 64-bit Arm with its byte dot product (dotprod: Cortex-A55 and A76, Neoverse N1, Apple M1, and
+ * what came after). The products are signed: codes of 8 bits are moved down by 128, which the sum
+ * of the activation codes makes up for. Run on an emulator only (.ci/arm): no choice here was
+ * timed. */
+#include "internal.h"
 
 #if defined(__aarch64__)
 #if defined(__clang__)
@@ -14,8 +15,9 @@
 #if defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#include "vector.h"
 
-#define PATH maqd_path_neon
+#define ISA maqd_isa_neon
 #define NAME "neon-dotprod"
 #define SUPPORTED has_dotprod
 
@@ -31,7 +33,6 @@ static int has_dotprod(void) {
 
 #define TILE 4
 #define DIRECT(bits) ((bits) == 2 || (bits) == 4 || (bits) == 8)
-#define INLINE static inline __attribute__((always_inline))
 #define QUADS 4 /* registers of a plane: 4 rows each */
 
 /* The four signed bytes at x, for each of 4 rows. */
@@ -51,7 +52,8 @@ INLINE int shift(const int bits, const int p) { return bits * (p + 1) == 8 ? 0 :
 INLINE int8x16_t field(uint8x16_t codes, const int bits, const int p) {
     const int at = bits * p, top = at + bits == 8;
     const uint8x16_t mask = vdupq_n_u8((uint8_t)(((1 << bits) - 1) << at));
-    return vreinterpretq_s8_u8(top ? vshlq_u8(codes, vdupq_n_s8((int8_t)-at)) : vandq_u8(codes, mask));
+    return vreinterpretq_s8_u8(top ? vshlq_u8(codes, vdupq_n_s8((int8_t)-at))
+                                   : vandq_u8(codes, mask));
 }
 
 INLINE void dot_bytes(const uint8_t *codes, int64_t units, const int8_t *x, int32_t *out) {
@@ -129,7 +131,7 @@ INLINE void dot_panel(const uint8_t *panel, int64_t block_stride, int64_t planes
     }
 }
 
-#include "path.h"
+#include "isa.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

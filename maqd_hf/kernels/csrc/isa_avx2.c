@@ -1,5 +1,5 @@
 /* x86-64 with AVX2 and FMA. */
-#include "maqd.h"
+#include "internal.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -10,7 +10,9 @@
 #include <immintrin.h>
 #include <string.h>
 
-#define PATH maqd_path_avx2
+#include "vector.h"
+
+#define ISA maqd_isa_avx2
 #define NAME "avx2"
 #define SUPPORTED has_avx2
 
@@ -21,7 +23,6 @@ static int has_avx2(void) {
 
 #define TILE 4
 #define DIRECT(bits) ((bits) == 2 || (bits) == 4)
-#define INLINE static inline __attribute__((always_inline))
 
 /* codes (unsigned) . the four bytes at x (signed), for each of 8 rows. maddubs adds two products in
  * 16 bits, which holds them while codes stay below 130. */
@@ -36,7 +37,8 @@ INLINE __m256i half_plane(const uint8_t *codes) {
     return _mm256_loadu_si256((const __m256i *)codes);
 }
 INLINE __m256i field(__m256i codes, int width, int at) {
-    return _mm256_and_si256(_mm256_srli_epi16(codes, at), _mm256_set1_epi8((char)((1 << width) - 1)));
+    return _mm256_and_si256(_mm256_srli_epi16(codes, at),
+                            _mm256_set1_epi8((char)((1 << width) - 1)));
 }
 
 INLINE void dot(const uint8_t *codes, int64_t units, const int bits, const int8_t *x,
@@ -76,7 +78,7 @@ INLINE void dot_panel(const uint8_t *panel, int64_t block_stride, int64_t planes
     }
 }
 
-#include "path.h"
+#include "isa.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

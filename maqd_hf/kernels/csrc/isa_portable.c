@@ -1,7 +1,8 @@
 /* Any machine: plain C, for the compiler's default instruction set. */
-#include "maqd.h"
+#include "internal.h"
+#include "vector.h"
 
-#define PATH maqd_path_portable
+#define ISA maqd_isa_portable
 #define NAME "portable"
 #define SUPPORTED always
 
@@ -9,7 +10,6 @@ static int always(void) { return 1; }
 
 #define TILE 4
 #define DIRECT(bits) 0
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE void dot(const uint8_t *codes, int64_t units, const int bits, const int8_t *x,
                 int32_t *out) {
@@ -31,4 +31,4 @@ INLINE void dot_panel(const uint8_t *panel, int64_t block_stride, int64_t planes
     }
 }
 
-#include "path.h"
+#include "isa.inc"
