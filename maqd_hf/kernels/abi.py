@@ -128,7 +128,7 @@ ENTRIES: dict[str, tuple[Any, list[Any]]] = {
     "maqd_round_tokens": (None, [_p, _p, _l, _l, _f, _i, _i, _i, _i]),
     "maqd_divergence": (None, [_p, _p, _p, _l, _l, _f, _f, _i]),
 }
-"""Of every entry what it returns and what it takes."""
+"""What every entry returns, and what it takes."""
 
 
 def mismatch(lib: ctypes.CDLL) -> str | None:
@@ -139,7 +139,7 @@ def mismatch(lib: ctypes.CDLL) -> str | None:
         return f"it lacks {', '.join(missing)}"
     size = lib.maqd_struct_size
     size.restype = _I64
-    theirs = []
+    theirs: list[int] = []
     while found := size(len(theirs)):
         theirs.append(found)
     ours = [ctypes.sizeof(struct) for struct in STRUCTS]

@@ -15,7 +15,7 @@ With c' = code - M // 2 (weights), q' likewise (activations), h = 1/2 for even M
 
 ``constant`` holds what h of the activations adds. For even M up to 128 the tensor cores get
 2 c' + 1 instead, with half the scale, which makes h_w vanish. Float activations take the place of
-q' with a step of 1, and the codes less their centre become float: exact in bfloat16 too.
+q' with a step of 1, and the codes less their center become float: exact in bfloat16 too.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ TILES = {
 FLOAT32_TILES = {16: Tiles(16, 16, 64, 4, 4), None: Tiles(32, 32, 32, 4, 3)}
 """Block sizes up to this many tokens, and for more; float32 is multiplied without tensor cores and
 takes more registers. A table instead of tuning at run time: a first call costs no search, and equal
-inputs add up in equal order. Made from what the compiler says of sm_80 and sm_90 (no registers
-spilled, at most 80 KiB of shared memory); ``scripts/bench/gpu.py --tiles`` times others."""
+inputs add up in equal order. All of them fit sm_80 and sm_90 (no registers are spilled, at most 80
+KiB of shared memory); ``scripts/bench/gpu.py --tiles`` times others."""
 
 
 def tiles_for(tokens: int, float32: bool) -> Tiles:

@@ -69,7 +69,8 @@ static int32_t *pack(const uint8_t *codes, int64_t columns, int32_t levels) {
 
 static layer make(int32_t levels, int32_t bits, int64_t rows, int64_t columns, int64_t groups,
                   int with, int activation_levels) {
-    const int64_t blocks = (rows + 15) / 16, units = (columns + maqd_inputs(bits) - 1) / maqd_inputs(bits);
+    const int64_t blocks = (rows + 15) / 16,
+                  units = (columns + maqd_inputs(bits) - 1) / maqd_inputs(bits);
     const int32_t digits = digits_of(levels);
     const int64_t words = (columns + digits - 1) / digits;
     const double zero = (levels - 1) / 2.0;
@@ -79,7 +80,8 @@ static layer make(int32_t levels, int32_t bits, int64_t rows, int64_t columns, i
     float *constant = get(blocks * 64);
     layer l = {.activation_levels = activation_levels};
     uint8_t *panels = NULL;
-    if (posix_memalign((void **)&panels, 64, (size_t)(blocks * units * maqd_planes(bits) * 64))) exit(2);
+    if (posix_memalign((void **)&panels, 64, (size_t)(blocks * units * maqd_planes(bits) * 64)))
+        exit(2);
     owned[owns++] = panels;
     memset(panels, 0, (size_t)(blocks * units * maqd_planes(bits) * 64));
     l.matrix = get(rows * columns * 8);
@@ -91,7 +93,8 @@ static layer make(int32_t levels, int32_t bits, int64_t rows, int64_t columns, i
         constant[n] = 0;
         scale[n] = n < rows ? real() + 1.5f : 0;
         for (int64_t g = 0; g < groups; ++g) /* bfloat16 from 0.5 to 2.5 */
-            group_scale[(n / 16 * groups + g) * 16 + n % 16] = n < rows ? (uint16_t)(0x3f00 + draw(0x120)) : 0;
+            group_scale[(n / 16 * groups + g) * 16 + n % 16] =
+                n < rows ? (uint16_t)(0x3f00 + draw(0x120)) : 0;
         if (n >= rows) continue;
         for (int64_t k = 0; k < columns; ++k) {
             codes[k] = (uint8_t)(draw(4) ? draw(levels) : levels - 1);
@@ -109,9 +112,20 @@ static layer make(int32_t levels, int32_t bits, int64_t rows, int64_t columns, i
     const int has_constant = activation_levels && activation_levels % 2 == 0;
     int32_t rotation = 1;
     while (draw(4) && columns % (2 * rotation) == 0) rotation *= 2;
-    l.w = (maqd_weight){panels, groups > 1 ? (void *)group_scale : scale, with ? offset : NULL, has_constant ? constant : NULL,
-                        with ? bias : NULL, rows, columns, groups, units, bits, levels > 128,
-                        (float)zero, draw(2) ? 1 : 0.75f, groups > 1 && activation_levels % 2 && draw(2),
+    l.w = (maqd_weight){panels,
+                        groups > 1 ? (void *)group_scale : scale,
+                        with ? offset : NULL,
+                        has_constant ? constant : NULL,
+                        with ? bias : NULL,
+                        rows,
+                        columns,
+                        groups,
+                        units,
+                        bits,
+                        levels > 128,
+                        (float)zero,
+                        draw(2) ? 1 : 0.75f,
+                        groups > 1 && activation_levels % 2 && draw(2),
                         rotation};
     return l;
 }
@@ -126,8 +140,10 @@ static void product_case(int isa, int32_t levels, int32_t bits, int64_t rows, in
                          int64_t groups, int64_t tokens, int activation_levels, int threads) {
     const int own = (int)draw(2), every = (int)draw(2);
     layer l = make(levels, bits, rows, columns, groups, (int)draw(2), activation_levels);
-    float *x = reals(tokens * columns), *y = get(tokens * rows * 4), *step = get((every ? tokens : 1) * 4);
-    for (int64_t i = 0; i < (every ? tokens : 1); ++i) step[i] = own ? 0 : 0.01f + 0.001f * (float)draw(9);
+    float *x = reals(tokens * columns), *y = get(tokens * rows * 4),
+          *step = get((every ? tokens : 1) * 4);
+    for (int64_t i = 0; i < (every ? tokens : 1); ++i)
+        step[i] = own ? 0 : 0.01f + 0.001f * (float)draw(9);
     if (!activation_levels) step = NULL;
     expect(!maqd_linear(&l.w, x, tokens, activation_levels, step, every, y, isa, threads), "memory",
            isa, levels, bits, 0);
@@ -156,11 +172,16 @@ static void product_case(int isa, int32_t levels, int32_t bits, int64_t rows, in
             size += fabs(sum);
         }
     }
-    expect(wrong <= 1e-5 * size, "product: isa, levels, columns, tokens", isa, levels,
-           (int)columns, (int)tokens);
+    expect(wrong <= 1e-5 * size, "product: isa, levels, columns, tokens", isa, levels, (int)columns,
+           (int)tokens);
     if (activation_levels) {
-        maqd_input taken = {get(tokens * maqd_stride(&l.w)), get(tokens * 4), get(tokens * groups * 4),
-                            get(tokens * (groups + 1) * 4), NULL, 1, 4};
+        maqd_input taken = {get(tokens * maqd_stride(&l.w)),
+                            get(tokens * 4),
+                            get(tokens * groups * 4),
+                            get(tokens * (groups + 1) * 4),
+                            NULL,
+                            1,
+                            4};
         if (!l.w.group_steps) taken.group_step = NULL;
         for (int64_t t = 0; t < tokens; ++t) taken.step[t] = step[every * t];
         maqd_take_inputs(&l.w, x, tokens, activation_levels, &taken, row, isa);
@@ -179,15 +200,18 @@ static void product_case(int isa, int32_t levels, int32_t bits, int64_t rows, in
                 }
             }
             const double off = fabs(taken.sums[t * (groups + 1) + groups] - sum);
-            expect(l.w.group_steps ? off <= 1e-4 * (1 + fabs(sum)) : off == 0, "sum", isa, (int)t, 0, 0);
+            expect(l.w.group_steps ? off <= 1e-4 * (1 + fabs(sum)) : off == 0, "sum", isa, (int)t,
+                   0, 0);
         }
     }
     drop();
 }
 
 static void products(int isa) {
-    const struct { int32_t levels, bits; } storages[] = {
-        {2, 2}, {3, TRITS}, {3, 2}, {4, 2}, {5, 3}, {8, 3}, {16, 4}, {15, 4}, {17, 8}, {255, 8}, {256, 8}};
+    const struct {
+        int32_t levels, bits;
+    } storages[] = {{2, 2},  {3, TRITS}, {3, 2},  {4, 2},   {5, 3},  {8, 3},
+                    {16, 4}, {15, 4},    {17, 8}, {255, 8}, {256, 8}};
     const int64_t widths[] = {1, 3, 19, 67, 129, 64, 160}, heights[] = {1, 15, 17, 33, 64};
     const int64_t batches[] = {1, 2, 3, 4, 5, 7, 12, 17, 32, 37};
     const int64_t activations[] = {0, 2, 15, 16, 255, 256};
@@ -197,10 +221,11 @@ static void products(int isa) {
             for (int groups = 1; groups <= 3; groups += 2) {
                 if (groups > 1 && storages[s].bits == TRITS) continue;
                 const int64_t inputs = maqd_inputs(storages[s].bits);
-                const int64_t columns = groups == 1 ? widths[turn % 7] : groups * inputs * (1 << turn % 3);
-                product_case(isa, storages[s].levels, storages[s].bits, heights[(turn + groups) % 5],
-                             columns, groups, batches[b], (int)activations[(turn + groups) % 6],
-                             1 + turn % 2);
+                const int64_t columns =
+                    groups == 1 ? widths[turn % 7] : groups * inputs * (1 << turn % 3);
+                product_case(isa, storages[s].levels, storages[s].bits,
+                             heights[(turn + groups) % 5], columns, groups, batches[b],
+                             (int)activations[(turn + groups) % 6], 1 + turn % 2);
             }
 }
 
@@ -209,7 +234,8 @@ static void strange_inputs(int isa) {
     const float odd[] = {NAN, INFINITY, -INFINITY, 3e38f, -3e38f, 1e-45f, -0.0f};
     for (int levels = 0; levels < 257; levels += 64)
         for (int64_t tokens = 1; tokens < 6; tokens += 4) {
-            layer l = make(4, 2, 19, 35, 1, 1, levels ? levels + (levels < 256) * 1 - (levels == 256) : 0);
+            layer l = make(4, 2, 19, 35, 1, 1,
+                           levels ? levels + (levels < 256) * 1 - (levels == 256) : 0);
             float *x = get(tokens * 35 * 4), *y = get(tokens * 19 * 4), step[] = {0, 1e-38f, 3e38f};
             for (int64_t i = 0; i < tokens * 35; ++i) x[i] = odd[draw(7)];
             for (int i = 0; i < 3; ++i) {
@@ -231,15 +257,18 @@ static void tables(void) {
             for (int64_t k = 0; k < columns; ++k) codes[k] = (uint8_t)((n + k) % levels[i]);
             memcpy(all + n * words, pack(codes, columns, levels[i]), (size_t)words * 4);
         }
-        maqd_table table = {all, reals(rows), i % 2 ? reals(rows) : NULL, columns, levels[i],
-                            digits_of(levels[i]), 0.5f};
+        maqd_table table = {all,     reals(rows), i % 2 ? reals(rows) : NULL,
+                            columns, levels[i],   digits_of(levels[i]),
+                            0.5f};
         float *y = get(3 * columns * 4);
         maqd_embedding(&table, ids, 3, y);
         for (int64_t j = 0; j < 3; ++j)
             for (int64_t k = 0; k < columns; ++k) {
                 const double code = (double)((ids[j] + k) % levels[i]) - (levels[i] - 1) / 2.0;
-                const double value = code * table.scale[ids[j]] + (table.offset ? table.offset[ids[j]] : 0);
-                expect(fabs(y[j * columns + k] - value / 2) < 1e-4, "row", levels[i], (int)j, (int)k, 0);
+                const double value =
+                    code * table.scale[ids[j]] + (table.offset ? table.offset[ids[j]] : 0);
+                expect(fabs(y[j * columns + k] - value / 2) < 1e-4, "row", levels[i], (int)j,
+                       (int)k, 0);
             }
         drop();
     }
@@ -247,10 +276,19 @@ static void tables(void) {
 
 /* -------------------------------------------------------------------------------------- decoder */
 
-enum { HIDDEN_SIZE = 23, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 10, INTERMEDIATE = 37, WORDS = 29, BATCH = 2 };
+enum {
+    HIDDEN_SIZE = 23,
+    HEADS = 4,
+    KV_HEADS = 2,
+    HEAD_DIM = 10,
+    INTERMEDIATE = 37,
+    WORDS = 29,
+    BATCH = 2
+};
 
 static maqd_linear_plan plan_of(layer *l, int own_first) {
-    return (maqd_linear_plan){&l->w, l->activation_levels ? 0.02f : 0, l->activation_levels, own_first};
+    return (maqd_linear_plan){&l->w, l->activation_levels ? 0.02f : 0, l->activation_levels,
+                              own_first};
 }
 
 static maqd_norm norm_of(int64_t features, int token) {
@@ -259,8 +297,8 @@ static maqd_norm norm_of(int64_t features, int token) {
 
 /* `tokens` of every sequence in pieces of `piece`: states of all, logits of the last. `bytes`: keys
  * and values are kept so. */
-static void feed_model(const maqd_decoder *m, const int64_t *ids, int64_t tokens, int64_t piece, int isa,
-                       int threads, int bytes, float *states, float *logits) {
+static void feed_model(const maqd_decoder *m, const int64_t *ids, int64_t tokens, int64_t piece,
+                       int isa, int threads, int bytes, float *states, float *logits) {
     const int64_t capacity = (tokens + 15) / 16 * 16, width = (HEAD_DIM + 15) / 16 * 16;
     const int64_t places = m->blocks * BATCH * KV_HEADS * capacity, size = bytes ? 1 : 4;
     void *keys = get(places * HEAD_DIM * size), *values = get(places * width * size);
@@ -277,10 +315,11 @@ static void feed_model(const maqd_decoder *m, const int64_t *ids, int64_t tokens
                 positions[b * now + t] = past + t;
                 first[b * now + t] = past + t == b;
             }
-            for (int64_t t = 0; t < seen; ++t) mask[b * seen + t] = t >= b; /* one pads on the left */
+            for (int64_t t = 0; t < seen; ++t)
+                mask[b * seen + t] = t >= b; /* one pads on the left */
         }
-        maqd_call call = {BATCH, now, past, capacity, width, hidden, some, logits, positions, first,
-                          mask, keys, values, scales[0], scales[1]};
+        maqd_call call = {BATCH,     now,   past, capacity, width,  hidden,    some,     logits,
+                          positions, first, mask, keys,     values, scales[0], scales[1]};
         expect(!maqd_decode(m, &call, isa, threads), "memory of a decoder", isa, threads, 0, 0);
         for (int64_t b = 0; b < BATCH; ++b)
             memcpy(states + (b * tokens + past) * HIDDEN_SIZE, hidden + b * now * HIDDEN_SIZE,
@@ -297,8 +336,10 @@ static void rotations(int isa) {
         for (int64_t i = 0; i < count; ++i) {
             double sum = 0;
             for (int64_t j = 0; j < size; ++j)
-                sum += __builtin_parityll(i % size & j) ? -x[i / size * size + j] : x[i / size * size + j];
-            expect(fabs(sum / sqrt((double)size) - y[i]) < 1e-4, "rotation", isa, (int)size, (int)i, 0);
+                sum += __builtin_parityll(i % size & j) ? -x[i / size * size + j]
+                                                        : x[i / size * size + j];
+            expect(fabs(sum / sqrt((double)size) - y[i]) < 1e-4, "rotation", isa, (int)size, (int)i,
+                   0);
         }
     }
     drop();
@@ -315,11 +356,13 @@ static void norms(int isa) {
             for (int64_t i = 0; i < rows * features; ++i) {
                 const float *row = x + i / features * features;
                 double mean = 0, square = 0, factor = norm.constant;
-                for (int64_t k = 0; k < features; ++k) mean += norm.centered ? row[k] / (double)features : 0;
+                for (int64_t k = 0; k < features; ++k)
+                    mean += norm.centered ? row[k] / (double)features : 0;
                 for (int64_t k = 0; k < features; ++k) square += (row[k] - mean) * (row[k] - mean);
                 if (norm.token || (first && first[i / features]))
                     factor = norm.first_factor / sqrt(square / (double)features + norm.eps);
-                const double wanted = (x[i] - mean) * factor * norm.weight[i % features] + norm.bias[i % features];
+                const double wanted =
+                    (x[i] - mean) * factor * norm.weight[i % features] + norm.bias[i % features];
                 expect(fabs(wanted - y[i]) < 1e-4, "norm", isa, (int)features, kind, (int)i);
             }
             drop();
@@ -332,11 +375,13 @@ static void decoders(int isa, int levels, int32_t bits, int activation_levels, i
     maqd_block_plan blocks_of[BLOCK_COUNT];
     layer l[BLOCK_COUNT][7];
     for (int i = 0; i < BLOCK_COUNT; ++i) {
-        const int64_t shapes[7][2] = {{queries, HIDDEN_SIZE}, {pairs, HIDDEN_SIZE}, {pairs, HIDDEN_SIZE},
-                                      {HIDDEN_SIZE, queries}, {INTERMEDIATE, HIDDEN_SIZE},
-                                      {INTERMEDIATE, HIDDEN_SIZE}, {HIDDEN_SIZE, INTERMEDIATE}};
-        maqd_linear_plan *to[7] = {&blocks_of[i].q, &blocks_of[i].k, &blocks_of[i].v, &blocks_of[i].o,
-                         &blocks_of[i].gate, &blocks_of[i].up, &blocks_of[i].down};
+        const int64_t shapes[7][2] = {{queries, HIDDEN_SIZE},      {pairs, HIDDEN_SIZE},
+                                      {pairs, HIDDEN_SIZE},        {HIDDEN_SIZE, queries},
+                                      {INTERMEDIATE, HIDDEN_SIZE}, {INTERMEDIATE, HIDDEN_SIZE},
+                                      {HIDDEN_SIZE, INTERMEDIATE}};
+        maqd_linear_plan *to[7] = {&blocks_of[i].q,   &blocks_of[i].k,    &blocks_of[i].v,
+                                   &blocks_of[i].o,   &blocks_of[i].gate, &blocks_of[i].up,
+                                   &blocks_of[i].down};
         for (int j = 0; j < 7; ++j) {
             l[i][j] = make(levels, bits, shapes[j][0], shapes[j][1], 1, j % 2, activation_levels);
             *to[j] = plan_of(&l[i][j], 1);
@@ -356,18 +401,31 @@ static void decoders(int isa, int levels, int32_t bits, int activation_levels, i
     for (int i = 0; i < WORDS; ++i) scale[i] /= 100;
     maqd_table table = {rows, scale, NULL, HIDDEN_SIZE, 255, digits_of(255), 1};
     float *frequencies = reals(HEAD_DIM / 2);
-    maqd_decoder m = {BLOCK_COUNT, HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, 0.3f, 1.0f,
-                      frequencies, blocks_of, norm_of(HIDDEN_SIZE, 1), &table, plan_of(&head, 1),
+    maqd_decoder m = {BLOCK_COUNT,
+                      HIDDEN_SIZE,
+                      HEADS,
+                      KV_HEADS,
+                      HEAD_DIM,
+                      INTERMEDIATE,
+                      0.3f,
+                      1.0f,
+                      frequencies,
+                      blocks_of,
+                      norm_of(HIDDEN_SIZE, 1),
+                      &table,
+                      plan_of(&head, 1),
                       !activation_levels};
     int64_t *ids = get(BATCH * TOKENS * 8);
     for (int64_t i = 0; i < BATCH * TOKENS; ++i) ids[i] = draw(WORDS);
-    float *whole = get(BATCH * TOKENS * HIDDEN_SIZE * 4), *parts = get(BATCH * TOKENS * HIDDEN_SIZE * 4);
+    float *whole = get(BATCH * TOKENS * HIDDEN_SIZE * 4),
+          *parts = get(BATCH * TOKENS * HIDDEN_SIZE * 4);
     float *logits = get(BATCH * WORDS * 4), *again = get(BATCH * WORDS * 4);
     feed_model(&m, ids, TOKENS, TOKENS, isa, 1, bytes, whole, logits);
     feed_model(&m, ids, TOKENS, 1, isa, 2, bytes, parts, again);
     double wrong = 0, size = 0;
     for (int64_t i = 0; i < BATCH * TOKENS * HIDDEN_SIZE; ++i) {
-        if (i < HIDDEN_SIZE * TOKENS + HIDDEN_SIZE && i >= HIDDEN_SIZE * TOKENS) continue; /* padding */
+        if (i < HIDDEN_SIZE * TOKENS + HIDDEN_SIZE && i >= HIDDEN_SIZE * TOKENS)
+            continue; /* padding */
         wrong += fabs(whole[i] - parts[i]);
         size += fabs(whole[i]);
     }
@@ -376,33 +434,42 @@ static void decoders(int isa, int levels, int32_t bits, int activation_levels, i
         size += fabs(logits[i]);
     }
     /* with codes a rounding that tips one over grows to the size of a step */
-    expect(wrong <= (activation_levels ? 0.1 : bytes ? 0.01 : 1e-4) * size, "pieces: isa, levels, activations", isa,
-           levels, activation_levels, 0);
+    expect(wrong <= (activation_levels ? 0.1
+                     : bytes           ? 0.01
+                                       : 1e-4) *
+                        size,
+           "pieces: isa, levels, activations", isa, levels, activation_levels, 0);
     drop();
 }
 
-/* ---------------------------------------------------------------------------------- column loops */
+/* ---------------------------------------------------------------------------------- column loops
+ */
 
 static void columns_of(int64_t columns, int64_t rows, int threads) {
     float *w = reals(columns * rows), *step = get(columns * rows * 4), *center = reals(rows);
-    float *h = reals(columns * columns), *codes = get(columns * rows * 4), *errors = get(columns * rows * 4);
+    float *h = reals(columns * columns), *codes = get(columns * rows * 4),
+          *errors = get(columns * rows * 4);
     float *gradient = reals(columns * rows), *moved = get(columns * rows * 4);
     for (int64_t i = 0; i < columns * rows; ++i) step[i] = 0.1f;
     for (int64_t i = 0; i < columns; ++i) h[i * columns + i] = 2;
     maqd_compensate(w, h, step, center, codes, errors, 16, columns, rows, threads);
     for (int64_t i = 0; i < columns * rows; ++i)
-        expect(codes[i] >= 0 && codes[i] <= 15 && errors[i] == errors[i], "column", (int)i, 0, 0, 0);
+        expect(codes[i] >= 0 && codes[i] <= 15 && errors[i] == errors[i], "column", (int)i, 0, 0,
+               0);
     maqd_descend(w, gradient, h, step, center, codes, errors, moved, 16, columns, rows, threads);
     for (int64_t i = 0; i < columns * rows; ++i)
         expect(codes[i] >= 0 && codes[i] <= 15 && moved[i] == moved[i], "descent", (int)i, 0, 0, 0);
     drop();
 }
 
-/* -------------------------------------------------------------------------------------- training */
+/* -------------------------------------------------------------------------------------- training
+ */
 
 static void training_of(int64_t rows, int64_t columns, int64_t groups, int levels, int threads) {
-    float *w = reals(rows * columns), *step = get(rows * groups * 4), *scale = get(rows * groups * 4);
-    float *offset = reals(rows), *values = get(rows * columns * 4), *codes = get(rows * columns * 4);
+    float *w = reals(rows * columns), *step = get(rows * groups * 4),
+          *scale = get(rows * groups * 4);
+    float *offset = reals(rows), *values = get(rows * columns * 4),
+          *codes = get(rows * columns * 4);
     uint16_t *narrow = get(rows * columns * 2);
     for (int64_t i = 0; i < rows * groups; ++i) step[i] = 0.5f, scale[i] = 0.25f;
     maqd_fake_quantize(w, step, scale, offset, values, rows, columns, groups, levels, 0, threads);
@@ -414,7 +481,8 @@ static void training_of(int64_t rows, int64_t columns, int64_t groups, int level
         float read;
         memcpy(&read, &bits, 4);
         expect(codes[i] >= 0 && codes[i] < levels, "weight code", (int)i, levels, 0, 0);
-        expect(fabsf(values[i] - plain - offset[i / columns]) < 1e-5f, "value", (int)i, levels, 0, 0);
+        expect(fabsf(values[i] - plain - offset[i / columns]) < 1e-5f, "value", (int)i, levels, 0,
+               0);
         expect(fabsf(read - plain) <= fabsf(plain) / 256, "bfloat16", (int)i, levels, 0, 0);
     }
     float *grad = reals(rows * columns), *to_weight = get(rows * columns * 4);
@@ -429,7 +497,8 @@ static void training_of(int64_t rows, int64_t columns, int64_t groups, int level
             sum += to_weight[r * columns + k];
             along += to_weight[r * columns + k] * w[r * columns + k];
         }
-        expect(columns == 1 || (fabs(sum) < 1e-3 && fabs(along) < 1e-3), "gradient", (int)r, 0, 0, 0);
+        expect(columns == 1 || (fabs(sum) < 1e-3 && fabs(along) < 1e-3), "gradient", (int)r, 0, 0,
+               0);
     }
     maqd_round_tokens(w, values, rows, columns, 0.75f, levels, 0, 0, threads);
     for (int64_t r = 0; r < rows; ++r) {
@@ -446,7 +515,8 @@ static void training_of(int64_t rows, int64_t columns, int64_t groups, int level
     memcpy(values, w, (size_t)(rows * columns) * 4);
     maqd_divergence(values, w, loss, rows, columns, 1, 1, threads);
     for (int64_t r = 0; r < rows; ++r)
-        expect(fabs(loss[r]) < 1e-5 && fabsf(values[r * columns]) < 1e-6f, "divergence", (int)r, 0, 0, 0);
+        expect(fabs(loss[r]) < 1e-5 && fabsf(values[r * columns]) < 1e-6f, "divergence", (int)r, 0,
+               0, 0);
     drop();
 }
 

@@ -82,8 +82,8 @@ def standardize(weight: Tensor, eps: float = 1e-12) -> Tensor:
     """Row by row: less the mean, by the root of the mean square (+ eps)."""
     rows = []
     for row in weight:
-        centred = row - sum(row) / len(row)
-        rows.append(centred / (sum(centred * centred) / len(row) + eps) ** 0.5)
+        centered = row - sum(row) / len(row)
+        rows.append(centered / (sum(centered * centered) / len(row) + eps) ** 0.5)
     return torch.stack(rows)
 
 

@@ -19,9 +19,11 @@ class InputStruct(ctypes.Structure):
 
 
 def take(weight: NativeWeight, x: Tensor, step: Tensor) -> dict[str, Tensor]:
-    """Of ``x`` (tokens, columns) with ``step`` (tokens,): ``codes`` (tokens, padded columns) less
-    half the levels, ``step``, ``sums`` (tokens, groups + 1), and with ``group_steps`` these
-    (tokens, groups)."""
+    """What products see instead of ``x`` (tokens, columns), given ``step`` (tokens,).
+
+    These are ``codes`` (tokens, padded columns) less half the levels, ``step``, ``sums`` (tokens,
+    groups + 1) and, with ``group_steps``, the ``group_step`` (tokens, groups).
+    """
     inputs = {storage.bits: storage.inputs for storage in STORAGES.values()}
     tokens, stride = len(x), weight.struct.units * inputs[weight.struct.bits]
     assert x.shape == (tokens, weight.columns) and step.shape == (tokens,)

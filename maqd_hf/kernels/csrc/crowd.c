@@ -1,19 +1,18 @@
 /* How many threads to use on a machine that others use too.
  *
  * The threads of a run wait for each other hundreds of times a token, and one that the scheduler
- * has put aside for a busy process keeps all others waiting: beside two processes that train
- * models, on two cores, a token of SmolLM2-135M took 16 to 28 ms on two threads, which slept 0.7 of
- * it, and 7 on one thread. Alone on the machine they sleep less than 0.1 of a run.
+ * has put aside for a busy process keeps all others waiting: a token took 16 to 28 ms on two
+ * threads and 7 on one (notebook: "Runs beside busy processes").
  *
- * So runs are judged in windows. If in one the average waiting thread slept more than half of the
- * time, half as many threads take over; after a pause, which doubles as long as that fails, twice
- * as many are tried again. Results do not depend on the number of threads. */
+ * So runs are judged in windows. If the average waiting thread slept more than half of a window,
+ * half as many threads take over; after a pause, which doubles as long as that fails, twice as many
+ * are tried again. Results do not depend on the number of threads. */
 #include "internal.h"
 
 #define MILLISECOND 1000000
 #define WINDOW (10 * MILLISECOND)
-#define SHORTEST (50 * MILLISECOND) /* pauses; the longest costs one slow window a second */
-#define LONGEST (1000 * MILLISECOND)
+#define SHORTEST (50 * MILLISECOND)  /* the shortest pause */
+#define LONGEST (1000 * MILLISECOND) /* the longest: it costs one slow window a second */
 
 /* Threads for a run of which `asked` are wanted. */
 int32_t maqd_crowd_threads(maqd_crowd *crowd, int32_t asked, int64_t now) {

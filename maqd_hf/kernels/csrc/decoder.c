@@ -1,6 +1,6 @@
 /* One call a forward: the blocks of a pre-norm decoder (Llama and its kin) on packed weights.
  *
- * Every thread runs `decode`; phases that need all of another phase end in a barrier. With few
+ * Every thread runs `decode`; a phase whose results all threads need ends in a barrier. With few
  * tokens each thread normalises and quantises all of them for itself, which costs less than waiting
  * for another to do it; with many, tokens are shared out. */
 #include <math.h>
@@ -22,14 +22,14 @@ typedef struct {
     int private;   /* every thread feeds itself */
     int threads;
     maqd_team *team;
-    int64_t widest, stride; /* input of any layer; padded for any unit */
+    int64_t widest, stride; /* the widest input of a layer; padded for any unit */
     feeding *feeding;       /* one for all, or one per thread */
     float *mixed, *out;     /* (count, widest): q, k, v or gate; attention, up or down */
     float *added;           /* (count, hidden): what attention adds */
     float *scores;          /* (threads, 4 * capacity) */
     float *cosine, *sine;   /* (count, head_dim / 2) */
     uint8_t *panels;        /* one per thread */
-    maqd_input last;        /* of the head */
+    maqd_input last;        /* what the head multiplies */
 } state;
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -123,7 +123,8 @@ static void feed(const state *s, int thread, const float *add, const float *rows
     if (!s->private) maqd_barrier(s->team);
 }
 
-/* The thread's share of the row blocks of `n` layers, whose outputs stand side by side in y. */
+/* Multiplies the thread's share of the row blocks of `n` layers, whose outputs stand side by side
+ * in y. */
 static void multiply(const state *s, int thread, const maqd_linear_plan *const *layers, int n,
                      const maqd_input *input, float *y, int64_t stride) {
     int64_t total = 0, from, to;
@@ -141,7 +142,7 @@ static void multiply(const state *s, int thread, const maqd_linear_plan *const *
     }
 }
 
-/* Where the keys and values of one head begin. */
+/* Where the keys and values of one head of one sequence begin. */
 typedef struct {
     char *keys, *values;
     float *key_scales, *value_scales;
@@ -227,8 +228,8 @@ static void attend(const state *s, int64_t layer, int thread) {
     }
 }
 
-/* The thread's share of the inner units of the feed-forward part: its matrix or, with a gate, both
- * and their product. */
+/* Computes the thread's share of the inner units of the feed-forward part: its matrix or, with a
+ * gate, both and their product. */
 static void inner(const state *s, int thread, const maqd_block_plan *b, const maqd_input *input) {
     const int64_t width = s->model->intermediate;
     const int gated = s->model->activation == SWIGLU;
@@ -257,7 +258,7 @@ static void angles(const state *s, int thread) {
         }
 }
 
-/* Logits of every sequence's last token, whose state is ready. */
+/* Computes the logits of every sequence's last token, whose state is ready. */
 static void head(const state *s, int thread) {
     const maqd_decoder *m = s->model;
     const maqd_call *c = s->call;

@@ -5,8 +5,8 @@
  *
  *   KL = sum_i q_i (t_i - s_i) - (log Z_t + max_t) + (log Z_s + max_s),   dKL/ds = p - q
  *
- * Two passes over two rows of some 50 thousand logits, which the second-level cache holds, instead
- * of ten in torch, each of them into new memory.
+ * These are two passes over two rows of some 50 thousand logits, which the second-level cache
+ * holds, where torch makes ten, each of them into new memory.
  */
 #include "internal.h"
 #include "vector.h"

@@ -1,8 +1,9 @@
-/* Fake quantisation in training: of a weight, forwards and backwards, and of the tokens it meets.
+/* Fake quantisation in training: a weight's, forwards and backwards, and that of the tokens it
+ * meets.
  *
  * The equations are those of functional.py, where they stand in torch. There every operation is a
  * pass over a matrix in memory nobody has touched before; here a row stays in the first-level cache
- * and nothing is written but the result (SmolLM2-135M, a step of 256 tokens: 1.6 s in torch).
+ * and nothing is written but the result.
  *
  * A row's mean and deviation are summed in double, which makes them independent of the instruction
  * set; codes come from one function, for training and packing alike.
@@ -72,7 +73,8 @@ typedef struct {
     float scale[LANES], offset[LANES], gh[LANES], along[LANES];
 } sums;
 
-/* gh = d loss / d standardised weight, into `out`; `count` (a constant but for the last piece). */
+/* Writes gh = d loss / d standardised weight to `out`; `count` is a constant but for the last
+ * piece. */
 INLINE void gradient_piece(const float *w, const float *grad, float *out, statistics s, float step,
                            float slope, float zero, float top, const int count, sums *t) {
     for (int i = 0; i < count; ++i) {

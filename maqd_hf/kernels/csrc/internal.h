@@ -1,10 +1,10 @@
 /* What the files of this library share: the layout of a packed weight, the functions of an
  * instruction set ("isa"), the threads of a run, scratch memory.
  *
- * Layout "16 x 4": rows in blocks of 16, and of a block one unit after the other, so that a thread
- * reads one stream. A plane of 64 bytes holds for each of 16 rows 4 bytes: byte 4*r + j belongs to
- * row r and to inputs 4*p + j, where p counts the positions a byte has room for. One plane is thus
- * the operand of one dot-product instruction per position. What a unit is, by `bits`:
+ * Layout "16 x 4": rows lie in blocks of 16, and the units of a block one after the other, so that
+ * a thread reads one stream. A plane of 64 bytes holds 4 bytes for each of 16 rows: byte 4*r + j
+ * belongs to row r and to inputs 4*p + j, where p counts the positions a byte has room for. One
+ * plane is thus the operand of one dot-product instruction per position. What a unit is, by `bits`:
  *
  *   8, 4, 2   one plane; position p is bits p*b.. of a byte, 8/b positions
  *   3         three planes, 8 positions: two planes with the low 2 bits (as above, 4 positions
@@ -14,7 +14,7 @@
  *             (3 q_p - q_{p+1}) / 256, exactly: dot products need no decoding
  *
  * Masks select a position in place, without a shift; every position has an accumulator of its own,
- * and the accumulators are shifted at the end. Many tokens: row blocks are spread to bytes (a
+ * and the accumulators are shifted at the end. For many tokens row blocks are spread to bytes (a
  * "panel", planes of 8 bits) and multiplied with TILE tokens at a time, or (amx.inc) with 16.
  *
  * With codes c, activation codes q, z = (M-1)/2 and h = 0 or 1/2 (odd or even activation levels):
@@ -47,9 +47,10 @@
 #define MAQD_AMX /* the compiler knows AMX, and the system is asked for it as Linux wants it */
 #endif
 
-/* A function compiled for several instruction sets, chosen when the library is loaded: for loops
- * that the compiler vectorises by itself. "arch=haswell" would ask for Intel's processor of that
- * name and not for what it can do, and leave every other one without AVX-512 with SSE2. */
+/* Marks a function that is compiled for several instruction sets, one of which is chosen when the
+ * library is loaded: for loops that the compiler vectorises by itself. "arch=haswell" would ask for
+ * Intel's processor of that name and not for what it can do, and leave every other one without
+ * AVX-512 with SSE2. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
@@ -104,29 +105,31 @@ typedef struct {
     int (*supported)(void);
     int64_t tile;   /* tokens that share one pass over a panel */
     int32_t square; /* many tokens are multiplied as square tiles: runs of inputs, not of 4 */
-    /* Row blocks first..last-1 of all tokens; y has y_stride floats a token. `panel` is scratch,
-     * aligned to 64 bytes. */
+    /* Multiplies row blocks first..last-1 with all tokens; y has y_stride floats a token. `panel`
+     * is scratch, aligned to 64 bytes. */
     void (*matmul)(const maqd_weight *w, const maqd_input *x, int64_t first, int64_t last,
                    int64_t tokens, float *y, int64_t y_stride, uint8_t *panel);
-    /* One token: codes = clamp(rint(x / step + (M-1)/2), 0, M-1) - M/2 (floor), `run` of them
-     * together and such runs `every` bytes apart. A step of 0 asks for the token's own, absmax /
+    /* Quantises one token: codes = clamp(rint(x / step + (M-1)/2), 0, M-1) - M/2 (floor), `run` of
+     * them together and such runs `every` bytes apart. A step of 0 asks for the token's own, absmax
+     * /
      * ((M-1)/2) * clip_ratio; `group_step`, unless NULL, for that of every group. NaN counts as the
      * largest code, infinity clips. */
     void (*quantize)(const float *x, int64_t columns, int64_t groups, int32_t levels,
                      float clip_ratio, float *step, float *group_step, int8_t *codes, int64_t run,
                      int64_t every, int64_t stride, float *sums);
-    /* One token of float activations: copied, padded, summed. */
+    /* Copies, pads and sums one token of float activations. */
     void (*spread)(const float *x, int64_t columns, int64_t groups, float *values, int64_t stride,
                    float *sums);
     void (*norm)(const maqd_norm *norm, int first, const float *x, float *y);
     void (*rope)(float *x, const float *cosine, const float *sine, int64_t half);
-    /* Every `size` neighbours of x, a power of two, times the normalised Hadamard matrix. */
+    /* Multiplies every `size` neighbours of x, a power of two, with the normalised Hadamard
+     * matrix. */
     void (*hadamard)(const float *x, int64_t count, int64_t size, float *y);
     void (*attend)(const maqd_attention *a);
     /* x = silu(x) * up, relu(x) or gelu(x), by `kind` */
     void (*activate)(int32_t kind, float *x, const float *up, int64_t count);
-    /* x in 255 steps of the largest magnitude: bytes `every` bytes apart; returns the scale. NaN
-     * becomes the least byte, infinity clips at the largest float. */
+    /* Stores x in 255 steps of its largest magnitude, bytes `every` bytes apart; returns the scale.
+     * NaN becomes the least byte, infinity clips at the largest float. */
     float (*to_bytes)(const float *x, int64_t count, int8_t *bytes, int64_t every);
 } maqd_isa;
 
@@ -134,7 +137,7 @@ extern HIDDEN const maqd_isa maqd_isa_portable, maqd_isa_avx2, maqd_isa_vnni, ma
     maqd_isa_neon;
 HIDDEN const maqd_isa *maqd_get_isa(int32_t isa);
 
-/* Row `id` of a table, to y (columns). */
+/* Writes row `id` of a table to y (columns). */
 HIDDEN void maqd_look_up(const maqd_table *table, int64_t id, float *y);
 
 /* Runs work(argument, team, thread, threads) on up to `threads` threads at once, and no more than
@@ -187,7 +190,7 @@ static inline int64_t maqd_panel(const maqd_isa *isa, int64_t tokens, int64_t st
     return maqd_wide(isa, tokens) && least < WIDE ? WIDE : least;
 }
 
-/* How the inputs of a weight lie. */
+/* Says in `input` how the inputs of a weight lie. */
 static inline void maqd_arrange(const maqd_isa *isa, const maqd_weight *w, int64_t tokens,
                                 maqd_input *input) {
     const int64_t width = w->columns / w->groups;
@@ -219,7 +222,7 @@ static inline void maqd_take(const maqd_isa *isa, const maqd_weight *w, const fl
                     input->sums + token * sums);
 }
 
-/* Visible for the tests, see product.c. */
+/* Visible for the tests, see linear.c. */
 void maqd_take_inputs(const maqd_weight *w, const float *x, int64_t tokens, int32_t levels,
                       maqd_input *input, float *rotated, int32_t isa);
 

@@ -1,7 +1,7 @@
 /* 64-bit Arm with its byte dot product (dotprod: Cortex-A55 and A76, Neoverse N1, Apple M1, and
  * what came after). The products are signed: codes of 8 bits are moved down by 128, which the sum
- * of the activation codes makes up for. Run on an emulator only (.ci/arm): no choice here was
- * timed. */
+ * of the activation codes makes up for. It was run on an emulator only (.ci/arm), so
+ * no choice here was timed. */
 #include "internal.h"
 
 #if defined(__aarch64__)
@@ -35,7 +35,7 @@ static int has_dotprod(void) {
 #define DIRECT(bits) ((bits) == 2 || (bits) == 4 || (bits) == 8)
 #define QUADS 4 /* registers of a plane: 4 rows each */
 
-/* The four signed bytes at x, for each of 4 rows. */
+/* The four signed bytes at x, once for each of 4 rows. */
 INLINE int8x16_t four(const int8_t *x) {
     int32_t word;
     memcpy(&word, x, 4);
@@ -112,7 +112,7 @@ INLINE void dot_panel(const uint8_t *panel, int64_t block_stride, int64_t planes
     for (int b = 0; b < blocks; ++b) {
         const uint8_t *at = panel + b * block_stride;
         const int8_t *from = x;
-        int32x4_t acc[TILE][QUADS], moved = vdupq_n_s32(0); /* moved: of token t in lane t */
+        int32x4_t acc[TILE][QUADS], moved = vdupq_n_s32(0); /* moved: token t's in lane t */
         for (int t = 0; t < tokens; ++t)
             for (int i = 0; i < QUADS; ++i) acc[t][i] = moved;
         for (int64_t c = 0; c < planes; ++c, at += 64, from += every) {

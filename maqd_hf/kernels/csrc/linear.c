@@ -108,8 +108,8 @@ int32_t maqd_linear(const maqd_weight *w, const float *x, int64_t tokens, int32_
     return 0;
 }
 
-/* For the tests, what maqd_linear makes of its inputs row by row: `input` holds the results and the
- * steps, `rotated` has room for a row. */
+/* Makes of its inputs, row by row, what maqd_linear makes of them, for the tests: `input` holds the
+ * results and the steps, `rotated` has room for a row. */
 void maqd_take_inputs(const maqd_weight *w, const float *x, int64_t tokens, int32_t levels,
                       maqd_input *input, float *rotated, int32_t isa) {
     for (int64_t t = 0; t < tokens; ++t)

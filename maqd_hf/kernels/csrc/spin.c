@@ -4,8 +4,8 @@
  * process that uses up their share of the core, and the next region, of torch as of ours, waits for
  * a thread that was put aside. libgomp lets them sleep at once where it has more threads than the
  * machine has cores. So it gets more: a thread here keeps as many as there are cores asleep until
- * the machine is quiet again or nobody has said for a while that it is not. Without this a token of
- * SmolLM2-135M took 10 to 15 ms beside two busy processes on two cores, with it 6 to 9. */
+ * the machine is quiet again or nobody has said for a while that it is not: a token takes 6 to 9 ms
+ * so, and 10 to 15 without (notebook: "OpenMP's threads sleep beside busy processes"). */
 #define _GNU_SOURCE
 #include "internal.h"
 
@@ -23,7 +23,7 @@ static int running;
 
 static int passed(struct timespec t) {
     struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now); /* that of pthread_cond_timedwait */
+    clock_gettime(CLOCK_REALTIME, &now); /* the clock of pthread_cond_timedwait */
     return now.tv_sec > t.tv_sec || (now.tv_sec == t.tv_sec && now.tv_nsec >= t.tv_nsec);
 }
 
@@ -39,7 +39,7 @@ static void *hold_threads(void *unused) {
     return unused; /* its OpenMP threads end with it */
 }
 
-/* Is the machine crowded? `maqd_spin_less(1)` holds for two seconds. */
+/* Says whether the machine is crowded; `maqd_spin_less(1)` holds for two seconds. */
 void maqd_spin_less(int crowded) {
     pthread_mutex_lock(&lock);
     clock_gettime(CLOCK_REALTIME, &until);

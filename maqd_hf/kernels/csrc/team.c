@@ -1,5 +1,5 @@
 /* Threads of one run. They are those of the host's OpenMP pool, which torch uses too: a pool of our
- * own would fight with its spinning threads for the cores (one token took 11 ms instead of 5).
+ * own would fight with its spinning threads for the cores (notebook: "A thread pool of our own").
  * Inside a run threads wait for each other some two hundred times, for microseconds, so the barrier
  * is ours: it spins for a bound and sleeps after it, which keeps a busy machine usable. */
 #define _GNU_SOURCE
@@ -27,7 +27,7 @@ struct maqd_team {
     _Alignas(64) _Atomic uint32_t arrived;
     _Alignas(64) _Atomic uint32_t passed;
     _Atomic uint32_t sleepers;
-    _Atomic int64_t asleep; /* nanoseconds, of all threads */
+    _Atomic int64_t asleep; /* nanoseconds that all threads slept together */
 };
 
 static inline void relax(void) {
@@ -110,7 +110,7 @@ void maqd_run(maqd_work work, void *argument, int64_t pieces, int threads) {
             const int got = omp_get_num_threads();
             atomic_store_explicit(&team.threads, got, memory_order_relaxed);
             work(argument, &team, omp_get_thread_num(), got);
-            maqd_barrier(&team); /* that of OpenMP below would spin for long */
+            maqd_barrier(&team); /* OpenMP's own below would spin for long */
         }
         if (!pthread_mutex_trylock(&crowded)) {
             const int64_t ended = now();
