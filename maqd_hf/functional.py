@@ -8,8 +8,8 @@ One grid serves weights and activations. With M levels and a step ``s`` the repr
     value = (code - (M - 1) / 2) * s,        code in 0 .. M-1,
 
 evenly spaced and symmetric about zero: odd M contains zero, even M straddles it. ``_codes_`` is the
-only place that turns numbers into codes; the simulated (training) and the packed (inference) path
-both call it, which is what makes them agree bit for bit.
+only place that turns numbers into codes. Layers in training and packed layers both call it, which
+is what makes them agree bit for bit.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def quantize(x: Tensor, levels: int, step: Tensor | float) -> Tensor:
 
 
 def _codes_(u: Tensor, levels: int) -> Tensor:
-    """Codes of ``u`` = x / step, in place: at the size of a weight a new tensor costs most."""
+    """Codes of ``u`` = x / step, written into ``u``: for a whole weight a new tensor costs most."""
     return u.add_(grid_center(levels)).round_().clamp_(0, levels - 1)
 
 
@@ -74,7 +74,8 @@ def gaussian_step(levels: int) -> float:
     """The step of least mean squared error for N(0,1) input, from the integral (not a table).
 
     Not in the paper: it starts rows trained from scratch, which standardisation keeps close to
-    N(0,1). Pretrained rows have outliers it would clip, so they start from ``calibration`` instead.
+    N(0,1). Pretrained rows have outliers that it would clip, so they start from
+    ``nn.step_search`` instead.
 
     >>> round(gaussian_step(2) / 2, 2), round(gaussian_step(16) * 7.5, 2)
     (0.8, 2.51)
@@ -98,7 +99,8 @@ def gaussian_step(levels: int) -> float:
 # ---------------------------------------------------------------------------------- surrogates
 
 Surrogate = Callable[[Tensor, int], Tensor]
-"""Derivative put in place of the staircase's: (u = x/step, levels) -> d value / d x, as ``u``."""
+"""A derivative put in place of the staircase's: (u = x / step, levels) -> d value / d x, of u's
+shape."""
 
 
 def _to_threshold(u: Tensor, levels: int) -> Tensor:
@@ -136,13 +138,11 @@ SURROGATES: dict[str, Surrogate] = {
     "arctan": _arctan,
     "tanh": _tanh,
 }
-"""Registry of surrogate gradients. ``clip`` is the straight-through estimator, zero outside the
+"""The surrogate gradients by name. ``clip`` is the straight-through estimator, zero outside the
 range. The others are the classic kernels for one threshold, each of area 1; for M > 2 levels we
 apply them to the distance from the nearest threshold (not in the paper: it keeps the cost
-independent of M). ``clip`` is the default, being best on both models tried. SmolLM2-135M, 16 levels
-of weights and 15 of static inputs, 32,768 tokens, WikiText-2 / IMDB perplexity: clip 41.9 / 61.9,
-triangle 43.5 / 63.0, sigmoid 43.6 / 62.7, arctan 43.8 / 63.6, tanh 45.5 / 65.7. stories260K:
-``scripts/experiments/ablations.py``."""
+independent of M). ``clip`` is the default: perplexity 41.9 against 43.5 of the next best (notebook:
+"Surrogate gradients on SmolLM2")."""
 
 
 def get_surrogate(name: str) -> Surrogate:
@@ -153,7 +153,7 @@ def get_surrogate(name: str) -> Surrogate:
 
 
 class _ScaledRoundClip(torch.autograd.Function):
-    """Saves only the input and the step; everything else is recomputed in backward."""
+    """The scaled round-clip; it saves only the input and the step, backward computes the rest."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, levels: int, surrogate: str) -> Tensor:
@@ -199,14 +199,13 @@ def scaled_round_clip(
 
 
 def token_step(x: Tensor, levels: int, clip_ratio: float = 1.0) -> Tensor:
-    """Per-token step ``absmax / ((M-1)/2) * clip_ratio``, shape (..., 1).
+    """The step of each token of ``x`` (..., D): ``absmax / ((M-1)/2) * clip_ratio``, (..., 1).
 
-    With ``clip_ratio`` 1 nothing is clipped; with few levels that is not the best step.
-    SmolLM2-135M, float weights, rotated inputs of 15 levels, perplexity of 8 windows of WikiText-2
-    / IMDB: 54.5 / 84.9 at 1, 49.1 / 79.6 at 0.9, 46.7 / 72.6 at 0.8, 49.4 / 79.1 at 0.7. A grid of
-    at most 0.5, 0.44 or 0.4 root mean squares a step is worse: 52.2 / 81.1, 48.9 / 78.0, 51.5 /
-    81.8. A step for every 64 inputs instead of every token, nothing clipped, gives 36.8 / 59.0
-    (clipped at 0.9: 36.3 / 59.0): what ``ActivationScaling`` calls "group" is there for.
+    With ``clip_ratio`` 1 nothing is clipped; with few levels that is not the best step: at 15
+    levels perplexity is 46.7 with 0.8 and 54.5 with 1 (notebook: "Clipping a token's grid").
+
+    >>> token_step(torch.tensor([[0.5, -3.0]]), levels=3)
+    tensor([[3.]])
     """
     absmax = torch.linalg.vector_norm(x.detach(), math.inf, dim=-1, keepdim=True)
     step = absmax / grid_center(levels) * clip_ratio
@@ -214,6 +213,8 @@ def token_step(x: Tensor, levels: int, clip_ratio: float = 1.0) -> Tensor:
 
 
 class _OwnGrid(torch.autograd.Function):
+    """Every token on the grid of its own step; the whole gradient passes."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, levels: int, clip_ratio: float) -> Tensor:
         wide = widen(x)
@@ -228,10 +229,11 @@ class _OwnGrid(torch.autograd.Function):
 def round_tokens(x: Tensor, levels: int, clip_ratio: float = 1.0) -> Tensor:
     """Every token of ``x`` (..., D) on the grid of its own ``token_step``, in ``x``'s dtype.
 
-    All of the gradient passes, so that nothing needs to be kept for it. Where nothing is clipped
-    that is what ``scaled_round_clip`` with surrogate ``clip`` and that step (as a constant) gives,
-    at a third of the cost. Where some is, the grid still grows with the token, so that a token
-    twice as large gives twice as much: a gradient that left out what was clipped would deny it.
+    The whole gradient passes, so that nothing needs to be kept for it. Where nothing is clipped
+    that is the gradient of ``scaled_round_clip`` with surrogate ``clip`` and the same step as a
+    constant, at a third of the cost. Where values are clipped, the grid still grows with the token:
+    a token twice as large gives twice as much, and a gradient without the clipped part would
+    deny it.
 
     >>> round_tokens(torch.tensor([[0.1, -1.5, 0.6]]), levels=4)
     tensor([[ 0.5000, -1.5000,  0.5000]])
@@ -246,42 +248,31 @@ def round_tokens(x: Tensor, levels: int, clip_ratio: float = 1.0) -> Tensor:
 
 
 def center_rows(weight: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
-    """Rows of (out, in) less their means, and their standard deviations (out, 1).
+    """The rows of ``weight`` (out, in) less their means, and their standard deviations (out, 1).
 
     ``eps`` is added to the variance: the deviation of a constant row is ``sqrt(eps)``, not zero.
     """
-    centred = weight - weight.mean(dim=1, keepdim=True)
-    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)  # 20 times as fast as var()
-    return centred, (norm.square() / weight.shape[1] + eps).sqrt()
+    centered = weight - weight.mean(dim=1, keepdim=True)
+    norm = torch.linalg.vector_norm(centered, dim=1, keepdim=True)  # 20 times as fast as var()
+    return centered, (norm.square() / weight.shape[1] + eps).sqrt()
 
 
 def standardize_weight(weight: Tensor) -> Tensor:
-    """Rows of (out, in) to mean 0 and variance 1 (per output channel).
+    """The rows of ``weight`` (out, in), one an output channel, at mean 0 and variance 1.
 
     A constant row has nothing but its mean and becomes zeros, not NaN.
     Our reading of arXiv:2403.14999.
     """
-    centred, std = center_rows(weight)
-    return centred / std
+    centered, std = center_rows(weight)
+    return centered / std
 
 
 def scale_dtype(groups: int) -> torch.dtype:
-    """What the scales of a weight are stored in: float32 for one a row, bfloat16 for several.
+    """The dtype of a weight's stored scales: float32 for one a row, bfloat16 for several groups.
 
-    At groups of 64 that is 0.25 bits a weight. bfloat16, since it has float32's range (no scale
-    is too small for it) and becomes float32 by one shift. It has fewer digits than float16 (errors
-    up to 0.4 %, of a scale whose codes are off by more); SmolLM2-135M after GPTQ, groups of 64,
-    perplexity on 24 windows of 512 of WikiText-2's test text, scales rounded afterwards:
-
-    =================================  =======  ========  =======
-    levels of weights and activations  float32  bfloat16  float16
-    =================================  =======  ========  =======
-    16, float                          32.305    32.290   32.305
-    16, 255 a token                    34.112    33.789   33.850
-    4, 255 a token                     155.05    154.57   155.27
-    =================================  =======  ========  =======
-
-    In the second line 0.1 means nothing: float32 scales moved by 1e-6 gave 34.04 and 34.07.
+    At groups of 64 bfloat16 takes 0.25 bits a weight. It has float32's range, so that no scale is
+    too small for it, and becomes float32 by one shift. Its few digits cost nothing: perplexity is
+    32.290 with it and 32.305 with float32 (notebook: "What the scales of groups are stored in").
     """
     return torch.float32 if groups == 1 else torch.bfloat16
 
@@ -298,30 +289,37 @@ def stored_scale(scale: Tensor) -> Tensor:
 
 
 def _grouped(weight: Tensor, table: Tensor) -> Tensor:
-    """View of (out, in) as (out, groups, in / groups), for a ``table`` (out, groups)."""
+    """``weight`` (out, in) viewed as (out, groups, in / groups), for a ``table`` (out, groups)."""
     return weight.unflatten(1, (table.shape[1], -1))
 
 
 @torch.no_grad()
 def weight_codes(weight: Tensor, step: Tensor, levels: int) -> Tensor:
-    """Codes (out, in), float in 0..M-1, of standardised ``weight`` with ``step`` (out, groups)."""
-    centred, std = center_rows(weight)
-    u = _grouped(centred.div_(std), step).div_(step.unsqueeze(-1))
+    """The codes (out, in), floats in 0..M-1, of ``weight`` once its rows are standardised.
+
+    ``step`` (out, groups) is in units of the standardised row.
+    """
+    centered, std = center_rows(weight)
+    u = _grouped(centered.div_(std), step).div_(step.unsqueeze(-1))
     return _codes_(u, levels).flatten(1)
 
 
 def weight_values(codes: Tensor, scale: Tensor, offset: Tensor | None, levels: int) -> Tensor:
-    """Float weight (out, in) of ``codes``: ``scale * (code - (M-1)/2) + offset``.
+    """The float weight (out, in) that ``codes`` stand for: ``scale * (code - (M-1)/2) + offset``.
 
-    ``scale`` is (out, groups), one code unit in weight units; ``offset`` (out, 1) or None.
+    ``scale`` (out, groups) is what one code is worth in units of the weight; ``offset`` is (out, 1)
+    or None.
     """
     weight = dequantize(_grouped(codes, scale), levels, scale.unsqueeze(-1)).flatten(1)
     return weight if offset is None else weight.add_(offset)
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
-    """Standardise, round-clip, rescale. Keeps the latent (alive anyway) and recomputes the rest:
-    at 100 M weights every saved intermediate would cost 400 MB."""
+    """Standardise, round-clip, rescale.
+
+    It saves the latent, which is alive anyway, and backward computes the rest: at 100 M weights
+    every saved intermediate would cost 400 MB.
+    """
 
     @staticmethod
     def forward(
@@ -370,18 +368,21 @@ def fake_quantize_weight(
 
 
 def token_log_ms(x: Tensor, eps: float) -> Tensor:
-    """``log(mean_d x^2 + eps)`` of every token: (..., D) -> (...), at least float32."""
+    """The log mean square of every token, ``log(mean_d x^2 + eps)``: (..., D) -> (...).
+
+    The result is at least float32.
+    """
     return (widen(x).square().mean(dim=-1) + eps).log()
 
 
 def pooled_log_ms(token: Tensor, valid: Tensor | None = None, *, geometric: bool = False) -> Tensor:
-    """Statistic of each sample, pooled over its tokens: (B, ...) token log ms -> (B, 1, ...).
+    """Each sample's log mean square, pooled over its tokens' ``token`` (B, ...) -> (B, 1, ...).
 
     Our reading of arXiv:2403.14999: the layer axes of a CNN sample are channel, height and width,
     so for a transformer the statistics pool over tokens *and* features. ``valid`` (B, ...) marks
-    the tokens that count (no padding); where none does, all do, so that what is divided by the
-    statistic stays finite. ``geometric`` averages in the log domain (not in the paper: a single
-    massive token then moves the statistic by its log only).
+    the tokens that count (padding does not). In a sample where none counts all do, so that what is
+    divided by the statistic stays finite. ``geometric`` averages in the log domain (not in the
+    paper: a single massive token then moves the statistic by its log only).
     """
     axes = tuple(range(1, token.dim()))
     if not axes:
@@ -399,23 +400,15 @@ def pooled_log_ms(token: Tensor, valid: Tensor | None = None, *, geometric: bool
 def hadamard(x: Tensor, size: int) -> Tensor:
     """Every ``size`` neighbours along the last axis times the normalised Hadamard matrix.
 
-    ``x`` (..., D), D a multiple of ``size``, a power of two. Orthogonal, symmetric and its own
-    inverse, so ``hadamard(x) @ hadamard(W).T`` is ``x @ W.T``. Not in the paper: it shares a large
-    value out among ``size`` of them, and a coarse grid fits all. QuaRot (arXiv:2404.00456) rotates
-    the residual stream by it; here every layer rotates its input, so that norms keep their gamma.
+    ``x`` is (..., D), D a multiple of ``size``, which is a power of two. The matrix is orthogonal,
+    symmetric and its own inverse, so ``hadamard(x) @ hadamard(W).T`` is ``x @ W.T``. Not in the
+    paper: it spreads a large value over ``size`` of them, so that a coarse grid fits all. QuaRot
+    (arXiv:2404.00456) rotates the residual stream by it; here every layer rotates its own input, so
+    that norms keep their gamma. At 4 levels perplexity is 87.7 with it and 140.9 without (notebook:
+    "What rotating the inputs is worth").
 
-    What it is worth (SmolLM2-135M, groups of 64, smoothed, GPTQ start, no training; perplexity of
-    24 windows of WikiText-2 / IMDB, float 32.3 / 47.9): 4 levels with 8-bit inputs 140.9 / 188.3
-    without, 88.4 / 126.0 with sizes up to 64, 87.7 / 127.1 up to 512; 16 levels with 4-bit inputs
-    148.3 / 268.4 without (calibrated on other text), 54.3 / 78.6 up to 64 and 51.1 / 76.5 up to 512
-    with a smoothing that did not know of it, 47.4 / 69.8 as it is. 16 levels with 8-bit inputs,
-    36.3 / 53.6 without, 34.9 / 51.9 up to 512, and after training on 262,144 tokens 33.9 / 50.3
-    and 33.5 / 49.6. Steps of groups of 64 do not replace it: float weights, inputs of 15 levels,
-    8 windows: 77.2 / 121.7 without, 37.7 / 60.0 with size 32, 36.3 / 58.4 with 64, 36.7 / 58.7
-    with 512. Without either, clipping is no help: 8400 / 8408, clipped at 0.8 3550 / 3783.
-
-    Sums and differences in this order, in float32 at least; the compiled ones
-    (``kernels.hadamard``) are the same to the last bit.
+    Sums and differences are taken in this order, in float32 at least; the compiled transform
+    (``kernels.hadamard``) is the same to the last bit.
 
     >>> hadamard(torch.tensor([4.0, 0.0, 0.0, 0.0]), 4)
     tensor([2., 2., 2., 2.])
@@ -431,10 +424,13 @@ def hadamard(x: Tensor, size: int) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """``x`` in float32, or in float64 if it is: statistics and grids are never narrower."""
+    """``x`` in float32, or float64 if it is that: statistics and grids are never narrower."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def normalize(x: Tensor, log_ms: Tensor) -> Tensor:
-    """``x / sqrt(ms)`` given ``log_ms`` broadcastable to the token axes, in ``x``'s dtype."""
+    """``x`` (..., D) over its root mean square, in ``x``'s dtype.
+
+    ``log_ms`` is the log mean square, broadcastable to the token axes (...).
+    """
     return (x * torch.exp(-0.5 * log_ms).unsqueeze(-1)).to(x.dtype)

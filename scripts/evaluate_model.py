@@ -30,7 +30,7 @@ import maqd_hf  # registers the quantised models with transformers
 import maqd_hf.metrics
 from maqd_hf.convert.size import model_size
 from maqd_hf.data.bundled import resolve_model
-from maqd_hf.data.text import EMBEDDED, load_labelled, load_text
+from maqd_hf.data.text import EMBEDDED, load_labeled, load_text
 from maqd_hf.evaluation.classification import classify
 from maqd_hf.evaluation.perplexity import text_perplexity
 from maqd_hf.evaluation.versions import package_versions
@@ -97,7 +97,7 @@ def perplexity(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def accuracy(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
-    data = load_labelled(
+    data = load_labeled(
         args.dataset,
         split=args.dataset_split,
         text_column=args.text_column,

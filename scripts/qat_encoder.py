@@ -48,7 +48,7 @@ from maqd_hf.calibration import calibrate
 from maqd_hf.calibration.static_norms import select_static_norms
 from maqd_hf.checkpoint.saving import save_model
 from maqd_hf.data.bundled import MINILM, resolve_model
-from maqd_hf.data.text import load_labelled
+from maqd_hf.data.text import load_labeled
 from maqd_hf.evaluation.classification import classify
 from maqd_hf.evaluation.versions import package_versions
 from maqd_hf.nn.precision import fast_bf16
@@ -177,7 +177,7 @@ class Job:
         print(chosen)
         return student, chosen
 
-    def distil(
+    def distill(
         self, student: PreTrainedModel, teacher: PreTrainedModel, levels: int, norms: list[str]
     ) -> MaQDTrainer:
         """Teach the quantised model what the float one says, and see."""
@@ -208,7 +208,7 @@ class Job:
         )
         student, norms = self.start(teacher, config)
         start, calibrated = self.predict(student), time.perf_counter()
-        trainer = self.distil(student, teacher, weights, norms.static)
+        trainer = self.distill(student, teacher, weights, norms.static)
         seconds = {"start": calibrated - began, "training": time.perf_counter() - calibrated}
         trained = self.predict(student)
         pack_model(student)
@@ -272,7 +272,7 @@ def load_rows(job: JobArguments, seed: int) -> tuple[Dataset, Dataset]:
     """Training and held-out texts, shuffled; no text stands in both."""
 
     def split(name: str) -> Dataset:
-        return load_labelled(
+        return load_labeled(
             job.dataset,
             split=name,
             text_column=job.text_column,

@@ -78,7 +78,7 @@ def test_quantize_leaves_its_argument_alone() -> None:
     assert torch.equal(x, before)
 
 
-def test_gaussian_step_matches_the_known_uniform_quantisers_of_a_gaussian() -> None:
+def test_gaussian_step_matches_the_known_uniform_quantizers_of_a_gaussian() -> None:
     half_ranges = {2: 0.80, 3: 1.22, 4: 1.49, 8: 2.05, 16: 2.51}
     for levels, half_range in half_ranges.items():
         assert F.gaussian_step(levels) * (levels - 1) / 2 == pytest.approx(half_range, abs=0.012)
@@ -234,13 +234,13 @@ def test_latents_are_invariant_to_scale_and_shift(groups: int) -> None:
     torch.testing.assert_close(out.detach(), moved)
     zeros = torch.zeros(6, dtype=torch.float64)
     torch.testing.assert_close(grad.sum(1), zeros, atol=1e-10, rtol=0)
-    centred = weight.detach() - weight.detach().mean(1, keepdim=True)
-    torch.testing.assert_close((grad * centred).sum(1), zeros, atol=1e-9, rtol=0)
+    centered = weight.detach() - weight.detach().mean(1, keepdim=True)
+    torch.testing.assert_close((grad * centered).sum(1), zeros, atol=1e-9, rtol=0)
     assert float(grad.norm(dim=1).min()) > 1e-2
 
 
 @pytest.mark.parametrize("levels", SOME_LEVELS)
-def test_a_quantised_row_takes_at_most_m_values_symmetric(levels: int) -> None:
+def test_a_quantized_row_takes_at_most_m_values_symmetric(levels: int) -> None:
     weight = torch.randn(4, 3000)
     step, scale = (
         torch.full((4, 1), F.gaussian_step(levels)),

@@ -2,12 +2,14 @@
 
 Imports ``nn``, ``models`` and below.
 
-- ``pipeline``: ``calibrate``, all of it in order;
-- ``smoothing``: channels of inputs evened out; ``gptq``, ``compensation``: weights with the errors
-  of the columns before them; ``activations``: static steps by search;
-- ``static_norms``: which norms can be static, and at what cost;
-- ``blocks``: walking a model block by block;
-- ``blockwise``: a room apart, see there.
+- ``pipeline``: ``calibrate``, all of the start values in order;
+- ``smoothing``: moves the spread of channels between inputs and weights;
+- ``gptq``: rounds weights so that later columns make up for the errors of earlier ones;
+  ``compensation`` is that for one matrix;
+- ``activations``: searches the static steps of layer inputs;
+- ``static_norms``: finds the norms that can be static, and what that costs;
+- ``blocks``: walks a model block by block;
+- ``blockwise``: trains block after block, a room of its own.
 """
 
 from .activations import best_step, calibrate_activations

@@ -1,8 +1,9 @@
 """Start values of the static activation steps, from real inputs.
 
-The step of a layer's input is the one of least squared error, each token's error divided by the
-token's own size (so that a few loud tokens cannot own the step) and each feature's weighted by the
-size of the weights it meets. Tokens are sampled, so memory does not grow with the data.
+The step of a layer's input is the one of least squared error. Each token's error is divided by the
+token's own size, so that a few loud tokens cannot own the step, and each feature's is weighted by
+the size of the weights it meets. Tokens are sampled, so memory does not grow with the data. Not in
+the paper: it does not say where the steps start.
 """
 
 from __future__ import annotations
@@ -32,21 +33,25 @@ from .blocks import (
 logger = logging.getLogger(__name__)
 
 _DECADES = 3.0  # how far below the full range a step is looked for
-_COARSE = 25
+_COARSE = 25  # candidates in that range
 
 
 def _token_error(rows: Tensor, importance: Tensor, levels: int, step: float) -> float:
-    """Mean over tokens of (weighted error / weighted size)."""
+    """The mean over tokens of (weighted squared error / weighted squared size)."""
     gap = (dequantize(quantize(rows, levels, step), levels, step) - rows).square_()
     size = rows.square() @ importance
     return float(((gap @ importance) / size.clamp(min=torch.finfo(rows.dtype).tiny)).mean())
 
 
 def best_step(rows: Tensor, levels: int, importance: Tensor | None = None) -> float:
-    """The static step for ``rows`` (tokens, features); ``importance`` (features,) >= 0.
+    """The static step for ``rows`` (tokens, features), in their units.
 
-    Least mean over tokens of the weighted squared error relative to the token's weighted square.
-    Inputs that are all zero get step 1, ``importance`` zero everywhere counts as none.
+    It has the least mean over tokens of the weighted squared error relative to the token's weighted
+    square; ``importance`` (features,) >= 0 are the weights. Inputs that are all zero get step 1; an
+    ``importance`` that is zero everywhere counts as none.
+
+    Raises:
+        ValueError: ``rows`` hold NaN or infinity.
 
     >>> round(best_step(torch.tensor([[-3.0, -1.0, 1.0, 3.0]]), levels=4), 2)
     2.0
@@ -108,20 +113,25 @@ def calibrate_activations(
     steps: dict[str, float] = {}
     for layers, rows in tqdm(inputs, desc="activation steps", disable=not progress):
         importance = torch.stack([layer.quantized_weight().square().sum(0) for layer in layers])
-        levels = layers[0].spec.activation_levels
-        assert levels is not None
+        levels = layers[0].spec.input_grid_levels
         try:
             step = best_step(rows, levels, importance.sum(0).float())
         except ValueError as error:
             raise ValueError(f"{names[layers[0]]}: {error}") from error
         for layer in layers:
-            assert isinstance(layer.activation, ActivationQuantizer)
-            layer.activation.set_step(step)
+            quantizer_of(layer).set_step(step)
             steps[names[layer]] = step
     unseen = [name for name in names.values() if name not in steps]
     if unseen:
         logger.warning("no calibration input reached %s: not calibrated", ", ".join(unseen))
     return steps
+
+
+def quantizer_of(layer: MaQDLinear) -> ActivationQuantizer:
+    """The quantiser on the input of ``layer``; ``ValueError`` where the input is float."""
+    if not isinstance(layer.activation, ActivationQuantizer):
+        raise ValueError("the layer's input is float: it has no activation step")
+    return layer.activation
 
 
 def _observe(
@@ -131,16 +141,15 @@ def _observe(
     max_tokens: int,
     progress: bool,
 ) -> list[tuple[list[MaQDLinear], Tensor]]:
-    """Sampled inputs (tokens, features), each with the layers that share it and hence a step."""
+    """Sampled inputs (tokens, features), each with the layers that share it and hence its step."""
     per_batch = -(-max_tokens // len(batches))
     leader: dict[MaQDLinear, MaQDLinear] = {}
     samples: dict[MaQDLinear, list[Tensor]] = {}
     last: tuple[Tensor | None, MaQDLinear | None] = (None, None)
     batch: Batch = {}
 
-    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(layer: MaQDLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal last
-        assert isinstance(layer, MaQDLinear)
         x = args[0] if args else kwargs["input"]
         first = last[1] if last[0] is x else None
         if layer not in leader:

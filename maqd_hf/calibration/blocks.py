@@ -1,4 +1,4 @@
-"""Walking a transformer block by block with the inputs a real forward would give each block.
+"""A walk through a transformer, block by block, with the inputs a forward would give each block.
 
 Calibration needs the inputs of one block at a time, for all samples, while the blocks before it are
 already quantised. A forward over the whole model for every block would cost the square of the
@@ -27,21 +27,22 @@ Batch = dict[str, Tensor]
 Batches = Tensor | Iterable[Tensor | Mapping[str, Any]]
 """Token ids (samples, tokens), or batches of them: (batch, tokens) or a tokenizer's mapping."""
 
-_BATCH_BYTES = 256 << 20  # of a batch's largest tensor; several such live at once
+_BATCH_BYTES = 256 << 20  # most bytes of a batch's largest tensor; several such live at once
 
 
 class _Stop(Exception):
-    """Ends a forward once everything wanted of it is known."""
+    """Ends a forward once everything that is wanted from it is known."""
 
 
 def as_batches(data: Batches, model: nn.Module, batch_size: int | None = None) -> list[Batch]:
-    """Calibration data as keyword arguments of ``model``, on its device, labels dropped.
+    """Calibration data as keyword arguments of ``model``, on its device, without labels.
 
     ``batch_size``: samples in a batch when ``data`` is one tensor; None: as many as let the widest
     layer's input, and the scores of eager attention, take 256 MiB (8,192 tokens of a model of 1
     billion parameters).
 
-    Raises ``ValueError`` when there is nothing in it or a batch is not (batch, tokens).
+    Raises:
+        ValueError: there is nothing in ``data``, or a batch is not (batch, tokens).
     """
     device = next(model.parameters()).device
     items: Iterable[Tensor | Mapping[str, Any]] = data
@@ -66,7 +67,7 @@ def as_batches(data: Batches, model: nn.Module, batch_size: int | None = None) -
 
 
 def _samples_at_once(model: nn.Module, tokens: int) -> int:
-    """Samples of so many tokens whose largest tensor takes ``_BATCH_BYTES``, at least one."""
+    """How many samples of so many tokens keep the largest tensor within ``_BATCH_BYTES``."""
     width = max((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), default=8192)
     if isinstance(model, PreTrainedModel):
         config = model.config.get_text_config()  # itself, or the part that reads text
@@ -82,9 +83,9 @@ def one_sample(batch: Batch) -> Batch:
 
 
 def counted_tokens(batch: Batch, skip_first: bool) -> Tensor | None:
-    """(batch, tokens) bool: no padding, and on request no first tokens; None means all.
+    """Which tokens count, (batch, tokens) bool: no padding, and with ``skip_first`` no first ones.
 
-    One-token samples keep their token: skipping it would leave nothing.
+    None means that all do. A sample of one token keeps it: without it nothing would be left.
     """
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if tokens is None:
@@ -100,20 +101,20 @@ def counted_tokens(batch: Batch, skip_first: bool) -> Tensor | None:
 
 
 def rows_of(x: Tensor, counted: Tensor | None) -> Tensor:
-    """(..., D) -> (rows, D) float32 of the tokens that count; all of them if the mask misfits."""
+    """The rows (tokens, D) of ``x`` (..., D) that count, float32; all if the mask does not fit."""
     if counted is not None and x.shape[:-1] == counted.shape:
         x = x[counted]
     return x.detach().reshape(-1, x.shape[-1]).float()
 
 
 def input_rows(layer: MaQDLinear, x: Tensor, counted: Tensor | None) -> Tensor:
-    """``rows_of`` what ``layer`` gets, in the basis of its weight."""
+    """``rows_of`` the input ``x`` of ``layer``, in the basis of its weight."""
     return rotate(rows_of(x, counted), layer.rotation)
 
 
 @contextmanager
 def float_activations(model: nn.Module) -> Iterator[None]:
-    """Layer inputs pass unquantised (their steps may not be known yet)."""
+    """For a while, layers leave their inputs float (their steps may not be known yet)."""
     layers = [m for m in model.modules() if isinstance(m, MaQDLinear)]
     quantizers = [layer.activation for layer in layers]
     try:
@@ -127,7 +128,7 @@ def float_activations(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def float_weights(block: nn.Module) -> Iterator[None]:
-    """The linear layers below ``block`` multiply with their latent weights."""
+    """For a while, the linear layers below ``block`` multiply with their latent weights."""
     layers = [m for m in block.modules() if isinstance(m, MaQDLinear)]
     steps = [layer.weight_step for layer in layers]
     try:
@@ -140,9 +141,9 @@ def float_weights(block: nn.Module) -> Iterator[None]:
 
 
 def bfloat16_products(model: nn.Module) -> torch.autocast:
-    """Autocast to bfloat16 where the processor is fast at it and the model float32.
+    """Autocast to bfloat16 where the processor is fast at it and the model is float32.
 
-    Nothing is cached: the weights change meanwhile.
+    It caches no weights, as they change meanwhile.
     """
     first = next(model.parameters())
     pays = fast_bf16(first.device) and first.dtype == torch.float32
@@ -151,7 +152,7 @@ def bfloat16_products(model: nn.Module) -> torch.autocast:
 
 @contextmanager
 def watching(modules: Iterable[nn.Module], see: Callable[..., Any]) -> Iterator[None]:
-    """Call ``see(module, args, kwargs)`` before every forward of ``modules``."""
+    """For a while, call ``see(module, args, kwargs)`` before every forward of ``modules``."""
     with ExitStack() as stack:
         for module in modules:
             handle = module.register_forward_pre_hook(see, with_kwargs=True)
@@ -160,15 +161,17 @@ def watching(modules: Iterable[nn.Module], see: Callable[..., Any]) -> Iterator[
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
-    """A forward without a key/value cache: replayed blocks would go on filling it."""
+    """Run a forward without a key/value cache, which replayed blocks would go on filling."""
     accepted = inspect.signature(model.forward).parameters
     options = {"use_cache": False} if "use_cache" in accepted else {}
     return model(**batch, **options)
 
 
 def run_body(model: nn.Module, batch: Batch) -> None:
-    """A forward for the sake of its hooks, up to the input of the head: logits are the largest
-    tensor of all, and nobody looks at them."""
+    """Run a forward for the sake of its hooks, up to the input of the head.
+
+    The logits would be the largest tensor of all, and nobody looks at them.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
 
     def stop(*_: Any) -> None:
@@ -179,7 +182,10 @@ def run_body(model: nn.Module, batch: Batch) -> None:
 
 
 def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
-    """Members of the outermost module lists that hold quantised layers, with their names."""
+    """The blocks of a model, with their names: members of its outermost module lists.
+
+    Lists without quantised layers do not count.
+    """
     blocks: dict[nn.Module, str] = {}
     lists: list[str] = []
     for name, module in model.named_modules():
@@ -203,8 +209,10 @@ def _first_tensor(output: Any) -> Tensor:
 
 @dataclass
 class Call:
-    """One call of a block in a forward; ``rest``: its arguments for each batch but for the hidden
-    states."""
+    """One call of a block in a forward.
+
+    ``rest`` holds, per batch, its arguments except for the hidden states.
+    """
 
     block: nn.Module
     rest: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -213,8 +221,8 @@ class Call:
 class Segment:
     """Consecutive block calls, each fed with the output of the one before.
 
-    ``hidden`` holds, per batch, the states that enter the next call. ``start``: how many block
-    calls come before this segment. ``plain``: the blocks return hidden states and nothing else.
+    ``hidden`` holds, per batch, the states that enter the next call; ``start`` is the number of
+    block calls before this segment; ``plain`` says that blocks return hidden states alone.
     """
 
     def __init__(self, model: nn.Module, start: int, plain: bool) -> None:
@@ -229,7 +237,7 @@ class Segment:
         self.masks: list[list[tuple[Tensor | None, Tensor | None]]] = []
 
     def capture(self, batches: list[Batch]) -> None:
-        """Run the model as it is now up to the last call and keep what the calls are given.
+        """Run the model as it is now up to the last call and keep the arguments of the calls.
 
         Where blocks return nothing but hidden states, these cannot reach the arguments of the next
         block by another way, so the blocks of this segment pass them through: capturing is free.
@@ -256,6 +264,7 @@ class Segment:
 
     @contextmanager
     def _pass_through(self) -> Iterator[None]:
+        """For a while, the blocks of this segment return their hidden states unchanged."""
         blocks = {call.block for call in self.calls}
         for block in blocks:
             block.forward = lambda *args, **kwargs: _hidden(args, kwargs)
@@ -266,14 +275,14 @@ class Segment:
                 del block.forward
 
     def run(self, call: Call, index: int, hidden: Tensor) -> Tensor:
-        """Output of ``call`` for batch ``index`` with these hidden states."""
+        """The output of ``call`` for batch ``index`` with these hidden states."""
         for context, (valid, first) in zip(self.contexts, self.masks[index], strict=True):
             context.valid, context.first = valid, first
         args, kwargs = call.rest[index]
         return _first_tensor(call.block(hidden, *args, **kwargs))
 
     def input_of(self, layer: nn.Module, call: Call, index: int) -> Tensor | None:
-        """What ``layer`` gets in ``call`` for batch ``index``; None if it is not reached."""
+        """The input of ``layer`` in ``call`` for batch ``index``; None if it is not reached."""
         found: list[Tensor] = []
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -290,13 +299,13 @@ class Segment:
         call.rest.clear()
 
     def release(self) -> None:
-        """Drop what was captured."""
+        """Free the captured states and masks."""
         self.hidden.clear()
         self.masks.clear()
 
 
 def find_segments(model: nn.Module, batch: Batch) -> list[Segment]:
-    """How ``model`` calls its blocks, found by a forward of one sample."""
+    """The segments in which ``model`` calls its blocks, found by a forward of one sample."""
     order: list[tuple[nn.Module, bool]] = []
     last: list[Tensor] = []
     plain = True

@@ -1,4 +1,4 @@
-"""One weight matrix: codes of little output error, their best scales, a latent that has them.
+"""The rounding of one weight matrix: codes of little output error, their scales, their latent.
 
 Everything here minimises ``E |W x - Q x|^2`` over the calibration inputs ``x``, which enter it by
 their second moment ``E x x^T`` alone. Not in arXiv:2403.14999.
@@ -18,19 +18,20 @@ from ..nn import MaQDLinear
 
 logger = logging.getLogger(__name__)
 
-_MARGIN = 0.01  # of a step: how far latents stay from the thresholds of their cell
-_MAX_ITERATIONS = 60
-_MEAN_WEIGHT = 0.1  # what a drift of a row's mean costs, as a share of the mean diagonal: behind a
-# LayerNorm it changes nothing (inputs sum to 0), but a latent could not follow it
-_STRIP = 192
-_RIDGE = 1e-4  # keeps scales that the inputs say little about where they are
+_MARGIN = 0.01  # a share of a step: latents stay so far from the thresholds of their cell
+_MAX_ITERATIONS = 60  # iterations of the search for a latent
+# The cost of a drift of a row's mean, as a share of the mean diagonal: behind a LayerNorm, whose
+# outputs sum to 0, a drift changes nothing, but a latent could not follow it.
+_MEAN_WEIGHT = 0.1
+_STRIP = 192  # columns of a second moment that are summed up at a time
+_RIDGE = 1e-4  # keeps scales in place that the inputs say little about
 
 
 class InputMoments:
-    """What the inputs of a layer boil down to, summed up batch by batch.
+    """The moments of a layer's inputs, summed up batch by batch.
 
-    ``second`` (in, in): mean of x x^T; ``drift`` (in, in): mean of (x_float - x) x^T, where x_float
-    is the input the layer gets in the float model; None until such inputs are added.
+    ``second`` (in, in) is the mean of x x^T. ``drift`` (in, in) is the mean of (x_float - x) x^T,
+    where x_float is the layer's input in the float model; None until such inputs are added.
     """
 
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
@@ -73,8 +74,14 @@ class Hessian:
 
     @classmethod
     def of(cls, second: Tensor, damp: float, act_order: bool, shrink: float = 0.0) -> Hessian:
-        """The diagonal grows by its own ``shrink``-fold, and by ``damp`` times its mean, tenfold
-        more until Cholesky's method succeeds; row means get a small cost. ``ValueError`` on NaN."""
+        """The Hessian of ``second``; ``act_order`` puts columns with large inputs first.
+
+        The diagonal grows by ``shrink`` times itself and by ``damp`` times its mean, and the latter
+        grows tenfold until Cholesky's method succeeds. Row means get a small cost.
+
+        Raises:
+            ValueError: ``second`` holds NaN or infinity.
+        """
         if not bool(second.isfinite().all()):
             raise ValueError(
                 "its calibration inputs hold NaN or infinity: the model or the data is broken"
@@ -107,39 +114,44 @@ class Hessian:
 
 @dataclass
 class Grid:
-    """``value = centre + step * (code - (M-1)/2)``; ``step`` (out, groups), ``centre`` (out, 1)."""
+    """The grid of a weight: ``value = center + step * (code - (M-1)/2)``.
+
+    ``step`` is (out, groups), ``center`` (out, 1).
+    """
 
     step: Tensor
-    centre: Tensor
+    center: Tensor
     levels: int
 
     def column_step(self, columns: int) -> Tensor:
-        """Step of every weight, (out, columns)."""
+        """The step of every weight, (out, columns)."""
         return self.step.repeat_interleave(columns // self.step.shape[1], dim=1)
 
     def codes(self, weight: Tensor) -> Tensor:
-        return quantize(weight - self.centre, self.levels, self.column_step(weight.shape[1]))
+        """The nearest codes of ``weight``, (out, in)."""
+        return quantize(weight - self.center, self.levels, self.column_step(weight.shape[1]))
 
     def values(self, codes: Tensor) -> Tensor:
-        return dequantize(codes, self.levels, self.column_step(codes.shape[1])) + self.centre
+        """The weights that ``codes`` stand for, (out, in)."""
+        return dequantize(codes, self.levels, self.column_step(codes.shape[1])) + self.center
 
 
 def compensate(
     weight: Tensor, grid: Grid, hessian: Hessian, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Round column by column, moving each column's error to the columns not yet rounded.
+    """Round column by column and move each column's error to the columns not yet rounded.
 
-    Returns codes and the values that were rounded, both (out, in). GPTQ, arXiv:2210.17323.
+    Returns codes and the values that were rounded, both (out, in). This is GPTQ (arXiv:2210.17323).
     """
     order, factor = hessian.order, hessian.factor
     w = weight.t()[order].contiguous()
     step = grid.column_step(len(order)).t()[order].contiguous()
-    centre = grid.centre.flatten()
+    center = grid.center.flatten()
     codes = torch.empty_like(w)
     for start in range(0, len(order), block_size):
         block, rest = slice(start, start + block_size), slice(start + block_size, None)
         codes[block], errors = compensate_columns(
-            w[block], factor[block, block], (step[block], centre, grid.levels)
+            w[block], factor[block, block], (step[block], center, grid.levels)
         )
         w[rest].addmm_(factor[block, rest].t(), errors, alpha=-1)
     back = torch.argsort(order)
@@ -149,20 +161,21 @@ def compensate(
 def descend(
     weight: Tensor, grid: Grid, codes: Tensor, hessian: Hessian, block_size: int, sweeps: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Sweeps of coordinate descent over the columns: each takes its best code given the rest.
+    """Coordinate descent over the columns: each takes its best code given the rest.
 
-    Returns codes and the values that were rounded. The error cannot grow. arXiv:2309.01885.
+    Returns codes and the values that were rounded, both (out, in). The error cannot grow. As in
+    QuantEase (arXiv:2309.01885).
     """
     h = hessian.matrix
     step = grid.column_step(len(h)).t().contiguous()
-    centre = grid.centre.flatten()
+    center = grid.center.flatten()
     value = grid.values(codes).t().contiguous()
     gradient = h @ (weight.t() - value)
     codes, rounded = codes.t().contiguous(), torch.empty_like(value)
     for start in [*range(0, len(h), block_size)] * sweeps:
         block = slice(start, start + block_size)
         codes[block], rounded[block], moved = descend_columns(
-            value[block], gradient[block], h[block, block], (step[block], centre, grid.levels)
+            value[block], gradient[block], h[block, block], (step[block], center, grid.levels)
         )
         for others in (slice(start), slice(start + block_size, None)):
             gradient[others].addmm_(h[others, block], moved, alpha=-1)
@@ -170,7 +183,7 @@ def descend(
 
 
 def output_error(weight: Tensor, quantized: Tensor, second: Tensor) -> Tensor:
-    """Mean squared error of every output (out,), ``second`` being the inputs' second moment."""
+    """The mean squared error of every output (out,) for inputs of second moment ``second``."""
     gap = (weight - quantized).to(second.dtype)
     return ((gap @ second) * gap).sum(-1)
 
@@ -178,28 +191,17 @@ def output_error(weight: Tensor, quantized: Tensor, second: Tensor) -> Tensor:
 def fit_scales(
     weight: Tensor, codes: Tensor, grid: Grid, second: Tensor, offset: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scales (out, groups) and offset (out, 1) of least output error for these codes.
+    """The scales (out, groups) and offset (out, 1) of least output error for these codes.
 
     The error cannot grow: a row in which a scale would turn negative keeps the grid's.
-    ``offset=False`` leaves the offset at the grid's centre.
+    ``offset=False`` leaves the offset at the grid's center.
     """
-    out_features, groups = grid.step.shape
-    units = codes - grid_center(grid.levels)
-    basis = units.view(out_features, groups, -1)
-    width = basis.shape[-1]
-    # normal equations of the row's error, one unknown per group and one for the offset
-    gram = torch.empty(out_features, groups + 1, groups + 1, device=units.device)
-    for g in range(groups):
-        part = slice(g * width, (g + 1) * width)
-        spread = units[:, part] @ second[part]
-        gram[:, g, :groups] = (spread.view_as(basis) * basis).sum(-1)
-        gram[:, g, groups] = gram[:, groups, g] = spread.sum(-1)
-    gram[:, groups, groups] = second.sum()
-    pull = (weight - grid.centre) @ second
-    right = torch.cat([(pull.view_as(basis) * basis).sum(-1), pull.sum(-1, keepdim=True)], dim=1)
+    groups = grid.step.shape[1]
+    basis = (codes - grid_center(grid.levels)).view(*grid.step.shape, -1)
+    gram, right = _normal_equations(weight - grid.center, basis, second)
     terms = groups + int(offset)
     gram, right = gram[:, :terms, :terms].double(), right[:, :terms].double()
-    start = torch.cat([grid.step, torch.zeros_like(grid.centre)], dim=1)[:, :terms].double()
+    start = torch.cat([grid.step, torch.zeros_like(grid.center)], dim=1)[:, :terms].double()
     # relative to what inputs without correlation would give: the true ones may see nothing of a row
     ridge = _RIDGE * basis.square().sum(-1).mean(1) * second.diagonal().mean()
     ridge = ridge.double().clamp(min=1e-30).unsqueeze(1)
@@ -207,28 +209,48 @@ def fit_scales(
     fit = torch.linalg.solve(gram, (right + ridge * start).unsqueeze(-1)).squeeze(-1)
     good = fit.isfinite().all(1, keepdim=True) & (fit[:, :groups] > 0).all(1, keepdim=True)
     fit = torch.where(good, fit, start).to(grid.step.dtype)
-    return fit[:, :groups], grid.centre + fit[:, groups:] if offset else grid.centre
+    return fit[:, :groups], grid.center + fit[:, groups:] if offset else grid.center
+
+
+def _normal_equations(weight: Tensor, basis: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides of the equations of a row's least error: (out, n, n) and (out, n).
+
+    ``basis`` (out, groups, width) are the codes around zero. The n = groups + 1 unknowns are a
+    scale for each group and the offset.
+    """
+    out_features, groups, width = basis.shape
+    units = basis.flatten(1)
+    gram = torch.empty(out_features, groups + 1, groups + 1, device=units.device)
+    for g in range(groups):
+        part = slice(g * width, (g + 1) * width)
+        spread = units[:, part] @ second[part]
+        gram[:, g, :groups] = (spread.view_as(basis) * basis).sum(-1)
+        gram[:, g, groups] = gram[:, groups, g] = spread.sum(-1)
+    gram[:, groups, groups] = second.sum()
+    pull = weight @ second
+    right = torch.cat([(pull.view_as(basis) * basis).sum(-1), pull.sum(-1, keepdim=True)], dim=1)
+    return gram, right
 
 
 # ---------------------------------------------------------------------------- codes -> latent
 
 
 def latent_for_codes(codes: Tensor, wanted: Tensor, grid: Grid) -> Tensor:
-    """Latent (out, in), near ``wanted``, whose codes on ``grid`` are ``codes``.
+    """The latent (out, in), near ``wanted``, whose codes on ``grid`` are ``codes``.
 
-    A layer standardises its latent, so the latent's row mean must be the grid's centre. Every
+    A layer standardises its latent, so the latent's row mean must be the grid's center. Every
     weight may move inside its cell (the outermost cells are open): all of a row move by the same
-    amount, clipped to their cells. Rows without a solution come as close as
-    they can; ``reproduces`` tells which.
+    amount, clipped to their cells. Rows without a solution come as close as they can; ``set_codes``
+    counts them.
     """
     step = grid.column_step(codes.shape[1]).double()
-    centred = (codes - grid_center(grid.levels)).double()
+    centered = (codes - grid_center(grid.levels)).double()
     half = 0.5 - _MARGIN
     infinite = torch.full_like(step, float("inf"))
-    low = torch.where(codes == 0, -infinite, (centred - half) * step)
-    high = torch.where(codes == grid.levels - 1, infinite, (centred + half) * step)
-    start = wanted.double() - grid.centre.double()
-    shift = torch.zeros_like(grid.centre, dtype=torch.float64)
+    low = torch.where(codes == 0, -infinite, (centered - half) * step)
+    high = torch.where(codes == grid.levels - 1, infinite, (centered + half) * step)
+    start = wanted.double() - grid.center.double()
+    shift = torch.zeros_like(grid.center, dtype=torch.float64)
     above = (start.abs() + step * grid.levels).amax(1, keepdim=True) * 2 * codes.shape[1]
     below = -above
     close = 1e-5 * _MARGIN * step.amin(1, keepdim=True)
@@ -243,7 +265,7 @@ def latent_for_codes(codes: Tensor, wanted: Tensor, grid: Grid) -> Tensor:
         inside = (newton > below) & (newton < above)
         shift = torch.where(inside, newton, (below + above) / 2)
     latent = (start + shift).clamp(low, high)
-    return (latent + grid.centre.double()).to(wanted.dtype)
+    return (latent + grid.center.double()).to(wanted.dtype)
 
 
 @torch.no_grad()
@@ -253,5 +275,5 @@ def set_codes(layer: MaQDLinear, codes: Tensor, wanted: Tensor, grid: Grid) -> i
     Returns how many rows have no such latent; these have the codes of a latent near it.
     """
     layer.weight.copy_(latent_for_codes(codes, wanted, grid))
-    layer.set_grid(grid.step, grid.centre if layer.weight_offset is not None else None)
+    layer.set_grid(grid.step, grid.center if layer.weight_offset is not None else None)
     return int((layer.weight_codes() != codes).any(dim=1).sum())

@@ -1,93 +1,10 @@
 """Start values of the weights: a searched grid, error compensation (GPTQ), least-squares scales.
 
-What helped, on stories260K (Llama, 0.26 M; one scale per row; 32x256 tokens of TinyStories; nats on
-256 other windows, float 1.598):
-
-===============================================  ======  ======  ======  ======
-weight levels                                        16       8       4       3
-===============================================  ======  ======  ======  ======
-plain GPTQ (correction=0, sweeps=0)               1.688   2.074   3.510   4.237
-correction=0.5, sweeps=2                          1.672   1.947   3.009   3.512
-===============================================  ======  ======  ======  ======
-
-With an earlier version (no cost on row means, scales fitted to the damped moments):
-
-===============================================  ======  ======  ======  ======
-plain GPTQ, scales of the searched grid           1.687   2.075   3.511   4.219
-least-squares scales and offset                   1.691   2.043   3.460   4.275
-the same, sweeps=2                                1.685   2.040   3.401   3.965
-the same, correction=1                            1.676   1.990   3.251   3.873
-the same, correction=0.5                          1.669   1.954   3.073   3.682
-the same, correction=0.5, sweeps=2                1.668   1.934   2.967   3.539
-===============================================  ======  ======  ======  ======
-
-So the correction is what matters, half of it more than all of it; sweeps help below 16 levels;
-least-squares scales alone are a wash. All of the above left first tokens out (skip_first=True),
-which this model bears and SmolLM2-135M does not: see ``gptq``.
-
-One setting changed at a time on SmolLM2-135M (groups of 64; only the first 10 of 30 blocks
-quantised, on 8x512 tokens of WikiText-2 validation; perplexity of 12 windows of 512 of its raw test
-text in bfloat16, float 33.95, one run each):
-
-===============================================  ======  ======
-weight levels                                        16       4
-===============================================  ======  ======
-as it is by default                               36.89   80.98
-correction=0                                      36.92  104.92
-correction=1                                      37.52   94.26
-damp=0.03                                         36.52   78.16
-act_order=False                                   36.59   89.28
-sweeps=0                                          36.70   81.92
-sweeps=4                                          36.80   84.94
-===============================================  ======  ======
-
-Here too half the correction is best, and act_order pays at few levels. The rest is one to five
-percent on one run each, too little to choose by: damp=0.03 is better in both columns, more sweeps
-lower the layers' own error but not the perplexity. The whole model with the defaults and 16x512
-tokens: results/ptq-*.json.
-
-At few levels the number of tokens matters more than any setting: 1536 inputs have a million second
-moments, and what little text leaves to chance the compensation takes for a law. The whole model, 4
-levels, groups of 64, 8-bit inputs, smoothed and rotated, samples of 256 tokens; perplexity of 24
-windows of WikiText-2 / IMDB (float 32.3 / 47.9), before and after distillation (at a rate of
-2.5e-4, the longer one at 5e-4):
-
-=======  ==============  ====================  ====================
-tokens           start   16,384 more, trained  65,536 more, trained
-=======  ==============  ====================  ====================
-  8,192    87.7 / 127.1          69.8 /  95.3          60.9 /  88.4
- 32,768    73.7 / 110.3          61.2 /  86.1
-=======  ==============  ====================  ====================
-
-With the more of them correction=1 is no worse than half. With the fewer, ``shrink`` makes up for
-part of what is missing, with the more it is not needed, so it is left to the user; the first 10
-blocks alone, 12 windows:
-
-=============================================  ======  =============
-4 levels                                       tokens
-=============================================  ======  =============
-shrink=0, damp=0.01                             8,192  50.0 /  80.7
-damp=0.05                                       8,192  48.5 /  78.2
-damp=0.2                                        8,192  47.3 /  77.6
-damp=0.2, correction=1                          8,192  47.9 /  77.5
-damp=0.6                                        8,192  48.2 /  79.5
-shrink=1                                        8,192  49.0 /  77.0
-shrink=3                                        8,192  47.6 /  77.5
-diagonal 1.2 times itself, whatever the layer   8,192  47.3 /  76.3
-the same, 16 levels: 34.74 / 51.19 becomes      8,192  34.38 / 51.26
-shrink=0                                       32,768  45.0 /  73.1
-shrink=0, correction=1                         32,768  45.4 /  72.8
-diagonal 1.07 times itself                     32,768  45.4 /  71.6
-diagonal 1.2 times itself                      32,768  45.5 /  73.6
-=============================================  ======  =============
-
-Tokens that count by what an error of the layer's output costs the model there (the mean square of
-its gradient, labels drawn from the model itself; GuidedQuant, arXiv:2505.07004, has this for groups
-of outputs) take one more backward and gain little. SmolLM2-135M, whole model, 3 levels, 32,768
-tokens: 127.8 / 178.9 becomes 126.0 / 171.5 with half of it and half of equal counts, and 125.3 /
-165.1 with its root. In the first blocks a hundredth of the tokens owns the mean. stories260K (one
-scale per row, mean of 3 seeds): 2.780 nats at 4 levels become 2.799 and 2.903, 2.979 with all of
-it; at 16 levels nothing changes.
+The defaults rest on measurements, each under its title in the notebook. Half the correction of
+inherited errors takes 4 levels from 105 to 81 of perplexity, all of it only to 94; the order by
+input size from 89 to 81 ("GPTQ: one setting changed at a time"). Sweeps help below 16 levels
+("GPTQ: correction and sweeps"). At few levels the number of tokens matters more than any setting:
+87.7 with 8,192 of them, 73.7 with 32,768 ("What more calibration tokens are worth to GPTQ").
 """
 
 from __future__ import annotations
@@ -131,10 +48,11 @@ from .compensation import (
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Squared output error on the calibration inputs, relative to the squared output.
+    """The squared output errors of one layer on the calibration inputs, relative to the output's.
 
-    ``rounding_error``: codes rounded to nearest on the searched grid; ``error``: what came out.
-    ``unreachable_rows``: rows whose latent could not keep the compensated codes.
+    ``rounding_error`` is that of codes rounded to nearest on the searched grid, ``error`` that of
+    the layer as it is now. ``unreachable_rows`` counts the rows whose latent could not keep the
+    compensated codes.
     """
 
     rounding_error: float
@@ -144,15 +62,18 @@ class LayerResult:
 
 @dataclass
 class GPTQReport:
-    """What ``gptq`` did: results by layer name, layers that only got a weighted grid search, and
-    layers that no calibration input reached (they stay as they were)."""
+    """What ``gptq`` did: ``layers`` has the results by layer name.
+
+    ``searched`` are layers outside the blocks, which only got a weighted grid search; ``unseen``
+    are layers that no calibration input reached (they stay as they were).
+    """
 
     layers: dict[str, LayerResult] = field(default_factory=dict)
     searched: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """Plain JSON values: what ``layers`` holds as a count, means and a sum; the rest as is."""
+        """Plain JSON values; the results of the layers as a count, two means and a sum."""
         results = self.layers.values()
         count = max(len(results), 1)
         return asdict(self) | {
@@ -179,6 +100,8 @@ class GPTQReport:
 
 @dataclass(frozen=True)
 class _Settings:
+    """The arguments of ``gptq`` that its parts need."""
+
     damp: float
     shrink: float
     act_order: bool
@@ -207,22 +130,22 @@ def gptq(
     Args:
         model: a model converted by ``quantize_model``; its latents are taken as the float weights.
         data: token ids (samples, tokens), or batches (ids, or a tokenizer's mappings).
-        damp: added to the second moment's diagonal, as a share of its mean.
-        shrink: times inputs / tokens, a share of itself that the diagonal gets on top: correlations
-            count for less, of which chance makes some, the more inputs and the fewer tokens there
-            are, the more.
+        damp: a share of the mean of the second moment's diagonal, added to the diagonal.
+        shrink: the diagonal also grows by this times inputs / tokens of itself. Correlations then
+            count for less: chance makes some of them, more with many inputs and few tokens
+            (notebook: "Shrinking the correlations of few calibration tokens").
         act_order: round the columns with the largest inputs first.
         correction: how much of the error that a layer's input inherits from the quantised layers
             before it the layer shall make up for, 0 (plain GPTQ) .. 1. Costs one more forward,
             and memory for the inputs of one block's layers on all of ``data``.
-        sweeps: of coordinate descent over the codes afterwards.
-        skip_first: leave first tokens out; padding always is. Bad for models that park massive
-            activations there: the error then goes into the columns only they use (SmolLM2-135M,
-            16 levels, groups of 64: perplexity 84 against 35, float 25).
-        block_size: columns rounded before the rest of the matrix is updated.
-        batch_size: samples in a forward when ``data`` is one tensor; None: what fits in 256 MiB
-            (``as_batches``). Fastest is one batch: every block then runs once, else once per group
-            of layers.
+        sweeps: passes of coordinate descent over the codes afterwards.
+        skip_first: leave first tokens out, as padding always is. That is bad for models that park
+            massive activations there: perplexity 84 against 35 (notebook: "First tokens in GPTQ's
+            moments").
+        block_size: columns that are rounded before the rest of the matrix is updated.
+        batch_size: samples in a forward when ``data`` is one tensor; None: as many as fit in 256
+            MiB (``as_batches``). One batch is fastest: every block then runs once, otherwise once
+            for each group of layers.
         progress: show a bar.
 
     Blocks are done in the order the model calls them, each on inputs from the quantised ones before
@@ -274,7 +197,7 @@ def gptq(
 
 
 _FloatInputs = dict[MaQDLinear, tuple[list[MaQDLinear], dict[int, Tensor]]]
-"""By the first of the layers that share an input: these layers, and the input by batch."""
+"""For the first of the layers that share an input: these layers, and the input by batch."""
 
 
 class _Walk:
@@ -309,11 +232,13 @@ class _Walk:
         self.segment.advance(call)
 
     def _quantize_on_the_way(self, call: Call, floats: _FloatInputs) -> None:
-        """The same when all data is one batch: no layer has to wait for other batches, so one
-        forward does, which finds every layer quantised when it gets there."""
+        """Quantise the layers of one block while the only batch runs through it.
 
-        def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert isinstance(layer, MaQDLinear)
+        No layer has to wait for other batches, so one forward does, and finds every layer before
+        the next one quantised.
+        """
+
+        def see(layer: MaQDLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if layer in floats:
                 group, inputs = floats.pop(layer)
                 moments = InputMoments(layer.in_features, layer.weight.device)
@@ -325,18 +250,17 @@ class _Walk:
             self.segment.advance(call)
 
     def _float_inputs(self, call: Call) -> _FloatInputs:
-        """Which layers share an input, and what it is in the float model, batch by batch.
+        """Which layers share an input, and what that input is in the float model, by batch.
 
-        The block's weights must still be float. Moves the float hidden states behind the block;
-        without correction nobody needs these, and the first batch tells the groups.
+        It moves the float hidden states behind the block, whose latents must be unchanged. Without
+        correction nobody needs those states, and the first batch alone tells the groups.
         """
         found: _FloatInputs = {}
         leader: dict[nn.Module, MaQDLinear] = {}
         current: dict[MaQDLinear, Tensor] = {}  # inputs of this batch
         index = 0
 
-        def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert isinstance(layer, MaQDLinear)
+        def see(layer: MaQDLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             if layer not in leader:
                 same = (m for m, seen in current.items() if seen is x)
@@ -361,6 +285,7 @@ class _Walk:
         return found
 
     def _quantize_group(self, group: list[MaQDLinear], moments: InputMoments) -> None:
+        """Quantise the layers of ``group``, which share an input with these ``moments``."""
         settings = self.settings
         with torch.autocast(moments.second.device.type, enabled=False):
             try:
@@ -376,8 +301,8 @@ class _Walk:
 def _quantize_layer(
     layer: MaQDLinear, moments: InputMoments, hessian: Hessian, settings: _Settings
 ) -> LayerResult:
-    assert layer.weight_step is not None and layer.weight_log_scale is not None
-    assert layer.spec.weight_levels is not None
+    """Give ``layer`` compensated codes on a searched grid, and their best scales."""
+    _, _, log_scale = layer.grid()
     second = moments.second
     target = layer.weight.detach().float().clone()
     if moments.drift is not None:
@@ -394,7 +319,7 @@ def _quantize_layer(
     unreachable = set_codes(layer, codes, wanted, grid)
     has_offset = layer.weight_offset is not None
     scale, offset = fit_scales(target, layer.weight_codes(), grid, second, has_offset)
-    layer.weight_log_scale.copy_(scale.log())
+    log_scale.copy_(scale.log())
     if layer.weight_offset is not None:
         layer.weight_offset.copy_(offset)
     size = float(output_error(target, torch.zeros_like(target), second).sum()) or 1.0
@@ -404,28 +329,26 @@ def _quantize_layer(
 
 def _search_grid(layer: MaQDLinear, weight: Tensor, input_square: Tensor) -> Grid:
     """The grid of least error of ``weight``, each column weighted by its mean squared input."""
-    assert layer.weight_step is not None and layer.spec.weight_levels is not None
-    centre = weight.mean(dim=1, keepdim=True)
+    levels, weight_step, _ = layer.grid()
+    center = weight.mean(dim=1, keepdim=True)
     if layer.weight_offset is None:
-        centre = torch.zeros_like(centre)
-    groups = layer.weight_step.shape[1]
+        center = torch.zeros_like(center)
+    groups = weight_step.shape[1]
     floor = 1e-6 * float(input_square.mean()) or 1.0  # silent inputs still count a little
     importance = (input_square + floor).view(groups, -1)
-    grouped = (weight - centre).view(len(weight), groups, -1)
-    step = search_step(grouped, layer.spec.weight_levels, importance)
-    return Grid(step, centre, layer.spec.weight_levels)
+    grouped = (weight - center).view(len(weight), groups, -1)
+    return Grid(search_step(grouped, levels, importance), center, levels)
 
 
 def _search_outside(
     model: nn.Module, batches: list[Batch], names: dict[MaQDLinear, str], report: GPTQReport
 ) -> None:
-    """Weighted search for layers outside the blocks, on inputs from the quantised blocks."""
+    """Search the grids of layers outside the blocks, weighted by inputs from quantised blocks."""
     tied = {id(table.weight) for table in model.modules() if isinstance(table, MaQDEmbedding)}
     squares: dict[MaQDLinear, Tensor] = {}
     counted: Tensor | None = None
 
-    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(layer, MaQDLinear)
+    def see(layer: MaQDLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         square = input_rows(layer, args[0] if args else kwargs["input"], counted).square().sum(0)
         squares[layer] = squares[layer] + square if layer in squares else square
 
@@ -441,5 +364,5 @@ def _search_outside(
             raise ValueError(f"{names[layer]}: its calibration inputs hold NaN or infinity")
         weight = layer.weight.detach().float()
         grid = _search_grid(layer, weight, square)
-        layer.set_grid(grid.step, grid.centre, refit=True)
+        layer.set_grid(grid.step, grid.center, refit=True)
         report.searched.append(names[layer])

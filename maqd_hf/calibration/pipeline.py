@@ -16,7 +16,7 @@ from .smoothing import SmoothingReport, smooth
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What ``calibrate`` did, step by step; None: that step was left out.
+    """What ``calibrate`` did, stage by stage; None where a stage was left out.
 
     >>> print(CalibrationReport(SmoothingReport(), None))
     smoothing: no channels that may move
@@ -26,7 +26,7 @@ class CalibrationReport:
     gptq: GPTQReport | None
 
     def summary(self) -> dict[str, dict[str, Any] | None]:
-        """Plain JSON values by step."""
+        """Plain JSON values by stage."""
         return {
             "smoothing": None if self.smoothing is None else self.smoothing.summary(),
             "gptq": None if self.gptq is None else self.gptq.summary(),
@@ -47,11 +47,17 @@ def calibrate(
 ) -> CalibrationReport:
     """Give a freshly converted model its start values: channels, weights, then activation steps.
 
-    The steps come last because a layer's inputs depend on the quantised weights before it.
-    ``smoothing=False`` leaves the channels' spread where it is; ``gptq_weights=False`` leaves the
-    weights at their searched grid. ``data``: token ids (samples, tokens) of text like that the
-    model is for, or batches; the fewer the levels, the more tokens it wants (``gptq`` says what
-    they are worth). ``batch_size``: samples in a forward when it is ids; None: as ``gptq``.
+    The activation steps come last because a layer's inputs depend on the quantised weights before
+    it.
+
+    Args:
+        model: converted by ``quantize_model``; changed in place.
+        data: token ids (samples, tokens) of text like that the model is for, or batches; the fewer
+            the levels, the more tokens are wanted (``gptq`` says what they are worth).
+        gptq_weights: compensate rounding errors; False leaves the weights at their searched grid.
+        smoothing: move the channels' spread first; False leaves it where it is.
+        batch_size: samples in a forward when ``data`` is ids; None: as ``gptq``.
+        progress: show bars.
 
         quantize_model(model, MaQDConfig(weight_levels=16, group_size=64))
         calibrate(model, token_ids)

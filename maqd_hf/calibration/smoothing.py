@@ -1,36 +1,29 @@
-"""Start values before rounding: every channel's spread shared out between inputs and weights.
+"""Start values before rounding: every channel's spread is shared between inputs and weights.
 
-What a norm or a layer puts out in channel j may be divided by any s_j > 0 if the layers that read
-it multiply their column j by s_j: the model stays the same. But what rounding loses does not. An
+The output of a norm or a layer in channel j may be divided by any s_j > 0 if the layers that read
+it multiply their column j by s_j: the model stays the same, but the error of rounding does not. An
 input channel that is fifty times the others coarsens the step of all inputs; moved into the weights
-it coarsens their groups instead. s is chosen here for the least sum of both errors, in expectation:
+it coarsens their groups instead. s is chosen here for the least sum of both expected errors:
 
     inputs    sum_j s_j^2 |W_j|^2 * E[step_x(x / s)^2] / 12
     weights   sum_j d_j / s_j^2 * step_w(group of j, W s)^2 / 12, over all rows
 
-where step_x is what the layer's input quantiser would take and step_w what clips nothing of a
-group. d_j is what an error of column j costs once GPTQ has let the columns after it make up for it:
-the second moment of x_j, conditional on theirs. Tokens count relative to their own size, or a first
-token's massive activations would own every mean. Not in the paper, which trains from scratch.
-SmoothQuant (arXiv:2211.10438) and AWQ (arXiv:2306.00978) move one power of the channels' maxima;
-here both terms have a gradient, so s is simply optimised.
+where step_x is the step that the layer's input quantiser would take and step_w the step that clips
+nothing of a group. d_j is the cost of an error of column j once GPTQ has let the columns after it
+make up for it: the second moment of x_j, conditional on theirs. Tokens count relative to their own
+size, or a first token's massive activations would own every mean. Not in the paper, which trains
+from scratch. SmoothQuant (arXiv:2211.10438) and AWQ (arXiv:2306.00978) move one power of the
+channels' maxima; here both terms have a gradient, so s is simply optimised.
 
-Layers that rotate their input (``LinearSpec.rotation``) are judged by what they round: x / s and
-W s rotated, and d_j / s_j^2 as its mean over the channels that are mixed.
+Layers that rotate their input (``LinearSpec.rotation``) are judged by the numbers that they round:
+x / s and W s rotated, and d_j / s_j^2 as its mean over the channels that are mixed.
 
 Which channels may move is found without a table of families: norms and their readers by the traced
 forward that conversion uses, pairs of layers (up and down of a gated feed-forward part, value and
 output of attention) by scaling one against the other and seeing that nothing changes.
 
-What it is worth (SmolLM2-135M, groups of 64, start values by GPTQ, perplexity of 24 windows of
-WikiText-2, float 32.3): 16 levels with 8-bit inputs 36.7 -> 35.4, with 4-bit inputs 8800 -> 148;
-4 levels 136.9 -> 137.7. After training on 16,384 tokens 16 levels have 35.3 -> 34.6. Where inputs
-are rotated, 16 levels with 4-bit inputs have 69.1 without smoothing, 51.1 if it knows nothing of
-the rotation and 47.4 as it is.
-
-What did not help (4 levels): E[x_j^2] in the place of d_j 149.5; mean squares of a group in the
-place of its maximum 176.7, and both 232.1. GPTQ lives on channels that differ, so evening them out
-without regard to it does harm.
+16 levels with 8-bit inputs have perplexity 35.4 with it and 36.7 without (notebook: "What smoothing
+is worth"; simpler errors did harm: "Simpler errors to smooth by").
 """
 
 from __future__ import annotations
@@ -62,16 +55,18 @@ from .blocks import (
 )
 from .compensation import Hessian, InputMoments
 
-_TOKENS, _ROWS = 1024, 256  # of a layer's inputs and weights that the choice looks at
-_STEPS, _RATE = 80, 0.1  # of Adam on log factors: moves them by up to 4
-_DAMP = 0.01  # as gptq
-_CLOSE = 1e-3  # of the largest output: float rounding of a forward, not a changed function
+_TOKENS, _ROWS = 1024, 256  # tokens of the inputs and rows of the weights that the choice looks at
+_STEPS, _RATE = 80, 0.1  # optimizer steps and rate of Adam on log factors: moves them by up to 4
+_DAMP = 0.01  # the default of gptq
+_CLOSE = 1e-3  # a share of the largest output: float rounding of a forward, no changed function
 
 
 @dataclass(frozen=True)
 class Edge:
-    """Channels that ``producer`` puts out and ``consumers`` read as columns; ``reads`` (in,) says
-    which channel a column is, where not each is its own (heads that share a value)."""
+    """Channels that ``producer`` puts out and ``consumers`` read as columns.
+
+    ``reads`` (in,) says which channel a column reads, where they differ (heads that share a value).
+    """
 
     name: str
     producer: LayerBatchNorm | MaQDLinear
@@ -80,6 +75,7 @@ class Edge:
 
     @property
     def channels(self) -> int:
+        """The number of channels."""
         if isinstance(self.producer, LayerBatchNorm):
             return self.producer.features
         return self.producer.out_features
@@ -90,10 +86,15 @@ class Edge:
 
     @torch.no_grad()
     def apply(self, factors: Tensor) -> None:
-        """Divide what is put out by ``factors`` (channels,), multiply what reads it."""
+        """Divide the producer's output by ``factors`` (channels,), multiply the consumers' columns.
+
+        Raises:
+            ValueError: the producer has no weight to divide.
+        """
         producer = self.producer
         shape = (-1,) if isinstance(producer, LayerBatchNorm) else (-1, 1)
-        assert producer.weight is not None
+        if producer.weight is None:
+            raise ValueError(f"{self.name} has no weight of its own: its channels cannot move")
         producer.weight.div_(factors.view(shape).to(producer.weight))
         if producer.bias is not None:
             producer.bias.div_(factors.to(producer.bias))
@@ -103,16 +104,17 @@ class Edge:
 
 @dataclass
 class SmoothingReport:
-    """Expected squared error of the layers' outputs, relative to them, by edge: before and after.
+    """Expected squared errors of the layers' outputs, before and after, by the name of the edge.
 
-    ``inputs``, ``weights``: the two terms of the module's docstring.
+    Errors are relative to the outputs; ``inputs`` and ``weights`` are the two terms of the module's
+    docstring.
     """
 
     inputs: dict[str, tuple[float, float]] = field(default_factory=dict)
     weights: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """Plain JSON values: the number of edges, means [before, after] over them."""
+        """Plain JSON values: the number of edges, and means [before, after] over them."""
 
         def mean(found: dict[str, tuple[float, float]]) -> list[float]:
             return [sum(v[i] for v in found.values()) / max(len(found), 1) for i in (0, 1)]
@@ -144,6 +146,7 @@ def smooth(
         data: token ids (samples, tokens), or batches.
         start: where the grids of the layers start anew (``nn.Start``); "range" is enough before
             ``gptq``, which searches again.
+        progress: show a bar.
 
     Tensors of converted layers are float32 in a model of any dtype, so factors do not round them.
     """
@@ -189,7 +192,7 @@ def find_edges(model: nn.Module) -> list[Edge]:
 
 @contextmanager
 def _widened(model: nn.Module) -> Iterator[None]:
-    """All in float32: half precision rounds so much that the same looks like another function."""
+    """For a while, the whole model is float32: in half precision equal functions look different."""
     tensors = (*model.parameters(), *model.buffers())
     narrow = {t: t.dtype for t in tensors if t.dtype in (torch.float16, torch.bfloat16)}
     for tensor in narrow:
@@ -202,7 +205,7 @@ def _widened(model: nn.Module) -> Iterator[None]:
 
 
 def _pairs(model: nn.Module, free: dict[str, MaQDLinear], behind_norms: set[str]) -> list[Edge]:
-    """Pairs inside a block, tried in all blocks at once: blocks of a list are alike."""
+    """Pairs of layers inside a block, tried in all blocks at once: blocks of a list are alike."""
     blocks = list(find_blocks(model).values())
     inside: dict[str, dict[str, MaQDLinear]] = {}  # name in the block -> block -> layer
     for name, layer in free.items():
@@ -229,7 +232,10 @@ def _pairs(model: nn.Module, free: dict[str, MaQDLinear], behind_norms: set[str]
 
 
 def _reads(model: Any, producer: MaQDLinear, consumer: MaQDLinear) -> Tensor | None:
-    """Which channel a column would be: None: its own; empty: the sizes do not fit."""
+    """The channel (in,) that each column would read.
+
+    None: every column reads its own; an empty tensor: the sizes do not fit.
+    """
     made, read = producer.out_features, consumer.in_features
     if made == read:
         return None
@@ -243,7 +249,7 @@ def _reads(model: Any, producer: MaQDLinear, consumer: MaQDLinear) -> Tensor | N
 
 
 def _unchanged(model: nn.Module, edges: list[Edge]) -> bool:
-    """Whether scaling all these channels by chance leaves the model's output as it is."""
+    """Whether scaling all these channels by random factors leaves the model's output as it is."""
     generator = torch.Generator().manual_seed(0)
     inputs = example_inputs(model)
     before = _first_output(model, inputs)
@@ -254,6 +260,7 @@ def _unchanged(model: nn.Module, edges: list[Edge]) -> bool:
 
 @contextmanager
 def _scaled(edges: list[Edge], generator: torch.Generator) -> Iterator[None]:
+    """For a while, the channels of ``edges`` are divided and multiplied by random factors."""
     with ExitStack() as stack:
         for edge in edges:
             (consumer,) = edge.consumers
@@ -283,15 +290,16 @@ def _first_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def _sample_inputs(
     model: nn.Module, batches: list[dict[str, Tensor]], edges: list[Edge]
 ) -> dict[MaQDLinear, tuple[Tensor, Tensor]]:
-    """Of every edge's consumers in the float model: some inputs (tokens, in), and their ``reach``
-    (in,), from all inputs."""
+    """Some inputs (tokens, in) of every edge's first consumer, and the ``reach`` (in,) of them all.
+
+    The inputs are those of the float model.
+    """
     found: dict[MaQDLinear, list[Tensor]] = {edge.consumers[0]: [] for edge in edges}
     moments = {layer: InputMoments(layer.in_features, layer.weight.device) for layer in found}
     counted: Tensor | None = None
     share = -(-_TOKENS // len(batches))
 
-    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(layer, MaQDLinear)
+    def see(layer: MaQDLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = rows_of(args[0] if args else kwargs["input"], counted)
         if not layer.spec.static_activations:
             rows = rows / rows.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
@@ -307,8 +315,10 @@ def _sample_inputs(
 
 
 def _reach(moments: InputMoments) -> Tensor:
-    """What an error of a column costs once the columns after it have made up for what they can:
-    their conditional second moments, (in,)."""
+    """The cost (in,) of an error of a column once the columns after it have made up for theirs.
+
+    It is the second moment of the column's input, conditional on the inputs after it.
+    """
     hessian = Hessian.of(moments.second, _DAMP, act_order=True)
     reach = torch.empty_like(hessian.order, dtype=moments.second.dtype)
     reach[hessian.order] = hessian.factor.diagonal().square().reciprocal()
@@ -317,7 +327,7 @@ def _reach(moments: InputMoments) -> Tensor:
 
 @dataclass(frozen=True)
 class Errors:
-    """The two terms as functions of log factors (channels,), relative to the layers' output."""
+    """The two errors as functions of log factors (channels,), relative to the layers' output."""
 
     x: Tensor  # (tokens, in)
     reach: Tensor  # (in,)
@@ -331,44 +341,54 @@ class Errors:
         total = (self.weight.square() * self.x.square().mean(0)).sum()
         inputs = total.new_zeros(())
         if spec.activation_levels is not None:
-            rows = own_rows(rotate(self.x / factors, mixed), spec.input_group or scaled.shape[1])
-            most = rows.abs().amax(-1)  # (tokens, groups)
-            most = most.amax() if spec.static_activations else most * spec.activation_clip_ratio
-            step = most / grid_center(spec.activation_levels)
-            met = own_rows(scaled.square(), rows.shape[-1]).sum((0, -1))  # (groups,)
-            inputs = (met * step.square().mean(0)).sum() / 12
+            inputs = self._from_inputs(rotate(self.x / factors, mixed), scaled)
         groups = spec.groups(self.weight.shape[1])
         reach = self.reach / factors.square()
         reach = reach.view(-1, mixed).mean(-1, keepdim=True).expand(-1, mixed)
         reach = reach.reshape(groups, -1).sum(-1)
-        assert spec.weight_levels is not None
-        step = scaled.view(len(scaled), groups, -1).abs().amax(-1) / grid_center(spec.weight_levels)
+        most = scaled.view(len(scaled), groups, -1).abs().amax(-1)
+        step = most / grid_center(spec.weight_grid_levels)
         weights = (reach * step.square()).sum() / 12
         return inputs / total, weights / total
+
+    def _from_inputs(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The error of rounding inputs ``x`` (tokens, in) that meet ``weight`` (rows, in)."""
+        spec = self.edge.consumers[0].spec
+        rows = own_rows(x, spec.input_group or weight.shape[1])
+        most = rows.abs().amax(-1)  # (tokens, groups)
+        most = most.amax() if spec.static_activations else most * spec.activation_clip_ratio
+        step = most / grid_center(spec.input_grid_levels)
+        met = own_rows(weight.square(), rows.shape[-1]).sum((0, -1))  # (groups,)
+        return (met * step.square().mean(0)).sum() / 12
 
 
 @torch.enable_grad()
 def choose_factors(
     edge: Edge, x: Tensor, reach: Tensor
 ) -> tuple[Tensor, tuple[float, float], tuple[float, float]]:
-    """Factors (channels,) of least expected error for inputs ``x`` (tokens, in), and the errors
-    (from inputs, from weights) before and after."""
+    """The factors (channels,) of least expected error for inputs ``x`` (tokens, in).
+
+    Returns them with the errors (from inputs, from weights) before and after.
+    """
     weight = torch.cat([layer.input_weight().detach().float() for layer in edge.consumers])
     errors = Errors(x, reach, weight[:: -(-len(weight) // _ROWS)], edge)
     log_factors = torch.zeros(edge.channels, device=x.device, requires_grad=True)
     optimizer = torch.optim.Adam([log_factors], lr=_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _STEPS)
-    before: tuple[float, float] | None = None
+
+    @torch.no_grad()
+    def now() -> tuple[float, float]:
+        inputs, weights = errors(log_factors)
+        return float(inputs), float(weights)
+
+    before = now()
     for _ in range(_STEPS):
         inputs, weights = errors(log_factors)
-        before = before or (float(inputs.detach()), float(weights.detach()))
         optimizer.zero_grad()
         (inputs + weights).log().backward()
         optimizer.step()
         schedule.step()
-    with torch.no_grad():
-        after = tuple(float(e) for e in errors(log_factors))
-    assert before is not None
+    after = now()
     if not sum(after) < sum(before):  # silent channels, or NaN
         return torch.ones_like(log_factors), before, before
-    return log_factors.detach().exp(), before, (after[0], after[1])
+    return log_factors.detach().exp(), before, after

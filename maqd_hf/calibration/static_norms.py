@@ -1,34 +1,28 @@
-"""Which norms can be static? Measured on a little text, before any training.
+"""The choice of norms that can be static, measured on a little text before any training.
 
 A pretrained model can be taught static norms (``trainer``), but a short training cannot teach it
-all of them: some norms damp massive tokens, and a model in which one such norm is frozen explodes.
-``select_static_norms`` finds the norms that may be frozen almost for nothing, with forward passes
+all of them: some norms damp massive tokens, and a model in which one such norm is static explodes.
+``select_static_norms`` finds the norms that can be static almost for nothing, with forward passes
 alone; the trainer then opens the gates of these only, the others stay per token:
 
     selection = select_static_norms(model, token_ids, tolerance=0.05)
     print(selection)
     MaQDTrainingArguments(..., lbn_norms=selection.static)
 
-Not in the paper, which trains from scratch. The reference is the model's own output with float
-activations and its gates as they are, p. The cost of a set S of static norms is
+Not in the paper, which trains from scratch. The reference p is the model's own output with float
+activations and its gates as they are. The cost of a set S of static norms is
 KL(p || quantised, S static) - KL(p || quantised), nats per token: the increase of the loss that the
-model itself expects, without the noise that labels add. (Against its *quantised* output every norm
-seems to cost, the more the earlier it stands, because whatever changes re-draws the rounding errors
-of all layers behind it: 0.015 to 0.09 for harmless norms of SmolLM2-135M, which truly cost -0.003
-to 0.01. At a tolerance of 0.1 that measure let 14 norms pass, this one 24.)
+model itself expects, without the noise that labels add. At a tolerance of 0.05 nats it admits 14 of
+SmolLM2's 60 norms, which add 0.039 on other text (notebook: "Which norms of SmolLM2 can be static,
+untrained"). The float output is the reference because against the quantised one every harmless norm
+seems to cost up to 0.09 (notebook: "Static norms judged by the quantised output").
 
-SmolLM2-135M, float weights, 255-level static activations, 2 windows of 256 tokens of WikiText-2,
-nothing trained: of 60 norms 8 / 14 / 24 are admitted at 0.02 / 0.05 / 0.1 nats; on other text they
-add 0.025 / 0.039 / 0.079 to the loss. The most expensive ones alone: attention norms of layers 1, 2
-and 3 (0.17, 0.27, 0.08), MLP norms of layers 0, 28 and 29 (0.08, 0.07, 0.12). The 44 norms that the
-other measure ranks first add 9.8 together.
-
-Costs do not add up: a frozen norm no longer damps what an earlier one lets through. Norms are
+Costs do not add up: a static norm no longer damps what an earlier one lets through. Norms are
 therefore first measured alone and then admitted *together*, cheapest first, while the joint cost
 stays within the tolerance.
 
-Activation quantisers belong to the measurement: they clip the massive tokens that a frozen norm
-would let through. Convert and calibrate first, select then.
+Activation quantisers belong to the measurement: they clip the massive tokens that a static norm
+would let through. Convert and calibrate first, then select.
 """
 
 from __future__ import annotations
@@ -53,8 +47,8 @@ from .blocks import Batch, Batches, as_batches, counted_tokens, float_activation
 class NormChoice:
     """One norm's measurement; costs in nats per token.
 
-    ``alone``: with only this norm static. ``joint``: with it and all admitted before it; None if
-    that was not measured, because the sum of their costs exceeds the tolerance already.
+    ``alone`` is the cost with only this norm static, ``joint`` with it and all admitted before it;
+    None if that was not measured, because the sum of their costs exceeds the tolerance already.
     """
 
     name: str
@@ -109,10 +103,10 @@ def calibrate_norm_statistics(
 ) -> dict[str, float]:
     """Set the running statistics of all gated norms from ``data``, as training would.
 
-    Forwards in which only the norms are in training mode; what they averaged before is forgotten.
-    Gates, weights and modes stay as they are. Returns log mean squares by name; norms that the
-    forward does not reach keep ``batches_seen`` 0 and are not listed. See ``select_static_norms``
-    for ``data``.
+    Only the norms are in training mode in these forwards; earlier averages are forgotten. Gates,
+    weights and modes stay as they are. Returns log mean squares by name; norms that the forward
+    does not reach keep ``batches_seen`` 0 and are not listed. See ``select_static_norms`` for
+    ``data``.
     """
     norms = gated_norms(model)
     batches = as_batches(data, model, batch_size)
@@ -177,11 +171,11 @@ def select_static_norms(
 
 
 _CHUNK = 8
-"""Norms tried together at once; a chunk that costs too much is halved."""
+"""The number of norms tried together at first; a chunk that costs too much is halved."""
 
 
 class _Search:
-    """Joint costs, and what has been admitted so far."""
+    """The search for norms that can be static together: joint costs, and the norms admitted."""
 
     def __init__(self, model: nn.Module, batches: list[Batch], tolerance: float) -> None:
         self.model, self.batches, self.tolerance = model, batches, tolerance
@@ -200,7 +194,7 @@ class _Search:
         self.total = 0.0
 
     def _log_probabilities(self, batch: Batch) -> Tensor:
-        """(tokens that count, classes), float32."""
+        """The model's log probabilities (tokens that count, classes), float32."""
         logits = getattr(run_model(self.model, batch), "logits", None)
         if not isinstance(logits, Tensor):
             raise ValueError(
@@ -213,7 +207,7 @@ class _Search:
         return logits.flatten(0, -2).float().log_softmax(dim=-1)
 
     def _divergence(self) -> float:
-        """KL(reference || the model as it is now), nats per token."""
+        """The divergence KL(reference || the model as it is now), nats per token."""
         total, tokens = 0.0, 0
         for batch, own in zip(self.batches, self.reference, strict=True):
             now = self._log_probabilities(batch)
@@ -222,7 +216,7 @@ class _Search:
         return total / tokens
 
     def cost(self, names: list[str]) -> float:
-        """What these norms static add to the divergence; infinite if it is not finite."""
+        """The divergence that these norms add when they are static; infinite if not finite."""
         with _opened([self.norms[name] for name in names]):
             cost = self._divergence() - self.quantized
         return cost if math.isfinite(cost) else math.inf
@@ -230,8 +224,8 @@ class _Search:
     def admit(self, names: list[str], bar: tqdm[Any]) -> None:
         """Admit all of ``names`` if the joint cost allows, else try its halves.
 
-        Costs of norms that are static together are seldom below their sum, so what exceeds the
-        tolerance by the sum is not measured.
+        Norms that are static together seldom cost less than the sum of their costs, so names whose
+        sum exceeds the tolerance are not measured together.
         """
         if self.total + sum(self.alone[name] for name in names) <= self.tolerance:
             joint = self.cost(self.admitted + names)
@@ -250,7 +244,7 @@ class _Search:
         self.admit(names[middle:], bar)
 
     def selection(self, order: Iterable[str]) -> NormSelection:
-        """What was found, norms in ``order``."""
+        """The result, with norms in ``order``."""
         choices = []
         for name in order:
             alone, joint = self.alone[name], self.joint.get(name)
@@ -266,7 +260,7 @@ class _Search:
 
 @contextmanager
 def _fixed_weights(model: nn.Module) -> Iterator[None]:
-    """Layers multiply with weights quantised once, not anew in every forward."""
+    """For a while, layers multiply with weights quantised once, not anew in every forward."""
     layers = [m for m in model.modules() if isinstance(m, MaQDLinear) and m.weight_step is not None]
     latent = [(layer.weight, layer.weight_step) for layer in layers]
     try:
@@ -282,7 +276,7 @@ def _fixed_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _opened(norms: list[LayerBatchNorm]) -> Iterator[None]:
-    """These norms use their running statistics."""
+    """For a while, the gates of these norms are open."""
     gates = [norm.gate.clone() for norm in norms]
     try:
         for norm in norms:

@@ -1,7 +1,8 @@
-"""Which modules of a model are converted, and why the others are not.
+"""The plan of a conversion: which modules of a model are converted, and why the others are not.
 
 ``plan_conversion`` decides everything before anything is touched. It looks at classes (Linear,
-Conv1D, Embedding) and at what ``probing`` found out about the norms and about others' Linears.
+Conv1D, Embedding), and at what ``models.probing`` finds out about norms and about subclasses of
+Linear.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ from ..models.probing import (
 from ..nn import LinearSpec
 
 _QK_NORM = re.compile(r"(^|[._])(q|k|query|key)_?(layer)?_?norm$")
-_T5_LIKE = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano")
 
 
 @dataclass
 class NormPlan:
-    """What happens to one norm."""
+    """The plan for one norm; ``not_gated`` says why it stays per token, if so."""
 
     kind: NormKind
     absorbed_by: list[str] = field(default_factory=list)  # full names; empty: keeps its affine
@@ -46,7 +46,10 @@ class NormPlan:
 
 @dataclass
 class ConversionPlan:
-    """Everything ``quantize_model`` will do, decided before anything is touched."""
+    """Everything that ``quantize_model`` will do, decided before anything is touched.
+
+    ``linears``, ``norms`` and ``kept`` (module -> why it stays as it is) have full names.
+    """
 
     linears: dict[str, LinearSpec] = field(default_factory=dict)
     norms: dict[str, NormPlan] = field(default_factory=dict)
@@ -59,7 +62,7 @@ class ConversionPlan:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A layer this version can convert: Linear, Conv1D, or a subclass that computes the same."""
+    """Whether ``module`` can be converted: it is a Linear or a Conv1D, or computes the same."""
     return _is_plain(module) or (isinstance(module, nn.Linear) and probe_linear(module))
 
 
@@ -68,13 +71,16 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def linear_width(module: nn.Module) -> int:
-    """Input width of a Linear or Conv1D."""
+    """The input width of a Linear or Conv1D."""
     return module.weight.shape[0 if isinstance(module, Conv1D) else 1]  # type: ignore[index, return-value]
 
 
 @dataclass
 class _Survey:
-    """What there is to decide on: convertible layers, recognised norms, and what a forward does."""
+    """The facts that a plan rests on: convertible layers, recognised norms, and a traced forward.
+
+    ``shared`` maps a module to the other places that it, or its weight, stands in.
+    """
 
     linears: dict[str, nn.Module]
     norms: dict[str, NormKind]
@@ -82,13 +88,13 @@ class _Survey:
     trace: Trace
 
     def read(self, name: str) -> str | None:
-        """Why the weight of layer or norm ``name`` has to stay as it is, if so."""
+        """Why the weight of the layer or norm ``name`` has to stay as it is; else None."""
         how = self.trace.reads.get(name)
         return None if how is None else f"its weight is read by the model itself ({how})"
 
 
 def _shared_modules(model: nn.Module) -> dict[str, list[str]]:
-    """Modules that stand in several places, or whose weight does: name -> the other places.
+    """Modules that stand in several places, or whose weight does, each with the other places.
 
     One converted layer could not serve both; an embedding with its tied head is planned apart.
     """
@@ -105,6 +111,7 @@ def _shared_modules(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _survey(model: nn.Module, config: MaQDConfig, names: Names, plan: ConversionPlan) -> _Survey:
+    """Probe and trace ``model``; norms that cannot be converted are noted in ``plan.kept``."""
     shared = _shared_modules(model)
     linears = {n: m for n, m in model.named_modules() if is_linear(m)}
     norms: dict[str, NormKind] = {}
@@ -132,6 +139,7 @@ def _survey(model: nn.Module, config: MaQDConfig, names: Names, plan: Conversion
 
 
 def _embeddings(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input embedding and the output head, where the model has them."""
     try:
         return model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:  # models without tokens
@@ -141,7 +149,7 @@ def _embeddings(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | N
 def _plan_embedding(
     model: PreTrainedModel, config: MaQDConfig, names: Names, plan: ConversionPlan, found: _Survey
 ) -> None:
-    """The input embedding and the output head, which are one tensor in many models."""
+    """Plan the input embedding and the output head, which are one tensor in many models."""
     embedding, head = _embeddings(model)
     name, head_name = find_module(model, embedding), find_module(model, head)
     levels = config.embedding_levels
@@ -172,6 +180,7 @@ def _plan_embedding(
 def _check_embedding(
     embedding: nn.Embedding, name: str, tied_head: str | None, found: _Survey
 ) -> float:
+    """The factor that ``embedding`` multiplies by; ``ValueError`` where it cannot be quantised."""
     scale = probe_embedding(embedding)
     others = [other for other in found.shared.get(name, ()) if other != tied_head]
     if others:
@@ -192,6 +201,7 @@ def _plan_head(
     plan: ConversionPlan,
     found: _Survey,
 ) -> None:
+    """Plan the output head, which follows ``embedding_levels``."""
     relative = names.relative(head)
     if config.embedding_levels is None:
         if not config.targeted(relative):
@@ -212,6 +222,7 @@ def _plan_head(
 
 
 def _plan_linears(config: MaQDConfig, names: Names, plan: ConversionPlan, found: _Survey) -> None:
+    """Plan all layers but embedding and head."""
     for name, module in found.linears.items():
         if name in plan.linears or name in plan.kept:
             continue
@@ -231,6 +242,7 @@ def _plan_linears(config: MaQDConfig, names: Names, plan: ConversionPlan, found:
 
 
 def _refuse_absorption(name: str, plan: ConversionPlan, trace: Trace) -> str:
+    """Why the norm ``name`` has to keep its affine; "" if its readers can take it."""
     use = trace.uses.get(name)
     if trace.failure or use is None:
         return trace.failure or "the traced forward did not reach it"
@@ -251,6 +263,7 @@ def _refuse_absorption(name: str, plan: ConversionPlan, trace: Trace) -> str:
 
 
 def _plan_norms(config: MaQDConfig, names: Names, plan: ConversionPlan, found: _Survey) -> None:
+    """Plan all norms: who takes their affine, and which get a gate."""
     in_base = [n for n in found.trace.order or found.norms if not names.relative(n).startswith("/")]
     for name, kind in found.norms.items():
         norm = plan.norms[name] = NormPlan(kind)
@@ -269,6 +282,7 @@ def _plan_norms(config: MaQDConfig, names: Names, plan: ConversionPlan, found: _
 def _check_patterns(
     config: MaQDConfig, names: Names, model: nn.Module, linears: Iterable[str]
 ) -> None:
+    """Raise ``ValueError`` for a pattern of ``config`` that matches nothing in ``model``."""
     everything = [names.relative(name) for name, _ in model.named_modules()]
     layers = [names.relative(name) for name in linears]
     for what, patterns, candidates in (
@@ -285,7 +299,7 @@ def _check_patterns(
 
 
 def plan_conversion(model: nn.Module, config: MaQDConfig) -> ConversionPlan:
-    """Decide what ``quantize_model`` will do.
+    """Decide what ``quantize_model`` will do; nothing of ``model`` is changed.
 
     Raises:
         ValueError: not a transformers model this version takes, nothing to convert, or a pattern
@@ -322,6 +336,7 @@ def plan_conversion(model: nn.Module, config: MaQDConfig) -> ConversionPlan:
 
 
 def _nothing_to_convert(model: nn.Module, config: MaQDConfig, plan: ConversionPlan) -> str:
+    """The message of the error that a plan without a layer raises."""
     classes = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "weight")})
     left = "; ".join(f"{name} ({why})" for name, why in list(plan.kept.items())[:5])
     return (

@@ -1,6 +1,6 @@
-"""Float model -> QAT model, in place.
+"""The conversion of a float model into a QAT model, in place.
 
-``quantize_model`` plans first (``matching``) and touches the model only when the plan holds, so a
+``quantize_model`` plans first (``plan``) and touches the model only when the plan holds, so a
 refused model is left as it was.
 """
 
@@ -21,9 +21,9 @@ from ..nn import (
     LayerBatchNorm,
     MaQDEmbedding,
     MaQDLinear,
-    PackedLinear,
     Start,
 )
+from ..nn.kinds import LINEARS, TRAINABLE
 from .folding import absorb_affine
 from .plan import ConversionPlan, NormPlan, plan_conversion
 from .report import ConversionReport, make_report
@@ -36,7 +36,7 @@ def quantize_model(
     start: Start = "search",
     **settings: Any,
 ) -> ConversionReport:
-    """Make ``model`` trainable on the grid, in place, and report what was and was not converted.
+    """Make ``model`` trainable on its grids, in place, and report what was and was not converted.
 
     Args:
         model: a transformers causal LM or encoder, float weights on a real device.
@@ -58,7 +58,7 @@ def quantize_model(
     if config.state != "qat" or config.modules is not None:
         raise ValueError("this MaQDConfig comes from a converted model; make a new one")
     existing = getattr(getattr(model, "config", None), "quantization_config", None)
-    if existing is not None or modules_of(model, MaQDLinear, PackedLinear):
+    if existing is not None or modules_of(model, *LINEARS):
         raise ValueError(
             f"{type(model).__name__} is quantised already; load the float model to convert it"
         )
@@ -69,7 +69,7 @@ def quantize_model(
     _convert_embedding(model, plan, config.embedding_levels, context)
     for name, norm_plan in plan.norms.items():
         _convert_norm(model, name, norm_plan, config, context)
-    grids = {id(layer.weight): layer for _, layer in modules_of(model, MaQDLinear, MaQDEmbedding)}
+    grids = {id(layer.weight): layer for _, layer in modules_of(model, *TRAINABLE)}
     for layer in grids.values():  # a tied head has the embedding's; calibrations leave that alone
         searched = isinstance(layer, MaQDEmbedding) and start == "range"
         layer.reset_quantizer("search" if searched else start)
@@ -83,6 +83,7 @@ def quantize_model(
 
 
 def _check_finite(model: nn.Module, plan: ConversionPlan) -> None:
+    """Raise ``ValueError`` if a tensor that is to be converted holds NaN or infinity."""
     for name in [*plan.linears, *plan.norms, *([plan.embedding] if plan.embedding else [])]:
         for tensor_name, tensor in model.get_submodule(name).named_parameters():
             if not bool(torch.isfinite(tensor).all()):
@@ -93,6 +94,7 @@ def _check_finite(model: nn.Module, plan: ConversionPlan) -> None:
 
 
 def _convert_linears(model: nn.Module, plan: ConversionPlan, context: BatchContext) -> None:
+    """Replace the planned layers, except for a head that is tied to the embedding."""
     for name, spec in plan.linears.items():
         if name == plan.head and plan.head_tied:
             continue
@@ -103,10 +105,10 @@ def _convert_linears(model: nn.Module, plan: ConversionPlan, context: BatchConte
 def _convert_embedding(
     model: nn.Module, plan: ConversionPlan, levels: int | None, context: BatchContext
 ) -> None:
+    """Replace the planned embedding, and the head that is tied to it."""
     if plan.embedding is None or levels is None:
         return
-    embedding = model.get_submodule(plan.embedding)
-    assert isinstance(embedding, nn.Embedding)
+    embedding: nn.Embedding = model.get_submodule(plan.embedding)  # type: ignore[assignment]
     table = MaQDEmbedding.from_embedding(embedding, levels, plan.embedding_scale, start=None)
     replace_module(model, plan.embedding, table)
     if plan.head is not None and plan.head_tied:
@@ -116,6 +118,7 @@ def _convert_embedding(
 def _convert_norm(
     model: nn.Module, name: str, plan: NormPlan, config: MaQDConfig, context: BatchContext
 ) -> None:
+    """Replace the norm ``name``, and move its affine into its readers where that is planned."""
     norm, kind = model.get_submodule(name), plan.kind
     spec = config.norm_spec(kind.centered, kind.has_bias)
     if not plan.gated:
@@ -124,8 +127,8 @@ def _convert_norm(
     dtype = torch.promote_types(gamma.dtype, torch.float32)
     new = LayerBatchNorm(kind.features, spec, kind.eps, context, gamma.device, dtype)
     with torch.no_grad():
-        assert new.weight is not None
-        new.weight.copy_(gamma)
+        if new.weight is not None:
+            new.weight.copy_(gamma)
         if new.bias is not None:
             new.bias.copy_(norm.bias)  # type: ignore[arg-type]
     absorb_into = [model.get_submodule(n) for n in plan.absorbed_by]

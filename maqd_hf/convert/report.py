@@ -1,4 +1,4 @@
-"""What a conversion did, for people and for JSON."""
+"""The report of a conversion, for people and for JSON."""
 
 from __future__ import annotations
 
@@ -10,25 +10,19 @@ from torch import nn
 from ..config import MaQDConfig
 from ..models.finding import modules_of
 from ..models.names import collapse
-from ..nn import (
-    LayerBatchNorm,
-    MaQDEmbedding,
-    MaQDLinear,
-    PackedEmbedding,
-    PackedLinear,
-)
-from ..nn.kinds import QUANTIZED
+from ..nn import LayerBatchNorm, MaQDLinear, PackedLinear
+from ..nn.kinds import LINEARS, QUANTIZED, TABLES
 from .plan import ConversionPlan
 from .size import ModelSize, model_size
 
 
 @dataclass
 class ConversionReport:
-    """Result of ``quantize_model`` and ``pack_model``; ``str(report)`` is the readable form.
+    """The result of ``quantize_model`` and ``pack_model``; ``str(report)`` is the readable form.
 
-    Every mapping goes from full module names to a few words. ``size`` says what the packed model
-    takes, ``untraced`` why no forward of the model was seen, if so: a layer whose weight the model
-    reads by itself, instead of calling the layer, would then go unnoticed.
+    Every mapping goes from full module names to a few words. ``size`` is that of the packed model.
+    ``untraced`` says why no forward of the model was seen, if so: a layer whose weight the model
+    reads by itself, instead of calling the layer, then goes unnoticed.
     """
 
     state: str
@@ -67,6 +61,7 @@ class ConversionReport:
 
 
 def _section(title: str, table: dict[str, str]) -> list[str]:
+    """Lines that say each text of ``table`` once, with the names it holds for."""
     by_text: dict[str, list[str]] = {}
     for name, text in table.items():
         by_text.setdefault(text, []).append(name)
@@ -79,10 +74,10 @@ def _section(title: str, table: dict[str, str]) -> list[str]:
 
 
 def _levels_text(layer: MaQDLinear | PackedLinear) -> str:
-    spec, turned = layer.spec, layer.rotation
+    spec, mixed = layer.spec, layer.rotation
     weight = "float weights" if spec.weight_levels is None else f"{spec.weight_levels} levels"
     group = f", groups of {spec.group_size}" if spec.group_size else ""
-    rotation = f", {turned} rotated" if turned > 1 else ""
+    rotation = f", {mixed} rotated" if mixed > 1 else ""
     if spec.activation_levels is None:
         return f"{weight}{group}, float activations{rotation}"
     inputs = f"{spec.activation_levels}-level {spec.activation_scaling} activations"
@@ -103,11 +98,12 @@ def _norm_text(norm: LayerBatchNorm, reason: str) -> str:
 def make_report(
     model: nn.Module, config: MaQDConfig, plan: ConversionPlan | None = None
 ) -> ConversionReport:
+    """The report on a converted ``model``; its ``plan`` adds the reasons."""
     untraced = plan.untraced if plan else ""
     report = ConversionReport(config.state, size=model_size(model), untraced=untraced)
-    for name, layer in modules_of(model, MaQDLinear, PackedLinear):
+    for name, layer in modules_of(model, *LINEARS):
         report.linears[name] = _levels_text(layer)
-    for name, table in modules_of(model, MaQDEmbedding, PackedEmbedding):
+    for name, table in modules_of(model, *TABLES):
         report.embeddings[name] = f"{table.levels} levels, a scale a row"
     for name, norm in modules_of(model, LayerBatchNorm):
         norm_plan = plan.norms.get(name) if plan else None
@@ -119,7 +115,7 @@ def make_report(
 
 
 def _untouched(model: nn.Module) -> dict[str, str]:
-    """Layers with a matrix that are not ours."""
+    """The modules with a matrix of their own that were not converted, and their classes."""
     return {
         name: f"float ({type(module).__name__})"
         for name, module in model.named_modules()

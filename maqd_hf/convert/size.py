@@ -1,4 +1,4 @@
-"""What a model weighs: bytes by kind, bits per weight, packed or as it would be packed."""
+"""The size of a model: bytes by kind and bits per weight, packed or as it would be packed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..functional import scale_dtype
-from ..nn import MaQDEmbedding, MaQDLinear, PackedEmbedding, PackedLinear
+from ..nn.kinds import PACKED, QUANTIZED, TABLES
 from ..packing import words_per_row
-
-_QUANTIZED = (MaQDLinear, MaQDEmbedding, PackedLinear, PackedEmbedding)
 
 
 @dataclass
 class ModelSize:
-    """Bytes of each kind of tensor, and how many weights they stand for.
+    """The bytes of each kind of tensor, and the number of weights they stand for.
 
-    ``words``: packed codes; ``scales``: weight scales and offsets, activation steps, statistics;
-    ``kept``: tensors that are not quantised, in their own dtype.
+    ``words`` are packed codes; ``scales`` are weight scales and offsets, activation steps and
+    statistics of norms; ``kept`` are tensors that are not quantised, in their own dtype.
     """
 
     words: int
@@ -30,7 +28,7 @@ class ModelSize:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of all tensors; a safetensors file adds its header (about 100 B a tensor)."""
+        """The bytes of all tensors; a safetensors file adds its header (about 100 B a tensor)."""
         return self.words + self.scales + self.kept
 
     @property
@@ -40,7 +38,7 @@ class ModelSize:
 
     @property
     def bits_per_quantized_weight(self) -> float:
-        """Bits of words and scales over the quantised weights alone."""
+        """The bits of words and scales over the quantised weights alone."""
         return 8 * (self.words + self.scales) / max(self.quantized_weights, 1)
 
     def table(self) -> str:
@@ -58,22 +56,23 @@ class ModelSize:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, (MaQDEmbedding, PackedEmbedding)):
+    """The rows and columns of a quantised weight."""
+    if isinstance(module, TABLES):
         return module.num_embeddings, module.embedding_dim
     return module.out_features, module.in_features  # type: ignore[return-value]
 
 
 def _levels(module: nn.Module) -> int | None:
-    if isinstance(module, (MaQDEmbedding, PackedEmbedding)):
+    """The levels of a weight; None where it is float."""
+    if isinstance(module, TABLES):
         return module.levels
     return module.spec.weight_levels  # type: ignore[union-attr, return-value]
 
 
 def model_size(model: nn.Module) -> ModelSize:
-    """Size of a float, QAT or packed model; a QAT model is counted as it would be packed.
+    """The size of a float, QAT or packed model; a QAT model is counted as it would be packed.
 
-    Tied tensors count once. Example: a float32 ``nn.Linear(10, 10, bias=False)`` has 32 bits a
-    weight and nothing quantised.
+    Tied tensors count once.
 
     >>> model_size(nn.Linear(10, 10, bias=False)).bits_per_weight
     32.0
@@ -89,7 +88,7 @@ def model_size(model: nn.Module) -> ModelSize:
         return True
 
     for module in model.modules():
-        levels = _levels(module) if isinstance(module, _QUANTIZED) else None
+        levels = _levels(module) if isinstance(module, QUANTIZED) else None
         if levels is None:
             continue
         rows, columns = _shape(module)
@@ -98,7 +97,7 @@ def model_size(model: nn.Module) -> ModelSize:
             total["quantized"] += rows * columns
             total["weights"] += rows * columns
         seen.add(id(getattr(module, "weight_step", None)))  # training only
-        packed = isinstance(module, (PackedLinear, PackedEmbedding))
+        packed = isinstance(module, PACKED)
         scale: Tensor = module.weight_scale if packed else module.weight_log_scale  # type: ignore[assignment]
         count("scales", scale, scale.numel() * scale_dtype(scale.shape[1]).itemsize)
         for name in ("weight_offset", "activation_step"):

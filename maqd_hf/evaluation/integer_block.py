@@ -1,4 +1,4 @@
-"""A block in integers alone: what static norms and static steps make possible, checked in numbers.
+"""Half a block in integers alone: what static norms and steps make possible, checked in numbers.
 
 ``IntegerLinear`` takes the int8 codes of its input, sums products in int32 and gives integers in a
 unit of the caller's choice (the next layer's activation step, or a binary fraction), by one
@@ -8,15 +8,16 @@ fixed-point multiplication and shift:
 
 ``m2`` carries what is the same for all weights of a row: the learned offset, and the half code by
 which even levels straddle zero; without an offset and with odd levels it is zero. ``b`` is the
-bias. ``IntegerMLP`` is a whole feed-forward half of a block: integer residual -> static norm (no
+bias. ``IntegerMLP`` is the whole feed-forward half of a block: integer residual -> static norm (no
 operation left but a LayerNorm's centring) -> codes -> up (and gate) -> table -> codes -> down ->
 integers to add to the residual. There is no float in its forward, which a test asserts.
 
-What stays float in a model: attention's softmax and rotary angles, per-token norms (the final one),
-embedding and head, and the first token of a sequence where it has statistics and steps of its own.
+The rest of a model stays float: attention's softmax and rotary angles, per-token norms (the final
+one), embedding and head, and the first token of a sequence where it has statistics and steps of its
+own.
 
-Not in the paper, which says only that such an inference is possible. This is a reference for
-checking and for writing kernels and hardware, in torch's integer arithmetic; it is not fast.
+Not in the paper, which says only that such an inference is possible. This is a reference for tests
+and for writers of kernels and hardware, in torch's integer arithmetic; it is not fast.
 
     mlp = IntegerMLP(block.post_attention_layernorm, block.mlp.up_proj, block.mlp.down_proj,
                      torch.nn.functional.silu, gate=block.mlp.gate_proj)
@@ -36,13 +37,13 @@ from ..nn import LayerBatchNorm, PackedLinear
 from ..packing import unpack_codes
 
 MULTIPLIER_BITS = 30
-VALUE_BITS = 24  # integers between two layers: the product of two and a multiplier fit 64 bits
+VALUE_BITS = 24  # bits of integers between two layers: two of them and a multiplier fit 64 bits
 TABLE_RANGE = 16  # beyond it SiLU and GELU are ReLU to 2e-6
 TABLE_BITS = 16
 
 
 def shift_right(value: Tensor, shift: int) -> Tensor:
-    """``value / 2**shift`` (int64) to the nearest integer, halves up.
+    """``value / 2**shift`` (int64), rounded to the nearest integer, halves up.
 
     >>> shift_right(torch.tensor([-5, 5, 6, 7]), 2)
     tensor([-1,  1,  2,  2])
@@ -55,8 +56,12 @@ def _shift_for(largest: float, bits: int) -> int:
     return bits - math.ceil(math.log2(largest)) if largest > 0 else bits
 
 
-def check_integer(layer: PackedLinear, name: str = "the layer") -> None:
-    """``ValueError`` unless ``layer`` can take int8 codes with a step that is known beforehand."""
+def check_integer(layer: PackedLinear, name: str = "the layer") -> tuple[Tensor, int]:
+    """The static step (1,) and the levels of the int8 codes that ``layer`` can take.
+
+    Raises:
+        ValueError: its input is not such codes; the message says why, and calls it ``name``.
+    """
     levels = layer.spec.activation_levels
     if layer.activation_step is None or levels is None:
         raise ValueError(f"{name} has no static activation step: its input is not integer")
@@ -67,10 +72,11 @@ def check_integer(layer: PackedLinear, name: str = "the layer") -> None:
             f"{name} has {levels} activation levels: int8 codes with an exact zero need an odd "
             "number up to 255"
         )
+    return layer.activation_step, levels
 
 
 class IntegerLinear(nn.Module):
-    """``PackedLinear`` on int8 codes: (..., in) -> (..., out) int64, counted in ``unit``.
+    """A ``PackedLinear`` on int8 codes: (..., in) -> (..., out) int64, counted in ``unit``.
 
     Args:
         layer: packed, with a static step and odd activation levels.
@@ -89,19 +95,16 @@ class IntegerLinear(nn.Module):
 
     def __init__(self, layer: PackedLinear, unit: float, limit: int) -> None:
         super().__init__()
-        check_integer(layer)
-        assert layer.activation_step is not None
+        step, _ = check_integer(layer)
         self.limit = limit
         groups = layer.weight_scale.shape[1]
         codes = unpack_codes(layer.weight, layer.levels, layer.in_features).long()
         whole = layer.levels // 2
         half = whole - (layer.levels - 1) / 2
-        scale = layer.weight_scale.double() * layer.activation_step.double() / unit
+        scale = layer.weight_scale.double() * step.double() / unit
         sum_scale = scale * half
         if layer.weight_offset is not None:
-            sum_scale = sum_scale + (
-                layer.weight_offset.double() * layer.activation_step.double() / unit
-            )
+            sum_scale = sum_scale + layer.weight_offset.double() * step.double() / unit
         bias = scale.new_zeros(len(scale)) if layer.bias is None else layer.bias.double() / unit
         largest = max(float(table.abs().max()) for table in (scale, sum_scale, bias * 2.0**-30))
         self.shift = _shift_for(largest, MULTIPLIER_BITS)
@@ -119,9 +122,9 @@ class IntegerLinear(nn.Module):
 
 
 def largest_output(layer: PackedLinear) -> float:
-    """No output of ``layer`` is larger, whatever the codes."""
-    assert layer.activation_step is not None and layer.spec.activation_levels is not None
-    reach = float(layer.activation_step) * (layer.spec.activation_levels - 1) / 2
+    """A bound that no output of ``layer`` exceeds, whatever the codes of its input."""
+    step, levels = check_integer(layer)
+    reach = float(step) * (levels - 1) / 2
     bias = 0 if layer.bias is None else layer.bias.abs()
     return float((layer.dequantized_weight().abs().sum(1) * reach + bias).max())
 
@@ -155,11 +158,11 @@ class IntegerMLP(nn.Module):
     """The feed-forward half of a packed block, from integer residual to what is added to it.
 
     Args:
-        norm: static; its constant and affine, where ``up`` and ``gate`` have not absorbed them, go
-            into the rescaling of their inputs, which then has a multiplier for every feature.
+        norm: static; its constant and affine, where they are not folded into ``up`` and ``gate``,
+            join the rescaling of their inputs, which then has a multiplier for every feature.
         up, down: packed, with static steps and odd activation levels.
         function: the activation function, applied to the output of ``gate`` or else of ``up``.
-        gate: of a gated block (Llama): ``down(function(gate(x)) * up(x))``.
+        gate: packed like ``up``, in a gated block (Llama): ``down(function(gate(x)) * up(x))``.
         fraction_bits: the residual is an int32 in units of ``2 ** -fraction_bits``.
 
     Raises:
@@ -204,32 +207,33 @@ class IntegerMLP(nn.Module):
         self.hidden = _Rescale(torch.tensor(unit).double() ** factors, factors * VALUE_BITS, down)
 
     def to_fixed(self, residual: Tensor) -> Tensor:
-        """Float residual stream -> int32, the one rounding that no layer of the model does."""
+        """The float ``residual`` as int32: the one rounding that no layer of the model does."""
         return (residual.double() * 2.0**self.fraction_bits).round().to(torch.int32)
 
     def input_codes(self, residual: Tensor) -> list[Tensor]:
-        """int8 codes that gate and up (or up alone) read."""
+        """The int8 codes that gate and up (or up alone) read."""
         x = residual.long()
         if self.centered:
             x = x * x.shape[-1] - x.sum(-1, keepdim=True)
         return [rescale(x) for rescale in self.inputs]
 
     def hidden_codes(self, inputs: list[Tensor]) -> Tensor:
-        """int8 codes that down reads, from those ``input_codes`` gave."""
+        """The int8 codes that down reads, from those that ``input_codes`` gave."""
         first, *rest = (reader(codes) for reader, codes in zip(self.readers, inputs, strict=True))
         hidden = self.activation(first)
         return self.hidden(hidden * rest[0] if rest else hidden)
 
     def forward(self, residual: Tensor) -> Tensor:
-        """(..., width) int32 -> int32 of the same shape and unit."""
+        """What the block adds to ``residual`` (..., width) int32, in the same shape and unit."""
         added: Tensor = self.down(self.hidden_codes(self.input_codes(residual)))
         return added.to(torch.int32)
 
 
 class _Rescale(nn.Module):
-    """Integers of ``bits`` bits in ``unit`` -> ``layer``'s int8 codes: multiply, add, shift, clip.
+    """Turns integers of ``bits`` bits into ``layer``'s int8 codes: multiply, add, shift, clip.
 
-    ``unit``: one number or one for every feature; ``bias``: what is added then, by feature.
+    ``unit`` is the worth of 1, one number or one for every feature; ``bias``, by feature or None,
+    is added to the product.
     """
 
     multiplier: Tensor
@@ -239,9 +243,9 @@ class _Rescale(nn.Module):
         self, unit: Tensor, bits: int, layer: PackedLinear, bias: Tensor | None = None
     ) -> None:
         super().__init__()
-        assert layer.activation_step is not None and layer.spec.activation_levels is not None
-        self.limit = (layer.spec.activation_levels - 1) // 2
-        step = float(layer.activation_step)
+        static, levels = check_integer(layer)
+        self.limit = (levels - 1) // 2
+        step = float(static)
         factor = unit.detach().double() / step
         added = factor.new_zeros(()) if bias is None else bias.detach().double() / step
         room = min(62 - bits, MULTIPLIER_BITS)

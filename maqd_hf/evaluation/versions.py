@@ -1,4 +1,4 @@
-"""Which packages a result was made with."""
+"""The versions of the packages that a result was made with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of this package, those it rests on, and Python, by name.
+    """The versions of this package, of those it rests on and of Python, by name.
 
     >>> sorted(package_versions())
     ['datasets', 'maqd_hf', 'python', 'torch', 'transformers']

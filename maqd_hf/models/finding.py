@@ -1,4 +1,4 @@
-"""Which modules of a model are of a kind, by their full names."""
+"""The modules of a model that are of a kind, by their full names."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import (
-    LayerBatchNorm,
-)
+from ..nn import LayerBatchNorm
 
 
 def find_module(model: nn.Module, module: nn.Module | None) -> str | None:
-    """Full name of ``module`` in ``model``."""
+    """The full name of ``module`` in ``model``; None where it is not in there."""
     return next((n for n, m in model.named_modules() if m is module), None) if module else None
 
 
 def modules_of(model: nn.Module, *kinds: type[nn.Module]) -> list[tuple[str, Any]]:
-    """Full names and modules of these classes."""
+    """The modules of these classes with their full names, in the model's order."""
     return [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]
 
 
 def gated_norms(model: nn.Module) -> dict[str, LayerBatchNorm]:
-    """The Layer-Batch Normalizations in training, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LayerBatchNorm) and module.spec.statistics == "gated"
-    }
+    """The norms that have a gate (``statistics="gated"``), by name, in the model's order."""
+    norms = modules_of(model, LayerBatchNorm)
+    return {name: norm for name, norm in norms if norm.spec.statistics == "gated"}

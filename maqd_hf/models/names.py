@@ -1,4 +1,4 @@
-"""Names of modules, the same for every head of a base model, and short forms of many of them."""
+"""Names of modules: the same for every head of a base model, and short forms of many of them."""
 
 from __future__ import annotations
 
@@ -20,25 +20,31 @@ class Names:
         self.prefix = f"{prefix}." if nested else ""
 
     def relative(self, name: str) -> str:
-        """Full module name -> name in a config."""
+        """The name in a config of a full module name."""
         if name.startswith(self.prefix):
             return name[len(self.prefix) :]
         return f"/{name}"
 
     def absolute(self, name: str) -> str:
-        """Name in a config -> full module name."""
+        """The full module name of a name in a config."""
         return name[1:] if name.startswith("/") else f"{self.prefix}{name}"
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
-def collapse(names: list[str]) -> list[str]:
+def collapse(names: list[str], star: bool = False) -> list[str]:
     """Merge names that differ in layer numbers only.
+
+    Their first numbers become ranges; with ``star`` all numbers become "*".
 
     >>> collapse(["layers.0.up", "layers.1.up", "layers.2.up", "head"])
     ['layers.{0-2}.up', 'head']
+    >>> collapse(["layers.0.up", "layers.1.up", "head"], star=True)
+    ['layers.*.up', 'head']
     """
+    if star:
+        return list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
     groups: dict[str, list[int]] = {}
     for name in names:
         numbers = _NUMBER.findall(name)
@@ -50,6 +56,7 @@ def collapse(names: list[str]) -> list[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
+    """Sorted numbers as text, such as "0-2,5"."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:

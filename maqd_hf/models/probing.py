@@ -1,9 +1,9 @@
 """What no class name tells: what a norm or a layer computes, and who reads a norm's output.
 
-Both are *probed* with numbers (names lie: T5LayerNorm is an RMS norm, Gemma multiplies by
-1 + weight, Falcon's layers are of a class of their own), consumers are found by one tiny *traced*
-forward. So there is no table of families, and an unknown one is named in the report instead of
-corrupted. Nothing here changes a model.
+Norms and layers are *probed* with numbers (names lie: T5LayerNorm is an RMS norm, Gemma multiplies
+by 1 + weight, Falcon's layers are of a class of their own), and the readers of a norm's output are
+found by one tiny *traced* forward. So there is no table of families, and an unknown one is named in
+the report instead of corrupted. Nothing here changes a model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from ..nn.modes import evaluating
 
 # --------------------------------------------------------------------------------------- norms
 
@@ -39,13 +41,13 @@ class NormKind:
 
 
 def looks_like_norm(module: nn.Module) -> bool:
-    """A leaf whose class calls itself a norm."""
+    """Whether ``module`` is a leaf whose class calls itself a norm."""
     named = "norm" in type(module).__name__.lower()
     return named and not any(True for _ in module.children())
 
 
 def probe_norm(norm: nn.Module) -> NormKind | str:
-    """Run ``norm`` on random numbers and recognise it; a string says why it was not.
+    """Recognise ``norm`` by running a copy on random numbers; a string says why that failed.
 
     >>> probe_norm(nn.LayerNorm(8)).centered, probe_norm(nn.RMSNorm(8, eps=1e-6)).centered
     (True, False)
@@ -131,7 +133,10 @@ def probe_embedding(embedding: nn.Embedding) -> float | str:
 
 @dataclass
 class NormUse:
-    """Who reads a norm's output: module names of linears, and anything else, in words."""
+    """The readers of a norm's output: ``consumers`` are names of linears, ``others`` words.
+
+    ``runs`` counts the calls of the norm in one forward.
+    """
 
     consumers: list[str] = field(default_factory=list)
     others: set[str] = field(default_factory=set)
@@ -140,11 +145,11 @@ class NormUse:
 
 @dataclass
 class Trace:
-    """What one forward showed, by module name; or why there was none.
+    """What one forward showed, by module name; ``failure`` says why there was none.
 
-    ``uses`` and ``order`` speak of norms, ``calls`` of linears, ``reads`` of what a model does with
-    the ``weight`` of a linear, embedding or norm besides calling it (T5 asks its dtype, attention
-    may multiply).
+    ``uses`` has the readers of each norm, ``order`` the norms in the order they ran, ``calls`` how
+    often each linear was called. ``reads`` names what a model does with the ``weight`` of a linear,
+    embedding or norm besides calling it (T5 asks for its dtype, attention may multiply by it).
     """
 
     uses: dict[str, NormUse] = field(default_factory=dict)
@@ -158,9 +163,10 @@ def _getters(*names: str) -> set[Any]:
     return {getattr(Tensor, name).__get__ for name in names}
 
 
-# Reading these of an activation is harmless; of a packed weight some of them would mislead.
+# Reading these attributes of an activation is harmless.
 _HARMLESS = _getters("device", "is_meta", "requires_grad", "is_cuda", "grad_fn", "data")
 _HARMLESS |= {Tensor.dim, Tensor.__hash__}
+# These are harmless for an activation, but would mislead of a packed weight.
 _DESCRIBING = _getters("shape", "dtype", "ndim") | {Tensor.size, Tensor.is_floating_point}
 
 
@@ -176,7 +182,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 class _Tracer(TorchFunctionMode):
-    """Follows the outputs of norms by identity through one forward pass."""
+    """A mode that follows the outputs of norms, by identity, through one forward."""
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -208,24 +214,28 @@ class _Tracer(TorchFunctionMode):
                 yield self.trace.uses[self._made_by[id(tensor)][0]]
 
     def note(self, tree: Any, user: str) -> None:
-        """Record that ``user`` reads every traced tensor in ``tree``."""
+        """Record that ``user``, in words, reads every traced tensor in ``tree``."""
         for use in self._uses_in(tree):
             use.others.add(user)
 
     def enter_linear(self, name: str, tree: Any) -> None:
+        """A linear is called with the arguments ``tree``."""
         self.trace.calls[name] += 1
         for use in self._uses_in(tree):
             use.consumers.append(name)
         self._inside += 1
 
     def enter_embedding(self) -> None:
+        """An embedding is called."""
         self._inside += 1
 
     def enter_norm(self, name: str, tree: Any) -> None:
+        """A norm is called with the arguments ``tree``."""
         self.note(tree, f"norm {name}")
         self._inside += 1
 
     def leave(self, norm: str | None = None, output: Any = None) -> None:
+        """A watched module returns; a ``norm`` with its ``output``."""
         self._inside -= 1
         if norm is not None and isinstance(output, Tensor):
             use = self.trace.uses.setdefault(norm, NormUse())
@@ -282,26 +292,24 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
 def trace_norms(
     model: nn.Module, norms: dict[str, nn.Module], linears: dict[str, nn.Module]
 ) -> Trace:
-    """Run one tiny forward and see who reads what; a model that cannot be run gives a ``failure``.
+    """Run one tiny forward and record who reads what.
 
-    ``norms`` and ``linears`` are the modules to watch, by name.
+    ``norms`` and ``linears`` are the modules to watch, by name. A model that cannot be run gives a
+    trace with a ``failure``.
     """
     embeddings: dict[str, nn.Module] = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)
     }
     tracer, handles = _Tracer(linears | embeddings | norms), []
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        handles = list(tracer.watch(model, norms, linears, embeddings))
-        with torch.no_grad(), tracer:
-            model(**example_inputs(model))
+        with evaluating(model):
+            handles = list(tracer.watch(model, norms, linears, embeddings))
+            with tracer:
+                model(**example_inputs(model))
     except Exception as error:  # a model's own code may raise anything; its norms stay as they are
         reason = str(error).partition("\n")[0][:120]
         return Trace(failure=f"the model could not be traced ({type(error).__name__}: {reason})")
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return tracer.trace

@@ -1,4 +1,4 @@
-"""Changes to the modules of a transformers model: replacing one, tying a head, adding a context."""
+"""Changes to the modules of a transformers model: one replaced, a head tied, a context added."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from ..nn import (
     BatchContext,
     LinearSpec,
     MaQDEmbedding,
-    PackedEmbedding,
     PackedLinear,
 )
+from ..nn.kinds import TABLES
 from .names import Names
 
 TIED_TENSORS = ("weight_step", "weight_log_scale", "weight_offset", "weight_scale")
+"""Tensors, beside ``weight``, that a tied head shares with its embedding."""
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -25,7 +26,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _entrances(model: nn.Module) -> dict[int, nn.Module]:
-    """Where ids and mask come in: ``model``, and its base model, which may be called alone.
+    """The modules that get ids and mask: ``model``, and its base model, which may be called alone.
 
     Both, because some heads reach past the base model (OPT's calls its decoder).
     """
@@ -52,16 +53,23 @@ def remove_context(model: nn.Module) -> None:
 def tie_head(
     model: nn.Module, embedding: str, head: str, spec: LinearSpec, context: BatchContext
 ) -> None:
-    """Replace the layer ``head`` by one that shares the grid of the converted ``embedding``."""
+    """Replace the layer ``head`` by one that shares the grid of the converted ``embedding``.
+
+    Raises:
+        ValueError: ``embedding`` is not converted.
+    """
     table, bias = model.get_submodule(embedding), model.get_submodule(head).bias
-    levels: int = table.levels  # type: ignore[assignment]
-    spec = spec.on_table(levels)
+    if not isinstance(table, TABLES):
+        raise ValueError(
+            f"{embedding} is a {type(table).__name__}: {head} can share the grid of a converted "
+            "embedding only"
+        )
+    spec = spec.on_table(table.levels)
     if isinstance(table, MaQDEmbedding):
         tied: nn.Module = table.as_linear(spec)
         if spec.activation_levels is not None:
             tied.activation = ActivationQuantizer(spec, context, table.weight.device)
     else:
-        assert isinstance(table, PackedEmbedding)
         tied = PackedLinear(
             table.embedding_dim, table.num_embeddings, False, spec, context, table.weight.device
         )
@@ -72,7 +80,7 @@ def tie_head(
 
 
 def note_tied_tensors(model: nn.Module, embedding: str, head: str) -> None:
-    """Tell transformers which tensors of ``head`` are those of ``embedding``: saved once."""
+    """Tell transformers which tensors of ``head`` are those of ``embedding``, to be saved once."""
     keys: dict[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
     table = model.get_submodule(embedding)
     for name in ("weight", *TIED_TENSORS):

@@ -1,6 +1,6 @@
-"""What happens to a layer's input before the product: rotation, and the round-clip.
+"""What happens to a layer's input before the product: rotation, then the round-clip.
 
-The trainable and the packed layer both come here, so that they meet the same numbers.
+``MaQDLinear`` and ``PackedLinear`` both come here, so that they compute the same numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .spec import LinearSpec
 
 
 def own_rows(x: Tensor, group: int | None) -> Tensor:
-    """``x`` (..., in) as rows that have one step each: itself, or (..., groups, ``group``)."""
+    """``x`` (..., in) as rows that have one step each: unchanged, or (..., groups, ``group``)."""
     return x if group is None else x.unflatten(-1, (-1, group))
 
 
@@ -28,13 +28,12 @@ def activation_step(
     context: BatchContext,
     own: Tensor | None = None,
 ) -> Tensor:
-    """The step in force for ``own_rows`` ``x`` (..., D), whose static one is ``static``: (1,) or
-    (..., 1).
+    """The step in force for ``x`` (..., D), rows as of ``own_rows``: (1,) or (..., 1).
 
-    ``own`` stands for the step a token takes from itself, where it is not to be computed here.
+    ``static`` is the layer's static step, None where it has none. ``own`` is put in place of the
+    step that a token takes from itself, where that is not to be computed here.
     """
-    levels = spec.activation_levels
-    assert levels is not None
+    levels = spec.input_grid_levels
 
     def of_token() -> Tensor:
         return token_step(widen(x), levels, spec.activation_clip_ratio) if own is None else own
@@ -48,10 +47,10 @@ def activation_step(
 
 
 def rotate(x: Tensor, size: int, context: BatchContext | None = None) -> Tensor:
-    """``x`` (..., in) between the inputs' basis and that of the weight's columns, either way.
+    """``x`` (..., in) rotated from the input's basis to that of the weight's columns, or back.
 
-    ``size``: a layer's ``rotation``. With ``context``, an input that several layers read is rotated
-    once.
+    The Hadamard transform is its own inverse. ``size`` is a layer's ``rotation``, 1 for none. With
+    ``context``, an input that several layers read is rotated once.
     """
     if size == 1:
         return x
@@ -59,6 +58,7 @@ def rotate(x: Tensor, size: int, context: BatchContext | None = None) -> Tensor:
 
 
 def _round_for_product(x: Tensor, grid: tuple[int, float, int | None]) -> Tensor:
+    """``x`` on the grids of its own tokens or groups; ``grid``: levels, clip ratio, group."""
     levels, clip_ratio, group = grid
     return round_tokens(own_rows(x, group), levels, clip_ratio, product_dtype(x)).reshape(x.shape)
 
@@ -67,8 +67,7 @@ def round_inputs(
     x: Tensor, spec: LinearSpec, static: Tensor | None, context: BatchContext
 ) -> Tensor:
     """``x`` (..., in) on the grid of ``spec``, differentiable; ``static``: the static step."""
-    levels = spec.activation_levels
-    assert levels is not None
+    levels = spec.input_grid_levels
     rows = own_rows(x, spec.input_group)
     step = activation_step(rows, spec, static, context)
     rounded = scaled_round_clip(widen(rows), levels, step, spec.surrogate)
@@ -76,33 +75,38 @@ def round_inputs(
 
 
 class ActivationQuantizer(nn.Module):
-    """The round-clip on a layer's input; static steps are learned as their logarithm.
+    """The round-clip on a layer's input; a static step is learned as its logarithm.
 
-    ``log_step`` (1,) is NaN until calibrated. In the log domain an Adam step is a relative change,
-    so that one learning rate fits steps of 0.002 and of 20 (not in the paper).
+    ``log_step`` (1,) is NaN until calibrated. Adam's change of a logarithm is a relative change of
+    the step, so that one learning rate fits steps of 0.002 and of 20 (not in the paper).
     """
 
     def __init__(
         self, spec: LinearSpec, context: BatchContext, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        assert spec.activation_levels is not None
-        self.levels, self.spec, self.context = spec.activation_levels, spec, context
+        self.levels, self.spec, self.context = spec.input_grid_levels, spec, context
         self.log_step: nn.Parameter | None = None
         if spec.static_activations:
             self.log_step = nn.Parameter(torch.empty(1, device=device, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Forget the static step: it is NaN until it is calibrated again."""
         if self.log_step is not None:
             nn.init.constant_(self.log_step, float("nan"))
 
     @property
     def calibrated(self) -> bool:
+        """Whether a static step is known, or none is needed."""
         return self.log_step is None or not bool(self.log_step.isnan().any())
 
     def set_step(self, step: float | Tensor) -> None:
-        """Set the static step (distance between two levels, in units of the input)."""
+        """Set the static step: the distance between two levels, in units of the input.
+
+        Raises:
+            ValueError: the steps come from the tokens.
+        """
         if self.log_step is None:
             raise ValueError("per-token quantisers take their step from each token")
         with torch.no_grad():
@@ -112,7 +116,7 @@ class ActivationQuantizer(nn.Module):
         return None if self.log_step is None else self.log_step.exp()
 
     def clipped(self, x: Tensor) -> Tensor:
-        """Share of ``x`` (..., in) beyond the outermost levels by more than half a step: ()."""
+        """The share of ``x`` (..., in) beyond the outermost levels by more than half a step, ()."""
         rows = own_rows(x, self.spec.input_group)
         step = activation_step(rows, self.spec, self._static_step(), self.context)
         return (rows.abs() > step * (self.levels / 2)).float().mean()

@@ -1,7 +1,7 @@
 """A trainable quantised embedding, row by row on the same grid as the linear layers.
 
-Not in the paper: in small models the (tied) embedding is a fifth of the parameters, so at 2-bit
-weights a float one would be two thirds of the file.
+Not in the paper: in small models the (tied) embedding is a fifth of the parameters, so that beside
+2-bit weights a float one would be two thirds of the file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .spec import LinearSpec
 
 
 class MaQDEmbedding(nn.Embedding):
-    """Embedding whose rows are standardised, round-clipped and rescaled like a weight's rows.
+    """An embedding whose rows are standardised, round-clipped and rescaled like a weight's rows.
 
-    Input ids (...), output (..., dim). Parameters as in ``MaQDLinear`` with one group per row; a
-    tied head is a ``MaQDLinear`` that holds the very same parameters. ``output_scale`` multiplies
-    the output (Gemma scales its embedding, but not the head tied to it), which has the dtype of the
-    empty parameter ``output_like``.
+    It takes ids (...) and gives (..., dim) in the dtype of the empty parameter ``output_like``. Its
+    parameters are those of a ``MaQDLinear`` with one group a row; a tied head is a ``MaQDLinear``
+    that holds the very same ones. ``output_scale`` multiplies the output (Gemma scales its
+    embedding, but not the head tied to it).
 
     >>> table = MaQDEmbedding.from_embedding(nn.Embedding(10, 8), levels=15)
     >>> table(torch.tensor([3])).unique().numel() <= 15
@@ -57,9 +57,9 @@ class MaQDEmbedding(nn.Embedding):
         return super()._apply(without_narrowing(fn, wide), recurse)
 
     def as_linear(self, spec: LinearSpec) -> MaQDLinear:
-        """A head tied to this table: a ``MaQDLinear`` holding the same parameters.
+        """A head tied to this table: a ``MaQDLinear`` that holds the same parameters.
 
-        The grid is the table's; of ``spec`` the settings of the activations count.
+        Its grid is the table's; ``spec`` gives the settings of its activations.
         """
         spec = spec.on_table(self.levels)
         head = MaQDLinear(self.embedding_dim, self.num_embeddings, False, spec, device="meta")
@@ -68,15 +68,15 @@ class MaQDEmbedding(nn.Embedding):
         return head
 
     def reset_quantizer(self, start: Start = "search") -> None:
-        """Start values from the current rows, see ``MaQDLinear.reset_quantizer``."""
+        """Take start values from the current rows, as ``MaQDLinear.reset_quantizer`` does."""
         self.as_linear(LinearSpec(self.levels, None)).reset_quantizer(start)
 
     def weight_codes(self) -> Tensor:
-        """Codes (rows, dim), float in 0..M-1."""
+        """The table's codes (rows, dim), floats in 0..M-1."""
         return weight_codes(self.weight, self.weight_step, self.levels)
 
     def quantized_weight(self) -> Tensor:
-        """The table in force, (rows, dim)."""
+        """The table in force (rows, dim), without ``output_scale``; differentiable."""
         return fake_quantize_weight(
             self.weight,
             self.weight_step,
@@ -128,7 +128,11 @@ class MaQDEmbedding(nn.Embedding):
         return table
 
     def to_embedding(self) -> nn.Embedding:
-        """A plain ``nn.Embedding`` with the quantised rows; it has no ``output_scale``."""
+        """A plain ``nn.Embedding`` with the quantised rows.
+
+        Raises:
+            ValueError: ``output_scale`` is not 1, which a plain embedding cannot multiply by.
+        """
         if self.output_scale != 1:
             raise ValueError(
                 f"nn.Embedding cannot multiply by output_scale={self.output_scale}: copy "

@@ -8,10 +8,14 @@ from .norm import LayerBatchNorm
 from .packed import PackedEmbedding, PackedLinear
 
 LINEARS = (MaQDLinear, PackedLinear)
+"""Linear layers, trainable and packed."""
 TABLES = (MaQDEmbedding, PackedEmbedding)
+"""Embeddings, trainable and packed."""
 TRAINABLE = (MaQDLinear, MaQDEmbedding)
+"""Layers and embeddings in training."""
 PACKED = (PackedLinear, PackedEmbedding)
+"""Layers and embeddings on packed codes."""
 QUANTIZED = (*TRAINABLE, *PACKED)
-"""Layers and tables with low-bit weights."""
+"""Layers and embeddings with low-bit weights."""
 OURS = (*QUANTIZED, LayerBatchNorm)
 """Every class that a conversion puts into a model."""

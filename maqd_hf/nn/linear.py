@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..functional import gaussian_step, stored_scale
+from ..functional import gaussian_step, grid_center, stored_scale
 from ..kernels.fake_quantize import fake_quantize_weight, weight_codes
 from .activation import ActivationQuantizer, rotate
 from .context import BatchContext
@@ -29,14 +29,14 @@ class MaQDLinear(nn.Linear):
     (..., out). Parameters, float32 (or float64) even in a bfloat16 model:
 
     - ``weight`` (out, in): the latent, under the name the float layer had;
-    - ``weight_step`` (out, groups): grid on the standardised rows, fixed by the start values;
-    - ``weight_log_scale`` (out, groups): log of what one code is worth, learned; in force is what
-      ``weight_scale()`` makes of it;
-    - ``weight_offset`` (out, 1): learned, or absent;
+    - ``weight_step`` (out, groups): the step on the standardised rows, constant in training;
+    - ``weight_log_scale`` (out, groups): the log of what one code is worth, learned;
+      ``weight_scale()`` is the scale in force;
+    - ``weight_offset`` (out, 1): learned, or None;
     - ``activation.log_step`` (1,): see ``ActivationQuantizer``.
 
     With ``spec.rotation`` the input is rotated first, and all of these are in the rotated basis;
-    ``input_weight`` and ``set_input_weight`` speak of the latent in the basis of the input.
+    ``input_weight`` and ``set_input_weight`` take the latent in the basis of the input.
 
     >>> layer = MaQDLinear.from_linear(nn.Linear(8, 4), LinearSpec(activation_levels=None))
     >>> layer.quantized_weight().unique().numel() <= 4 * 16
@@ -83,19 +83,22 @@ class MaQDLinear(nn.Linear):
 
     @property
     def weight_levels(self) -> int | None:
+        """M of the weight; None where it is float."""
         return self.spec.weight_levels
 
     @torch.no_grad()
     def reset_quantizer(self, start: Start = "search") -> None:
-        """Start values of step, scale and offset from the current latent.
+        """Take start values of step, scale and offset from the current latent.
 
-        ``scale`` is the least-squares fit, so that the layer starts as close to its float self as
-        its grid allows.
+        The scale is the least-squares fit, so that the layer starts as close to its float self as
+        its grid allows. A layer with float weights stays as it is.
+
+        Raises:
+            ValueError: the weight holds NaN or infinity.
         """
         if self.weight_step is None or self.weight_log_scale is None:
             return
-        levels = self.spec.weight_levels
-        assert levels is not None
+        levels = self.spec.weight_grid_levels
         if not bool(self.weight.isfinite().all()):
             raise ValueError(
                 f"the weight {tuple(self.weight.shape)} holds NaN or infinity: "
@@ -112,60 +115,70 @@ class MaQDLinear(nn.Linear):
 
     @torch.no_grad()
     def set_grid(self, step: Tensor, offset: Tensor | None = None, refit: bool = False) -> None:
-        """Put the grid at ``step`` (out, groups), in units of the weight, and scale to match.
+        """Put the grid at ``step`` (out, groups), in units of the weight, and the scale with it.
 
-        ``refit`` fits the scale to the latent by least squares instead of taking ``step``.
+        ``offset`` (out, 1) becomes the learned offset, where the layer has one. ``refit`` fits the
+        scale to the latent by least squares instead of taking ``step``.
         """
-        assert self.weight_step is not None and self.weight_log_scale is not None
+        _, weight_step, log_scale = self.grid()
         std = (self.weight.var(dim=1, keepdim=True, correction=0) + 1e-12).sqrt()
-        self.weight_step.copy_(step / std)
+        weight_step.copy_(step / std)
         scale = step
         if refit:
-            assert self.spec.weight_levels is not None
             units = self.weight_units().view(*step.shape, -1)
-            centred = self.weight - self.weight.mean(dim=1, keepdim=True)
-            fit = (units * centred.view_as(units)).sum(-1) / units.square().sum(-1).clamp(min=1e-12)
+            centered = self.weight - self.weight.mean(dim=1, keepdim=True)
+            square = units.square().sum(-1).clamp(min=1e-12)
+            fit = (units * centered.view_as(units)).sum(-1) / square
             scale = torch.where(fit > 0, fit, step)
-        self.weight_log_scale.copy_(scale.log())
+        log_scale.copy_(scale.log())
         if self.weight_offset is not None and offset is not None:
             self.weight_offset.copy_(offset)
 
+    def grid(self) -> tuple[int, nn.Parameter, nn.Parameter]:
+        """The weight's levels, ``weight_step`` and ``weight_log_scale``.
+
+        Raises:
+            ValueError: the weight is float, or multiplied as float for the moment.
+        """
+        levels, step, log_scale = self.spec.weight_levels, self.weight_step, self.weight_log_scale
+        if levels is None or step is None or log_scale is None:
+            raise ValueError(
+                f"weight_levels={levels}, and the weight {tuple(self.weight.shape)} has no grid in "
+                "force: only quantised weights have codes and scales"
+            )
+        return levels, step, log_scale
+
     def weight_codes(self) -> Tensor:
-        """Codes (out, in), float in 0..M-1."""
-        assert self.weight_step is not None and self.spec.weight_levels is not None
-        return weight_codes(self.weight, self.weight_step, self.spec.weight_levels)
+        """The weight's codes (out, in), floats in 0..M-1."""
+        levels, step, _ = self.grid()
+        return weight_codes(self.weight, step, levels)
 
     def weight_units(self) -> Tensor:
-        """Codes centred on zero: (out, in) in -(M-1)/2 .. (M-1)/2."""
-        assert self.spec.weight_levels is not None
-        return self.weight_codes() - (self.spec.weight_levels - 1) / 2
+        """The weight's codes around zero: (out, in) in -(M-1)/2 .. (M-1)/2."""
+        return self.weight_codes() - grid_center(self.spec.weight_grid_levels)
 
     def weight_scale(self) -> Tensor:
         """What one code is worth, (out, groups), rounded as it is stored; differentiable."""
-        assert self.weight_log_scale is not None
+        if self.weight_log_scale is None:
+            raise ValueError("weight_levels=None: the layer's weight is float and has no scales")
         return stored_scale(self.weight_log_scale.exp())
 
     def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The (out, in) weight in force, in ``dtype`` (None: the latent's); differentiable."""
-        if self.weight_step is None or self.weight_log_scale is None:
+        """The weight in force (out, in), in ``dtype`` (None: the latent's); differentiable."""
+        if self.weight_step is None:
             return self.weight.to(dtype or self.weight.dtype)
-        assert self.spec.weight_levels is not None
+        levels, step, _ = self.grid()
         return fake_quantize_weight(
-            self.weight,
-            self.weight_step,
-            self.weight_scale(),
-            self.weight_offset,
-            self.spec.weight_levels,
-            dtype,
+            self.weight, step, self.weight_scale(), self.weight_offset, levels, dtype
         )
 
     def input_weight(self) -> Tensor:
-        """The latent (out, in) as the unrotated input meets it."""
+        """The latent (out, in) in the basis of the input, before any rotation."""
         return rotate(self.weight, self.rotation)
 
     @torch.no_grad()
     def set_input_weight(self, weight: Tensor) -> None:
-        """Set the latent from ``weight`` (out, in), which the unrotated input would meet."""
+        """Set the latent from ``weight`` (out, in), given in the basis of the input."""
         self.weight.copy_(rotate(weight, self.rotation))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -181,9 +194,10 @@ class MaQDLinear(nn.Linear):
         context: BatchContext | None = None,
         start: Start | None = "search",
     ) -> MaQDLinear:
-        """A quantised copy of an ``nn.Linear`` or a ``Conv1D`` (weight (in, out)), same device.
+        """A quantised copy of an ``nn.Linear``, or of a ``Conv1D`` (weight (in, out)).
 
-        ``start=None`` leaves the grid to a later ``reset_quantizer``.
+        The copy is on the same device. ``start=None`` leaves the grid to a later
+        ``reset_quantizer``.
         """
         weight: Tensor = linear.weight  # type: ignore[assignment]
         bias: Tensor | None = getattr(linear, "bias", None)

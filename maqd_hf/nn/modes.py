@@ -11,7 +11,15 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, eval mode; every module's own mode comes back afterwards."""
+    """Evaluate ``model``: no gradients, eval mode; every module's own mode comes back afterwards.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    >>> with evaluating(model):
+    ...     print(model[0].training, torch.is_grad_enabled())
+    False False
+    >>> [module.training for module in model]
+    [True, False]
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,22 +1,34 @@
-"""Layer-Batch Normalization: trains like a layer norm, and at inference its statistics are fixed.
+"""Layer-Batch Normalization: it trains like a layer norm and divides by a constant at inference.
 
 Our reading of arXiv:2403.14999. In training every sample is divided by the root mean square pooled
 over its own tokens and features, with the gradient through it; a running average of the log
 statistic becomes the one scalar used at inference. A LayerNorm's centring stays exact and per token
-(W(x - mean) costs nothing extra: centring is linear), RMS norms are not centred.
+(W(x - mean) costs nothing extra: centring is linear), RMS norms are not centred. Frozen statistics
+of single tokens cost 0.7 nats, pooled ones nothing (notebook: "Which statistics can be made static,
+from scratch").
 
-Why pooled and not per token: a running average of per-token statistics destroys a model that was
-trained with per-token ones, pooled statistics do not (``scripts/experiments/lbn_from_scratch.py``).
+A norm is in one of four states, and the whole package uses these words for them:
+
+=========  ===============================================  ====================================
+state      what an input is divided by                      what sets it
+=========  ===============================================  ====================================
+token      each token's own root mean square, always        ``statistics="token"``
+gate open  in training the sample's, pooled over tokens;    ``statistics="gated"``, ``gate`` 1;
+           in evaluation the running average                a gate of 0 is closed: as "token"
+fixed      the running average, in training too, without    ``statistics="gated"``, ``gate`` 1
+           a gradient                                       and the attribute ``fixed``
+static     the running average, a constant                  ``statistics="static"``, by packing
+=========  ===============================================  ====================================
 
 Not in the paper, for pretrained models:
+
 - ``gate`` g in [0, 1] mixes log statistics, (1 - g) * token + g * pooled, so that conversion
   (g = 0) changes nothing and a schedule can move the model over;
 - the first token of a sequence may keep its own statistic (``first_token="own"``): pretrained
-  models park a massive activation there (rms 960 against 6 to 30 in SmolLM2-135M). It costs
-  nothing in decoding, where no first token occurs;
-- ``fixed`` ends a training with the running averages already, as constants without a gradient: the
-  model adapts to the statistics it will have. From the start this fails; as the last 40 % of the
-  steps it won 0.03 nats and more from scratch (``scripts/experiments/lbn_batch_size.py``);
+  models park a massive activation there, of rms 960 against 6 to 30 (notebook: "Massive activations
+  on first tokens"). It costs nothing in decoding, where no first token occurs;
+- ``fixed`` norms at the end of a training let the model adapt to the constants it will have: 0.03
+  nats and more from scratch (notebook: "Norms that end their training with constants");
 - ``pooling="geometric"`` averages log statistics, so that one massive token cannot own the mean.
 
 Static norms alone are not new; see FakeLN (arXiv:2409.13710, 2507.02559), TaperNorm (2602.10408),
@@ -42,6 +54,7 @@ from .stamp import Derived
 Statistics = Literal["token", "gated", "static"]
 
 MOMENTUM_BATCH = 8
+"""The number of samples that ``NormSpec.momentum`` speaks of."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,8 @@ class NormSpec:
     Args:
         centered: subtract each token's mean first (LayerNorm) or not (RMSNorm).
         weight, bias: whether an affine is left (False once absorbed by the consumers).
-        statistics: "token" (the original norm), "gated" (QAT, see module docstring) or "static".
+        statistics: "token" (the original norm), "gated" (in training) or "static" (in inference),
+            see the table of states in the module's docstring.
         first_token: "own": the first token of a sequence keeps its own statistic; "shared": it
             takes part like any other.
         pooling: "mean" of squares over the sample's tokens, or "geometric" (mean of logs).
@@ -77,19 +91,19 @@ class NormSpec:
 
 
 def _recomputing() -> bool:
-    """True while autograd runs a forward again for gradient checkpointing."""
+    """Whether autograd is running a forward again for gradient checkpointing."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
 
 
 class LayerBatchNorm(nn.Module):
-    """Layer-Batch Normalization over inputs (batch, tokens, features); see the module docstring.
+    """Layer-Batch Normalization of inputs (batch, tokens, features); see the module's docstring.
 
-    Parameters ``weight`` and ``bias`` are (features,) or None. Buffers, float32 and in every
-    checkpoint: ``running_log_ms`` (1,), ``batches_seen`` (1,), ``gate`` (1,). Buffers, because they
-    change in forward and must neither be sharded nor optimised. While ``fixed`` (an attribute, set
-    by a schedule) training uses the running average and does not move it.
+    The parameters ``weight`` and ``bias`` are (features,) or None. ``running_log_ms`` (1,),
+    ``batches_seen`` (1,) and ``gate`` (1,) are float32 and in every checkpoint; they are buffers,
+    because they change in forward and must neither be sharded nor optimised. While the attribute
+    ``fixed`` is True, training uses the running average and does not move it.
 
     >>> norm = LayerBatchNorm(4, NormSpec(weight=False))
     >>> x = torch.randn(2, 3, 4)
@@ -126,7 +140,7 @@ class LayerBatchNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Affine to identity, statistics forgotten, gate closed (the original norm)."""
+        """Set the affine to identity, forget the statistics and close the gate."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
@@ -142,7 +156,7 @@ class LayerBatchNorm(nn.Module):
         return super()._apply(without_narrowing(fn, [*self.parameters(), *self.buffers()]), recurse)
 
     def native_norm(self) -> NativeNorm:
-        """What the compiled library is given of a norm that is not "gated"."""
+        """The norm as the compiled library reads it; for norms that are not "gated"."""
         tensors = (*self._parameters.values(), self._buffers["running_log_ms"])
         return self._native.get(tensors, self._make_native, self.spec)
 
@@ -167,7 +181,7 @@ class LayerBatchNorm(nn.Module):
         return serves(x, self.running_log_ms)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, ..., features) -> the same shape and dtype."""
+        """The normalised ``x`` (batch, ..., features), in its shape and dtype."""
         if self._native_serves(x):
             norm = self.native_norm()
             return norm(x, self.context.masks_for(x)[1] if norm.own_first else None)
@@ -182,6 +196,7 @@ class LayerBatchNorm(nn.Module):
         return y.to(x.dtype)
 
     def _dynamic(self, x: Tensor) -> Tensor:
+        """``x`` (batch, ..., features) over the statistic of a "token" or "gated" norm."""
         token = token_log_ms(x, self.eps)
         if self.spec.statistics == "token":
             return normalize(x, token)
@@ -198,6 +213,7 @@ class LayerBatchNorm(nn.Module):
         return normalize(x, mixed if own_first is None else torch.where(own_first, token, mixed))
 
     def _static(self, x: Tensor) -> Tensor:
+        """``x`` (batch, ..., features) over the constant of a "static" norm."""
         static = self.running_log_ms
         absorbed = static if self.spec.absorbed else torch.zeros_like(static)
         _, first = self.context.masks_for(x)
@@ -210,6 +226,10 @@ class LayerBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _observe(self, pooled: Tensor, counted: Tensor | None) -> None:
+        """Move the running average towards the samples' statistics ``pooled`` (batch, 1, ...).
+
+        ``counted`` (batch, ...) marks the tokens that count: a sample without one does not.
+        """
         if _recomputing():
             return
         new = pooled.detach().to(self.running_log_ms.dtype).flatten()

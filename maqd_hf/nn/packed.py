@@ -1,7 +1,7 @@
-"""Inference layers that hold packed codes and never a float weight.
+"""Layers for inference, which hold packed codes and never a float weight.
 
-The codes stand in the parameter named ``weight``, as int32 words: a loader that does not know this
-package fails on the shape instead of giving a random model.
+The codes are in the parameter named ``weight``, as int32 words: a loader that does not know this
+package fails on its shape instead of giving a random model.
 """
 
 from __future__ import annotations
@@ -37,20 +37,16 @@ def check_calibrated(layer: MaQDLinear, name: str) -> None:
 
 
 class PackedLinear(nn.Module):
-    """Linear layer on packed codes; the packed form of ``MaQDLinear``.
+    """A linear layer on packed codes: what packing makes of a ``MaQDLinear``.
 
-    Frozen parameters (parameters and not buffers, so that offloading moves them): ``weight_scale``
-    (out, groups) of ``functional.scale_dtype``, ``weight`` (out, words) int32,
-    ``weight_offset`` (out, 1) or None, ``activation_step`` (1,) or None and ``bias`` (out,) or
-    None, all float32.
+    Its parameters are frozen (and no buffers, so that offloading moves them): ``weight_scale``
+    (out, groups) of ``functional.scale_dtype``, ``weight`` (out, words) int32, and in float32
+    ``weight_offset`` (out, 1) or None, ``activation_step`` (1,) or None, ``bias`` (out,) or None.
 
     The compiled kernel sums integers, the torch reference floats: both use the same codes, and
-    their outputs agree to float32 rounding (about 1e-6 of the output's norm).
-
-    Every layer multiplies for itself. Tried: the first of those that read one input, as q, k and v
-    do, for all of them in one call, found by watching who follows whom on the same tensor. A token
-    of SmolLM2-135M's own forward took 17.9 ms so and 17.7 without on one thread, 24.5 and 21.5 on
-    two: the watching takes what the calls save. The native decode step is one call anyway.
+    their outputs agree to float32 rounding (about 1e-6 of the output's norm). Every layer
+    multiplies for itself: one call for q, k and v took 17.9 ms a token and three 17.7 (notebook:
+    "One call for the layers that read one input").
     """
 
     def __init__(
@@ -72,7 +68,7 @@ class PackedLinear(nn.Module):
         floats = torch.float32
         groups = self.groups = spec.groups(in_features)
         self.rotation = spec.rotation_size(in_features)
-        # First, as models take their first parameter's dtype for that of activations.
+        # The scale comes first: models take their first parameter's dtype for that of activations.
         self.weight_scale = _frozen((out_features, groups), scale_dtype(groups), device)
         self.weight = _frozen((out_features, words), torch.int32, device)
         self.weight_offset = (
@@ -81,12 +77,16 @@ class PackedLinear(nn.Module):
         self.activation_step = _frozen((1,), floats, device) if spec.static_activations else None
         self.bias = _frozen((out_features,), floats, device) if bias else None
         self._native: Derived[kernels.NativeWeight] = Derived()
-        self._number = kernels.register(self)  # by which compiled graphs find the layer
+        self._number = kernels.register(self)  # compiled graphs find the layer by it
 
     @classmethod
     @torch.no_grad()
     def from_qat(cls, layer: MaQDLinear) -> PackedLinear:
-        """Pack a trained layer; ``ValueError`` if its activations were never calibrated."""
+        """The packed form of a trained layer.
+
+        Raises:
+            ValueError: the layer has a static activation step that was never calibrated.
+        """
         check_calibrated(layer, f"MaQDLinear({layer.extra_repr()})")
         packed = cls(
             layer.in_features,
@@ -111,15 +111,15 @@ class PackedLinear(nn.Module):
         return super()._apply(without_narrowing(fn, self.parameters(), self.weight_scale), recurse)
 
     def widen_scale(self) -> None:
-        """Hold the scales in float32, for a loader; ``narrow_scale`` has the last word."""
+        """Hold the scales in float32 while a file is loaded; ``narrow_scale`` undoes it."""
         self.weight_scale.data = self.weight_scale.data.float()
 
     def narrow_scale(self) -> None:
-        """Hold the scales as they are stored; rounds those of a file that had them in float32."""
+        """Hold the scales in their stored dtype; float32 ones, as older files have, are rounded."""
         self.weight_scale.data = self.weight_scale.data.to(scale_dtype(self.weight_scale.shape[1]))
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """``x``, in the basis of the weight, on the activation grid; itself for float ones."""
+        """``x`` (..., in), in the basis of the weight, on the activation grid if there is one."""
         if self.spec.activation_levels is None:
             return x
         return round_inputs(x, self.spec, self.activation_step, self.context)
@@ -131,12 +131,12 @@ class PackedLinear(nn.Module):
         )
 
     def native_weight(self) -> kernels.NativeWeight:
-        """The weight in the kernel's layout (``GpuWeight`` on a GPU)."""
-        # All of them: to take some by name, `Module` has to look for each.
+        """The weight in the kernel's layout (``GpuWeight`` on a GPU), made anew when it changed."""
+        # It is made from all parameters: to take some, `Module` would look each up by name.
         return self._native.get(self._parameters.values(), self._make_native)
 
     def _make_native(self) -> kernels.NativeWeight:
-        # The library rotates a token as it quantises it; on a GPU `forward` did so before.
+        # On a CPU the library rotates a token as it quantises it, on a GPU `forward` has done so.
         rotation = {"rotation": self.rotation} if self.weight.is_cpu else {}
         return kernels.weight_type(self.weight.device)(
             self.weight,
@@ -156,16 +156,21 @@ class PackedLinear(nn.Module):
         self._number = kernels.register(self)
 
     def _native_step(self, x: Tensor) -> Tensor | None:
-        """The activation step the compiled kernel is given: 0 asks for a token's own, None for
-        every token's own, or for float activations."""
+        """The activation steps for the compiled kernel.
+
+        A step of 0 asks for a token's own; None stands for the own step of every token, or for
+        float activations.
+        """
         if self.activation_step is None:
             return None
         own = torch.zeros_like(self.activation_step)
         return activation_step(x, self.spec, self.activation_step, self.context, own)
 
     def product(self, x: Tensor, step: Tensor | None) -> Tensor:
-        """The compiled kernel's product of ``x`` (..., in), quantised with ``step`` unless None;
-        the one for the CPU rotates ``x`` first, the one for a GPU takes it rotated."""
+        """The compiled kernel's product of ``x`` (..., in), quantised with ``step`` unless None.
+
+        The kernel for the CPU rotates ``x`` first, the one for a GPU takes it rotated.
+        """
         return self.native_weight()(x, step)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,9 +196,10 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Embedding on packed codes; parameters as in ``PackedLinear``, one scale per row.
+    """An embedding on packed codes: what packing makes of a ``MaQDEmbedding``.
 
-    The output has the dtype of the empty parameter ``output_like``.
+    Its parameters are those of a ``PackedLinear`` with one scale a row. The output has the dtype of
+    the empty parameter ``output_like``.
     """
 
     output_like: nn.Parameter
@@ -221,7 +227,7 @@ class PackedEmbedding(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_qat(cls, table: MaQDEmbedding) -> PackedEmbedding:
-        """Pack a trained embedding."""
+        """The packed form of a trained embedding."""
         packed = cls(
             table.num_embeddings,
             table.embedding_dim,

@@ -1,9 +1,8 @@
-"""What casting a model (``.half()``, ``.to(torch.bfloat16)``) does to our layers' tensors, and
-where bfloat16 products are worth asking for.
+"""The dtypes of our layers: what casting a model does to them, and where bfloat16 pays.
 
-All tensors of our layers stay float32: eight bits of mantissa would move every level of a grid.
-Scales of groups are stored in 16 bits, which training knows of; they stay as they are. What the
-layers put out has the dtype of their input.
+A cast of the model (``.half()``, ``.to(torch.bfloat16)``) leaves all tensors of our layers in
+float32: eight bits of mantissa would move every level of a grid. Scales of groups are stored in 16
+bits, which training knows of, and stay so. The outputs of the layers have the dtype of their input.
 """
 
 from __future__ import annotations
@@ -20,8 +19,11 @@ Apply = Callable[[Tensor], Tensor]
 def without_narrowing(
     fn: Apply, protected: Iterable[Tensor | None], scale: Tensor | None = None
 ) -> Apply:
-    """``fn`` of ``nn.Module._apply``, except that it moves ``protected`` without narrowing them,
-    and a ``scale`` that is narrow already without casting it at all."""
+    """The ``fn`` of ``nn.Module._apply``, changed so that it does not narrow our tensors.
+
+    It moves the tensors ``protected`` without narrowing them, and a ``scale`` that is narrow
+    already without casting it at all.
+    """
     ids = {id(tensor) for tensor in protected if tensor is not None}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -35,7 +37,7 @@ def without_narrowing(
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast makes of ``x`` and a weight before it multiplies them; ``x``'s own without."""
+    """The dtype in which ``x`` meets a weight: autocast's where it is on, else ``x``'s own."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
@@ -43,10 +45,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def mark_output_dtype(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Give an embedding an empty first parameter ``output_like``, of the dtype it puts out.
+    """Give an embedding an empty first parameter ``output_like`` of the dtype of its outputs.
 
-    Its rows are float32, those of a plain embedding would have the model's dtype; transformers
-    takes that from a model's first float parameter, and writes it into ``config.json``.
+    transformers takes a model's dtype from its first float parameter and writes it into
+    ``config.json``. Our rows are float32, where a plain embedding's have the model's dtype.
     """
     rest = dict(module._parameters)
     device = next(p.device for p in rest.values() if p is not None)

@@ -10,14 +10,15 @@ from ..functional import check_levels, get_surrogate
 from .context import FirstToken
 
 ActivationScaling = Literal["static", "token", "group"]
-"""Whose step an input is rounded with: "static", one learned step, so that nothing is reduced at
-inference; "token", one a token, from its absmax; "group", one for every group of a token's inputs
-that share a weight scale, from that group's absmax (one a token where a row has one scale).
+"""Which step an input is rounded with: "static", one learned step, so that nothing is reduced at
+inference; "token", a step of each token, from its absmax; "group", a step of every group of a
+token's inputs that share a weight scale, from that group's absmax (the token's where a row has one
+scale).
 
 The paper has the first. Steps of groups are Atom's (arXiv:2310.19102): a large input then coarsens
-the grid of its neighbours only, which few levels need (``functional.token_step`` has figures). In
-the compiled product they are one more multiplication a group and row: 1.03 of the time of one a
-token for one token, 1.0 to 1.15 for 64 (groups of 64, 1536 x 1536, 2 and 4 bit, one thread)."""
+the grid of its neighbours only, which few levels need (notebook: "Clipping a token's grid"). For
+one token they take 1.03 of the time that steps of tokens take (notebook: "What steps of groups cost
+in the product")."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,16 @@ class LinearSpec:
         activation_levels: M of the input, 2..256, or None to keep it float.
         activation_scaling: "static", "token" or "group", see ``ActivationScaling``.
         activation_clip_ratio: share of its absmax that the grid of a token, or group, covers, in
-            (0, 1]; what lies beyond is clipped. 1: nothing is (``functional.token_step`` has
-            figures).
+            (0, 1]; what lies beyond is clipped, at 1 nothing (``functional.token_step``).
         first_token: "own": with static scaling, the first token of a sequence still gets a step
-            of its own (pretrained models park a massive activation there); or "shared".
+            of its own (pretrained models park a massive activation there); "shared": it has the
+            layer's, like any other.
         group_size: inputs that share a weight scale, must divide the input width; None: the row.
         weight_offset: keep the row mean that standardisation removes as a learned offset.
         surrogate: gradient of the activation staircase, a key of ``functional.SURROGATES``.
-        rotation: inputs that a Hadamard transform mixes before they are quantised, a power of two,
-            or less where it does not divide the width (``rotation_size``); None: not rotated.
+        rotation: neighbouring inputs that a Hadamard transform mixes before they are quantised, a
+            power of two; fewer where it does not divide the width (``rotation_size``); None: the
+            input is not rotated.
     """
 
     weight_levels: int | None = 16
@@ -76,23 +78,42 @@ class LinearSpec:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"group_size={size!r}: a positive int, or None for the row")
         get_surrogate(self.surrogate)
-        turn = self.rotation
-        if turn is not None and (
-            isinstance(turn, bool) or not isinstance(turn, int) or turn < 2 or turn & (turn - 1)
+        mix = self.rotation
+        if mix is not None and (
+            isinstance(mix, bool) or not isinstance(mix, int) or mix < 2 or mix & (mix - 1)
         ):
-            raise ValueError(f"rotation={turn!r}: a power of two from 2, or None")
+            raise ValueError(f"rotation={mix!r}: a power of two from 2, or None")
 
     @property
     def static_activations(self) -> bool:
+        """Whether inputs are quantised with one learned step."""
         return self.activation_levels is not None and self.activation_scaling == "static"
 
     @property
     def input_group(self) -> int | None:
-        """Inputs of a token that share a step of their own, where not all do."""
+        """The number of a token's inputs that share a step; None where all of them do."""
         return self.group_size if self.activation_scaling == "group" else None
 
+    @property
+    def weight_grid_levels(self) -> int:
+        """``weight_levels`` of a layer that quantises its weight; ``ValueError`` if it does not."""
+        if self.weight_levels is None:
+            raise ValueError("weight_levels=None: the layer's weight is float and has no grid")
+        return self.weight_levels
+
+    @property
+    def input_grid_levels(self) -> int:
+        """``activation_levels`` of a layer that quantises its input; ``ValueError`` if not."""
+        if self.activation_levels is None:
+            raise ValueError("activation_levels=None: the layer's input is float and has no grid")
+        return self.activation_levels
+
     def groups(self, in_features: int) -> int:
-        """Groups a row of ``in_features`` has; ``ValueError`` if ``group_size`` does not divide."""
+        """The number of groups in a row of ``in_features``.
+
+        Raises:
+            ValueError: ``group_size`` does not divide ``in_features``.
+        """
         if self.group_size is None:
             return 1
         if in_features % self.group_size:
@@ -103,12 +124,16 @@ class LinearSpec:
         return in_features // self.group_size
 
     def on_table(self, levels: int) -> LinearSpec:
-        """The settings of a head that shares an embedding's grid of ``levels``."""
+        """These settings for a head that shares an embedding's grid of ``levels``."""
         return replace(
             self, weight_levels=levels, group_size=None, weight_offset=True, rotation=None
         )
 
     def rotation_size(self, in_features: int) -> int:
-        """Neighbouring inputs that are mixed: the largest power of two up to ``rotation`` that
-        divides the width; 1: none are."""
+        """How many neighbouring inputs are mixed: the largest power of two up to ``rotation`` that
+        divides the width; 1: none are.
+
+        >>> LinearSpec(rotation=512).rotation_size(576)
+        64
+        """
         return math.gcd(self.rotation or 1, in_features)

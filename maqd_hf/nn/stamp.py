@@ -1,4 +1,4 @@
-"""Noticing that tensors changed, for what was made from them and is kept."""
+"""Values that were made from tensors and are kept while these do not change."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Stamp:
-    """Says whether tensors are still what they were.
+    """A mark of tensors that tells whether they are still what they were.
 
-    Holds their memory, or a new tensor could take the place of an old one unnoticed. Tensors made
-    under ``torch.inference_mode`` count no changes: those in place are not seen.
+    It holds their memory: a new tensor could take the place of a freed one unnoticed. Tensors made
+    under ``torch.inference_mode`` do not count their changes, so changes in place are not seen.
 
     >>> import torch
     >>> tensor = torch.zeros(2)
@@ -28,14 +28,15 @@ class Stamp:
         self._state = _state(self._kept)
 
     def fits(self, tensors: Iterable[Tensor | None]) -> bool:
+        """Whether these are the marked tensors, unchanged."""
         return _state(tensors) == self._state
 
 
 class Derived(Generic[T]):
-    """What a module made from its tensors, made again whenever one of them changed.
+    """A value that a module makes from its tensors, made again whenever one of them has changed.
 
-    A copy or a pickle of it is empty: what the library is given holds pointers, and those do not
-    travel.
+    A copy or a pickle of it is empty: values for the library hold pointers, which mean nothing
+    elsewhere.
 
     >>> import copy, torch
     >>> tensor, made = torch.zeros(2), Derived()
@@ -53,7 +54,7 @@ class Derived(Generic[T]):
     def get(
         self, tensors: Collection[Tensor | None], make: Callable[[], T], setting: object = None
     ) -> T:
-        """What ``make`` returned for these tensors and this very ``setting``."""
+        """The value that ``make`` returned for these tensors and this very ``setting``."""
         known = self._known
         if known is None or known[0] is not setting or not known[1].fits(tensors):
             known = self._known = (setting, Stamp(tensors), make())
@@ -64,6 +65,7 @@ class Derived(Generic[T]):
 
 
 def _state(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Where the tensors lie, and how often each was changed in place."""
     return [
         number
         for tensor in tensors

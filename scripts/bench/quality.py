@@ -123,7 +123,7 @@ def go_on(row: Row, checkpoints: Path | None) -> tuple[PreTrainedModel, dict[str
     return model, {"bits_per_weight": model_size(model).bits_per_quantized_weight}
 
 
-def distil(
+def distill(
     model: PreTrainedModel,
     row: Row,
     task: Task,
@@ -190,13 +190,13 @@ def run_row(
     """Quantise, train if wanted, measure.
 
     ``base``: the float model's run, for the card; ``others``: runs of this row at other rates, only
-    a model better than theirs is kept; ``checkpoints``: as in `distil`.
+    a model better than theirs is kept; ``checkpoints``: as in `distill`.
     """
     set_seed(seed)
     began = time.perf_counter()
     model, found = go_on(row, checkpoints) or start(row, task)
     if rate is not None:
-        found |= distil(model, row, task, rate, seed, checkpoints)
+        found |= distill(model, row, task, rate, seed, checkpoints)
     if "QAT" in row.method:
         model = finish_qat(model)
     found["seconds"] = round(time.perf_counter() - began)

@@ -201,12 +201,12 @@ def run_row(row: Row, task: Task, levels: int) -> dict[str, Any]:
         record("block-wise")
     left = arguments.tokens - epochs * ids.numel()
     if left >= arguments.batch_size * arguments.sample_tokens:
-        distil(model, task, left)
+        distill(model, task, left)
         record("end to end")
     return found
 
 
-def distil(model: PreTrainedModel, task: Task, tokens: int) -> None:
+def distill(model: PreTrainedModel, task: Task, tokens: int) -> None:
     """Train the whole model on the float model's predictions."""
     arguments = task.arguments
     blocks: Dataset = task.blocks.shuffle(seed=arguments.seed)

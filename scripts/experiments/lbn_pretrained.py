@@ -174,7 +174,7 @@ def language_model(
     start = token_loss(student, text.held_out)
     chosen = selected_norms(student, norms, sample[: text.judged], arguments.tolerance)
     if text.steps:
-        distil(student, teacher, norms, seed, text, chosen["static"])
+        distill(student, teacher, norms, seed, text, chosen["static"])
     else:
         if norms.startswith("static"):
             calibrate_norm_statistics(student, sample[: text.judged])
@@ -186,7 +186,7 @@ def language_model(
     return {**losses, "loss": token_loss(student, text.held_out), **chosen}
 
 
-def distil(
+def distill(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     norms: str,
@@ -250,7 +250,7 @@ def minilm(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
     calibrate(student, batches, smoothing=False, progress=False)
     chosen = selected_norms(student, norms, batches, arguments.tolerance)
     losses = {"float": text_loss(work, teacher), "start": text_loss(work, student)}
-    work.distil(student, teacher, GRID["weight_levels"], chosen["static"])
+    work.distill(student, teacher, GRID["weight_levels"], chosen["static"])
     losses["trained"] = text_loss(work, student)
     pack_model(student)
     accuracy = {

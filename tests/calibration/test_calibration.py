@@ -74,9 +74,9 @@ def hooks_of(model: nn.Module) -> int:
 
 
 def searched_grid(weight: torch.Tensor, levels: int, groups: int) -> Grid:
-    centre = weight.mean(1, keepdim=True)
-    step = search_step((weight - centre).view(len(weight), groups, -1), levels)
-    return Grid(stored_scale(step), centre, levels)
+    center = weight.mean(1, keepdim=True)
+    step = search_step((weight - center).view(len(weight), groups, -1), levels)
+    return Grid(stored_scale(step), center, levels)
 
 
 def squared_output_error(layer: MaQDLinear, weight: torch.Tensor, x: torch.Tensor) -> float:
@@ -143,7 +143,7 @@ def test_compensation_does_not_depend_on_the_block_size(inputs, act_order):
     assert float((whole == parts).float().mean()) > 0.99  # a tie may round the other way
 
 
-def test_compensate_equals_optimal_brain_quantisation(inputs):
+def test_compensate_equals_optimal_brain_quantization(inputs):
     """Slow reference: after each rounded column, the best real values of all later ones."""
     weight = torch.randn(4, 64).double()
     grid = searched_grid(weight.float(), 8, 1)
@@ -152,8 +152,8 @@ def test_compensate_equals_optimal_brain_quantisation(inputs):
     h, w = hessian.matrix.double(), weight.clone()
     expected = torch.empty_like(w)
     for j in range(64):
-        code = quantize(w[:, j : j + 1] - grid.centre, 8, grid.step)
-        value = dequantize(code, 8, grid.step) + grid.centre
+        code = quantize(w[:, j : j + 1] - grid.center, 8, grid.step)
+        value = dequantize(code, 8, grid.step) + grid.center
         expected[:, j : j + 1] = code
         gap = w[:, j : j + 1] - value
         if j < 63:  # minimise the error over columns j+1.. given the gap in column j
@@ -196,7 +196,7 @@ def test_fit_scales_recovers_the_scales_that_made_the_weight(inputs):
     start = Grid(torch.ones(6, 4), torch.zeros(6, 1), 8)
     scale, offset = fit_scales(truth.values(codes), codes, start, torch.eye(64), offset=True)
     torch.testing.assert_close(scale, truth.step, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(offset, truth.centre, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(offset, truth.center, atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------- codes -> latent
@@ -222,7 +222,7 @@ def test_a_layer_reproduces_its_codes_bit_for_bit(inputs, levels, group_size, of
     if offset:  # without an offset, a row far from zero has codes on one side only
         assert lost == 0
         torch.testing.assert_close(layer.quantized_weight(), grid.values(codes))
-    torch.testing.assert_close(layer.weight.mean(1, keepdim=True)[kept], grid.centre[kept])
+    torch.testing.assert_close(layer.weight.mean(1, keepdim=True)[kept], grid.center[kept])
 
 
 def test_the_latent_moves_no_more_than_it_must():
@@ -359,7 +359,7 @@ def test_one_batch_and_several_give_the_same_model(request, ids, family, correct
     assert next((share for share in same if share < 1), 1.0) > 0.98
 
 
-def test_a_block_runs_once_in_float_and_once_quantised_and_the_head_never(tiny_llama, ids):
+def test_a_block_runs_once_in_float_and_once_quantized_and_the_head_never(tiny_llama, ids):
     quantize_model(tiny_llama, weight_levels=4, activation_levels=255, layer_batch_norm=False)
     runs = {"mlp.down_proj": [], "lm_head": []}
     tiny_llama.model.layers[1].mlp.down_proj.register_forward_hook(

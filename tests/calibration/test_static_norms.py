@@ -125,7 +125,7 @@ def test_one_bad_norm_in_a_chunk_does_not_cost_the_others(llama: PreTrainedModel
     assert json.loads(json.dumps(selection.to_dict(), allow_nan=False))["tolerance"] == 1e9
 
 
-def test_quantised_weights_are_those_that_count(tiny_llama: LlamaForCausalLM) -> None:
+def test_quantized_weights_are_those_that_count(tiny_llama: LlamaForCausalLM) -> None:
     quantize_model(tiny_llama, weight_levels=3, activation_levels=None, embedding_levels=15)
     for choice in select_static_norms(tiny_llama, TOKENS, 1e9, progress=False).choices:
         expected = divergence(tiny_llama, TOKENS, [choice.name])

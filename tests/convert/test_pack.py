@@ -170,7 +170,7 @@ def test_plain_transformers_loads_what_dequantize_model_leaves(tmp_path: Path) -
     assert result.returncode == 0 and "all equal" in result.stdout, result.stderr[-2000:]
 
 
-def test_a_dequantised_model_can_be_converted_again() -> None:
+def test_a_dequantized_model_can_be_converted_again() -> None:
     model = trained("llama-tied", **SETTINGS)
     pack_model(model)
     dequantize_model(model)
@@ -224,7 +224,7 @@ def test_the_dtype_of_the_result(dtype: torch.dtype | None) -> None:
     assert output(model, example(model)).dtype == wanted
 
 
-def test_only_maqd_models_can_be_dequantised() -> None:
+def test_only_maqd_models_can_be_dequantized() -> None:
     with pytest.raises(ValueError, match="not a MaQD model"):
         dequantize_model(tiny("gpt2"))
     assert MaQDConfig().state == "qat"

@@ -51,7 +51,7 @@ class LiarNorm(nn.LayerNorm):
         (LiarNorm(8, bias=False), NormKind(8, False, True, False, 1e-5)),
     ],
 )
-def test_norms_are_recognised_by_what_they_compute(norm: nn.Module, kind: NormKind) -> None:
+def test_norms_are_recognized_by_what_they_compute(norm: nn.Module, kind: NormKind) -> None:
     before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
     assert looks_like_norm(norm) and probe_norm(norm) == kind
     assert all(torch.equal(norm.state_dict()[name], before[name]) for name in before)

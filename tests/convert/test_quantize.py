@@ -35,7 +35,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Tensor], classes: list[
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_quantisers_and_with_closed_gates_nothing_changes(family: str) -> None:
+def test_without_quantizers_and_with_closed_gates_nothing_changes(family: str) -> None:
     model = tiny(family)
     inputs = example(model)
     before = output(model, inputs)

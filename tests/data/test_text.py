@@ -5,7 +5,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 from transformers import default_data_collator
 
-from maqd_hf.data.text import load_labelled, load_split, load_text, spread_samples, tokenize_blocks
+from maqd_hf.data.text import load_labeled, load_split, load_text, spread_samples, tokenize_blocks
 
 
 @pytest.fixture
@@ -162,22 +162,22 @@ def test_missing_sources(tmp_path):
         load_text("nobody-at-all/no-such-dataset")
 
 
-def test_labelled_texts(tmp_path):
+def test_labeled_texts_are_text_and_class_numbers(tmp_path):
     path = tmp_path / "rows.parquet"
     rows = {"label": ["no", "yes"], "gold": [0, 1], "sentence": ["a", "b"], "half": [0.0, 1.0]}
     Dataset.from_dict(rows).to_parquet(path)
-    found = load_labelled(str(path), text_column="sentence", label_column="gold")
+    found = load_labeled(str(path), text_column="sentence", label_column="gold")
     assert found.to_dict() == {"text": ["a", "b"], "label": [0, 1]}
     with pytest.raises(ValueError, match=r"which column holds the text.*'label', 'sentence'"):
-        load_labelled(str(path), label_column="gold")
+        load_labeled(str(path), label_column="gold")
     with pytest.raises(ValueError, match="no column 'stars'; there are label, gold"):
-        load_labelled(str(path), text_column="sentence", label_column="stars")
+        load_labeled(str(path), text_column="sentence", label_column="stars")
     for column in ("label", "half"):
         with pytest.raises(ValueError, match="not classes"):
-            load_labelled(str(path), text_column="sentence", label_column=column)
+            load_labeled(str(path), text_column="sentence", label_column=column)
     Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}).to_parquet(path)
     with pytest.raises(ValueError, match="int64 values from -1, not classes"):
-        load_labelled(str(path))
+        load_labeled(str(path))
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [0]), (3, [0, 2, 4]), (9, [0, 1, 2, 3, 4])])

@@ -17,7 +17,7 @@ def table(levels: int = 15, rows: int = 11, dim: int = 8, **kwargs: object) -> M
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 0), (2, 2, 2)])
 @pytest.mark.parametrize("levels", [2, 3, 16, 255])
-def test_lookup_is_indexing_the_quantised_table(levels: int, shape: tuple[int, ...]) -> None:
+def test_lookup_is_indexing_the_quantized_table(levels: int, shape: tuple[int, ...]) -> None:
     embedding = table(levels)
     ids = torch.randint(0, 11, shape)
     assert torch.equal(embedding(ids), embedding.quantized_weight()[ids])

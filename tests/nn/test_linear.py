@@ -64,8 +64,8 @@ def test_a_constant_row_starts_as_itself(value: float, levels: int) -> None:
 
 def test_scale_fit_is_least_squares() -> None:
     layer = MaQDLinear.from_linear(nn.Linear(64, 5), replace(WEIGHT_ONLY, weight_levels=4))
-    centred = layer.weight - layer.weight.mean(1, keepdim=True)
-    residual = layer.quantized_weight() - layer.weight.mean(1, keepdim=True) - centred
+    centered = layer.weight - layer.weight.mean(1, keepdim=True)
+    residual = layer.quantized_weight() - layer.weight.mean(1, keepdim=True) - centered
     units = layer.weight_units()
     torch.testing.assert_close((residual * units).sum(1), torch.zeros(5), atol=1e-5, rtol=0)
 
@@ -75,8 +75,8 @@ def test_set_grid_speaks_in_units_of_the_weight() -> None:
     step = stored_scale(torch.rand(3, 3) * 0.02 + 0.01)
     offset = torch.randn(3, 1)
     layer.set_grid(step, offset)
-    centred = (layer.weight - layer.weight.mean(1, keepdim=True)).detach().view(3, 3, 4)
-    expected = scaled_round_clip(centred, 16, step.unsqueeze(-1)).view(3, 12) + offset
+    centered = (layer.weight - layer.weight.mean(1, keepdim=True)).detach().view(3, 3, 4)
+    expected = scaled_round_clip(centered, 16, step.unsqueeze(-1)).view(3, 12) + offset
     torch.testing.assert_close(layer.quantized_weight(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -183,7 +183,7 @@ def test_meta_layers_are_built_without_memory_and_filled_later() -> None:
     assert {p.device.type for p in layer.parameters()} == {"meta"}
 
 
-def test_float_weights_with_quantised_inputs() -> None:
+def test_float_weights_keep_quantized_inputs() -> None:
     linear = nn.Linear(8, 4)
     layer = calibrated(MaQDLinear.from_linear(linear, LinearSpec(None, 15)), 1.0)
     x = torch.randn(2, 8) * 4
@@ -263,7 +263,7 @@ def test_steps_of_groups_want_zero_among_the_levels() -> None:
     assert LinearSpec(16, None, "group", group_size=8).activation_levels is None
 
 
-def test_a_group_of_few_levels_survives_a_large_neighbour() -> None:
+def test_a_group_of_few_levels_survives_a_large_neighbor() -> None:
     """One large channel costs its own group its levels, and no other."""
     linear, x = nn.Linear(128, 32, bias=False), torch.randn(16, 128)
     x[:, 3] *= 100

@@ -295,8 +295,8 @@ def test_static_equals_the_open_gate_in_eval_and_absorbed_differs_by_the_scalar(
     assert abs(scalar.item() - 1) > 0.1
     static.context.first = None  # decoding
     rest = static(x)
-    centred = x - x.mean(-1, keepdim=True) if spec.centered else x
-    torch.testing.assert_close(rest, centred)
+    centered = x - x.mean(-1, keepdim=True) if spec.centered else x
+    torch.testing.assert_close(rest, centered)
 
 
 @pytest.mark.parametrize("absorbed", [False, True])

@@ -103,7 +103,7 @@ def test_a_row_of_its_own_text_never_sees_the_texts_of_the_others(job):
     task = script.Task("llm", arguments())
     task.blocks = None
     model = script.quantized(row, task)
-    assert len(script.distil(model, row, task, 1e-3, 0)["loss"]) == 3
+    assert len(script.distill(model, row, task, 1e-3, 0)["loss"]) == 3
     assert len(task.own_blocks) == 192 // 32
     assert task.key(row, 0, None)["train"] == "text the float model wrote"
 

@@ -1,42 +1,21 @@
-"""Block-wise reconstruction: every block is trained to give what the float model's block gives.
+"""Block-wise reconstruction: every block is trained to give the output of the float model's block.
 
 Not in the paper. Between start values that see one matrix (``gptq``) and training that runs the
 whole model, all parameters of one transformer block are trained together on its own output error,
-block after block, each on inputs from the quantised ones before it. As in BRECQ (arXiv:2102.05426)
-and EfficientQAT (arXiv:2407.11062); unlike the former the latents are trained, not roundings.
+block after block, each on inputs from the quantised ones before it. BRECQ (arXiv:2102.05426) and
+EfficientQAT (arXiv:2407.11062) do so; unlike the former this trains latents, not roundings.
 
 Three things differ from a plain loop over AdamW:
 
 - First tokens do not count in the loss: the massive activations that pretrained models park there
   would own a squared error.
-- A layer does not feel the length of its standardised latent rows, so they train at unit standard
-  deviation and get their own back afterwards: one learning rate is then the same relative step in
-  every row of every layer (SmolLM2-135M: rows between 0.001 and 0.8).
+- A layer does not feel the length of its latent rows, which it standardises, so they train at unit
+  standard deviation and get their own back afterwards: one learning rate is then the same relative
+  change in every row of every layer (rows of SmolLM2-135M lie between 0.001 and 0.8).
 - A block that is no better on held-out samples after training than before keeps what it had.
 
-Measured on stories260K (Llama, 0.26 M; 4 levels, one scale per row, GPTQ start 2.847, 64x256 tokens
-of TinyStories, 2 epochs; nats on 64 other windows, float 1.607), correction=1, one seed:
-
-====================  ========  =================================  ========
-learning_rate             nats  others, learning_rate=0.03             nats
-====================  ========  =================================  ========
-0.01                     2.557  correction=0.5                        2.430
-0.03                     2.461  correction=0                          2.560
-0.06                     2.548  relative_tokens                       2.443
-0.12                     2.829  skip_first=False                      2.474
-0.03, clip at 10         2.461  scale_learning_rate=1e-3              2.466
-====================  ========  =================================  ========
-
-So the rate matters, half a correction helps (as in ``gptq``), and the rest is small. 8 epochs at
-0.004 give 2.438 from a start of 2.815, where 2 epochs give 2.707. At 16 levels (start 1.669):
-0.004 gives 1.660, 0.01 gives 1.653, 8 epochs at 0.004 1.651. These runs measured the loss relative
-to the output's square and not, as now, to the error before training.
-
-On the first three blocks of SmolLM2-135M (4 levels, groups of 64, one epoch of 64x256 tokens, 8 bit
-activations) the held-out error falls, in per cent of the output's square, to 4.02, 3.59, 3.90 at
-0.01 (from 4.56, 3.93, 4.77); less at 0.004 (4.09, 3.66, 4.54) and at 0.03 (4.30, 3.98, 5.21). What
-did not help there: a warm-up over the first fifth (4.04, 3.62, 4.24), with beta2=0.95 too (4.03,
-3.61, 4.46). Two epochs help (at 0.02: 3.82, 3.44, 3.86).
+At 4 levels half a correction gives 2.430 nats, a whole one 2.461 and none 2.560 (notebook:
+"Block-wise reconstruction, its settings").
 """
 
 from __future__ import annotations
@@ -73,9 +52,10 @@ from .training import BlockSettings, BlockTraining
 
 @dataclass(frozen=True)
 class BlockResult:
-    """Squared error of a block's output on held-out samples, relative to the float output's square.
+    """The squared error of a block's output on held-out samples, relative to the float output's.
 
-    ``before`` and ``after`` training; ``kept``: whether the trained values were better and stayed.
+    There is one ``before`` and one ``after`` training; ``kept`` says whether the trained values
+    were better and stayed.
     """
 
     before: float
@@ -85,8 +65,11 @@ class BlockResult:
 
 @dataclass
 class BlockwiseReport:
-    """What ``reconstruct_blocks`` did: results by block name in calling order, blocks that are
-    called more than once, and parameters left alone because other blocks or layers use them too."""
+    """What ``reconstruct_blocks`` did: ``blocks`` has the results by name, in calling order.
+
+    ``repeated`` are blocks that are called more than once, ``tied`` are parameters left alone
+    because other blocks or layers use them too.
+    """
 
     blocks: dict[str, BlockResult] = field(default_factory=dict)
     repeated: list[str] = field(default_factory=list)
@@ -139,12 +122,12 @@ def reconstruct_blocks(
         teacher: the float model it was made from, same class, dtype and attention implementation.
         data: token ids (samples, tokens), or batches (ids, or a tokenizer's mappings). The last
             eighth of the batches (at least one, unless there is only one) is held out.
-        learning_rate: of the latents, as a share of their row's standard deviation; None: by the
-            layer's levels. What else a layer has (offset, bias) moves by the same share of the
-            root mean square of its weight.
-        scale_learning_rate: of weight scales and static activation steps, which are logarithms.
+        learning_rate: rate of the latents, as a share of their row's standard deviation; None: by
+            the layer's levels. Offset and bias move by the same share of the root mean square of
+            the layer's weight.
+        scale_learning_rate: rate of weight scales and static activation steps, both logarithms.
         epochs: passes over the data for every block; the rates fall to 0 along a cosine.
-        batch_size: samples in a step when ``data`` is one tensor.
+        batch_size: samples in an optimizer step when ``data`` is one tensor.
         gradient_clip: largest norm of the gradient of the error relative to that before training.
         correction: 1: the target is the float model's own output, so that a block also makes up
             for errors it was given; 0: what the float block makes of the block's quantised inputs;
@@ -152,18 +135,18 @@ def reconstruct_blocks(
         relative_tokens: divide each token's error by its own size, so that loud tokens count no
             more than others.
         skip_first: first tokens do not count; padding never does.
-        autocast: multiply in bfloat16. None: where the processor is fast at it and the model
+        autocast: multiply in bfloat16; None: where the processor is fast at it and the model is
             float32.
-        seed: of the order of the batches.
-        folder: every finished block is saved there; started again with the same arguments, data and
-            model, the blocks found there are loaded and not trained.
+        seed: seed of the order of the batches.
+        folder: every finished block is saved there. A run that is started again with the same
+            arguments, data and model loads the blocks it finds there instead of training them.
         progress: show a bar.
 
     All parameters of a block are trained, in eval mode (no dropout, norms keep their running
     statistics); gradients and optimizer state exist for one block at a time, hidden states of model
-    and teacher for all of ``data``. What is passed to a block beside the hidden states (masks,
-    an encoder's states) is the quantised model's. A block that is called more than once is trained
-    at its first call.
+    and teacher for all of ``data``. The arguments of a block beside the hidden states (masks, an
+    encoder's states) are those of the quantised model. A block that is called more than once is
+    trained at its first call.
 
     Raises:
         ValueError: nothing to train, model and teacher do not fit, activation steps are not
@@ -210,6 +193,7 @@ def reconstruct_blocks(
 
 
 def _check(model: nn.Module, teacher: nn.Module) -> None:
+    """Raise ``ValueError`` for a pair of models that ``reconstruct_blocks`` cannot train."""
     blocks = find_blocks(model)
     if not blocks:
         raise ValueError("the model has no quantised blocks: convert it with quantize_model first")
@@ -235,7 +219,7 @@ def _check(model: nn.Module, teacher: nn.Module) -> None:
 
 
 class _Reached(Exception):
-    """Ends a forward of the teacher at the block that was looked for."""
+    """Ends a forward of the teacher at the block that is looked for."""
 
 
 class _Walk:

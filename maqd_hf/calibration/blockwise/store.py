@@ -1,4 +1,4 @@
-"""Finished blocks in a folder, so that a run that was cut off goes on with the next one."""
+"""Finished blocks kept in a folder, so that a run that was cut off goes on with the next one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..blocks import Batch
 
 
 class BlockStore:
-    """One safetensors file a block; its header says what came out, and of which run it is.
+    """A folder with one safetensors file a block, whose header has the result and the run.
 
-    ``settings``: plain values; with the data they are what makes two runs the same.
+    ``settings`` are plain values; two runs are the same if these and the data are.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], batches: list[Batch]) -> None:
@@ -36,10 +36,12 @@ class BlockStore:
 
     @torch.no_grad()
     def load(self, name: str, parameters: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Put a saved block's values into ``parameters`` and return its result; None: not there.
+        """Put a saved block's values into ``parameters`` and return its result.
+
+        Returns None where the block was not saved.
 
         Raises:
-            ValueError: the file is of a run with other settings, other data or another model.
+            ValueError: the file is from a run with other settings, other data or another model.
         """
         path = self._path(name)
         if not path.is_file():
@@ -59,7 +61,7 @@ class BlockStore:
         return result
 
     def save(self, name: str, parameters: Mapping[str, Tensor], result: Mapping[str, Any]) -> None:
-        """Write a block under another name first: what has the right one is whole."""
+        """Save a block, under another name first: a file that has the right name is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f".{name}.part"
         tensors = {key: value.detach().contiguous() for key, value in parameters.items()}

@@ -1,4 +1,4 @@
-"""Training one transformer block to give wanted outputs: loss, learning rates, optimizer."""
+"""The training of one transformer block towards wanted outputs: loss, learning rates, optimizer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from ...nn import MaQDLinear
 from ..blocks import Batch, Call, Segment, counted_tokens
 
-# By levels, as shares of a row's standard deviation, for 50 to 100 steps. Measured at 4 and 16
-# levels (``blockwise``); for finer grids a guess: a step of Adam stays below a step of the grid.
+# Learning rates by levels, as shares of a row's standard deviation, for 50 to 100 optimizer steps.
+# 0.01 was measured at 4 and 16 levels (notebook: "Block-wise reconstruction, its settings"); the
+# rate for finer grids is a guess, by which a change of Adam's stays below the grid's step.
 _LEARNING_RATES = {16: 0.01, 256: 0.001}
-_HELD_OUT = 8  # one batch in so many
+_HELD_OUT = 8  # one batch in so many is held out
 
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """How a block is trained: arguments of ``reconstruct_blocks``."""
+    """The arguments of ``reconstruct_blocks`` that say how a block is trained."""
 
     learning_rate: float | None
     scale_learning_rate: float
@@ -49,7 +50,7 @@ class BlockSettings:
 
 
 class BlockTraining:
-    """One block with its inputs, targets and what each token's squared error counts."""
+    """One block with its inputs, its targets, and the weight of each token's squared error."""
 
     def __init__(
         self,
@@ -75,22 +76,23 @@ class BlockTraining:
         self.held_out = range(count - held, count) if held else self.training
 
     def gap(self, index: int) -> Tensor:
-        """Squared error of one batch, summed over what counts."""
+        """The squared error of batch ``index``, a weighted sum over its tokens, ()."""
         y = self.segment.run(self.call, index, self.segment.hidden[index])
         square = (y.float() - self.targets[index].float()).square().sum(-1)
         return (self.weights[index] * square).sum()
 
     def error(self) -> float:
-        """Squared error on the held-out batches, relative to the target's square."""
+        """The squared error on the held-out batches, relative to the target's square."""
         total = sum(float(self.gap(index)) for index in self.held_out)
         return total / (sum(self.sizes[index] for index in self.held_out) or 1.0)
 
     def train(
         self, parameters: dict[str, nn.Parameter], error: float, order: random.Random
     ) -> None:
-        """AdamW, one batch a step; ``error``: that before training, the unit of the loss.
+        """Train ``parameters`` with AdamW, one batch an optimizer step, in a random ``order``.
 
-        (Relative to the output alone, gradients of a good start would vanish beside Adam's eps.)
+        ``error`` is the relative error before training, which is the unit of the loss: relative to
+        the output alone, gradients of a good start would vanish beside Adam's eps.
         """
         settings = self.settings
         indices, steps = list(self.training), settings.epochs * len(self.training)
@@ -117,7 +119,7 @@ class BlockTraining:
 
 
 def token_weights(target: Tensor, batch: Batch, settings: BlockSettings) -> Tensor:
-    """(batch, tokens) float32: what the squared error of each token counts."""
+    """The weight of each token's squared error, (batch, tokens) float32."""
     weights = torch.ones(target.shape[:-1], device=target.device)
     counted = counted_tokens(batch, settings.skip_first)
     if counted is not None and counted.shape == weights.shape:
@@ -130,7 +132,7 @@ def token_weights(target: Tensor, batch: Batch, settings: BlockSettings) -> Tens
 def parameter_groups(
     block: nn.Module, parameters: dict[str, nn.Parameter], settings: BlockSettings
 ) -> list[dict[str, Any]]:
-    """AdamW's parameter groups, one a parameter: see ``reconstruct_blocks`` for the units."""
+    """AdamW's parameter groups, one for each parameter; rates as in ``reconstruct_blocks``."""
     groups = []
     for name, parameter in parameters.items():
         prefix, _, own = name.rpartition(".")
@@ -149,12 +151,13 @@ def parameter_groups(
 
 
 def _default_rate(levels: int | None) -> float:
-    """The rate of the next known number of levels; float layers get that of the most."""
+    """The rate of the next known number of levels; float layers get the rate of the largest."""
     known = [count for count in _LEARNING_RATES if levels is not None and count >= levels]
     return _LEARNING_RATES[min(known, default=max(_LEARNING_RATES))]
 
 
 def _is_latent(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether ``parameter`` is the weight that a quantised layer standardises."""
     return (
         isinstance(module, MaQDLinear)
         and module.weight_step is not None
@@ -164,7 +167,7 @@ def _is_latent(module: nn.Module, parameter: Tensor) -> bool:
 
 @contextmanager
 def unit_rows(block: nn.Module, trained: set[int]) -> Iterator[None]:
-    """Latent rows at mean 0 and standard deviation 1, which changes no output; undone after."""
+    """For a while, latent rows have mean 0 and standard deviation 1, which changes no output."""
     latents = [
         m.weight
         for m in block.modules()
