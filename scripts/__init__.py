@@ -1,4 +1,4 @@
-"""What a user runs (the files here), benchmarks (``bench``) and experiments (``experiments``).
+"""Commands: the user's (the files here), benchmarks (``bench``), experiments (``experiments``).
 
 The files are run as ``python scripts/qat_llm.py``, the packages' modules as
 ``python -m scripts.bench.quality``.

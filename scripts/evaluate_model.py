@@ -6,8 +6,9 @@
     python scripts/evaluate_model.py --task classification --model ./my-encoder \
         --dataset sst2.parquet --text_column text --label_column label
 
-A model is an id on the Hub, a folder, or the name of an embedded model (`maqd_hf.embedded`). All
-models see the same windows, one after the other in one process; the ratio is to the first one.
+A model is an id on the Hub, a folder, or the name of a model inside a package
+(`maqd_hf.data.bundled`). All models see the same windows, one after the other in one process; the
+ratio is to the first one.
 `evaluate.load(maqd_hf.metrics.path("token_perplexity"))` gives the same perplexity in Python.
 """
 
@@ -41,6 +42,8 @@ JOINS = {"blank_line": "\n\n", "newline": "\n", "nothing": "", "separate": None}
 
 @dataclass
 class Arguments:
+    """Command line."""
+
     model: list[str] = field(metadata={"help": "Ids, folders or embedded models, compared."})
     task: Literal["perplexity", "classification"] = "perplexity"
     tokenizer: str | None = field(
@@ -71,6 +74,7 @@ class Arguments:
 
 
 def perplexity(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The perplexity of a causal LM on the text, with all that was measured beside it."""
     texts = load_text(
         args.dataset,
         split=args.dataset_split,
@@ -97,6 +101,7 @@ def perplexity(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def accuracy(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The accuracy of a classifier on the labelled texts, with its speed."""
     data = load_labeled(
         args.dataset,
         split=args.dataset_split,
@@ -131,7 +136,7 @@ TASKS = {
 
 
 def evaluate_one(args: Arguments, name: str, device: str) -> tuple[dict[str, Any], Any]:
-    """Measurements of one model, and its vocabulary, by which comparisons are judged."""
+    """The measurements of one model, and its vocabulary: models with another do not compare."""
     auto_class, measure = TASKS[args.task]
     folder = resolve_model(name)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.tokenizer or name))
@@ -148,7 +153,7 @@ def evaluate_one(args: Arguments, name: str, device: str) -> tuple[dict[str, Any
 
 
 def print_table(rows: list[dict[str, Any]], score: str) -> None:
-    """One line per model; the ratio is to the first."""
+    """Print one line for each model; the ratio is to the first."""
     header = ("model", score, "ratio", "bits/weight", "MiB", "tokens/s")
     lines = [
         (
@@ -168,6 +173,7 @@ def print_table(rows: list[dict[str, Any]], score: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure all models, print the table and return the report."""
     parser = HfArgumentParser(Arguments, description=__doc__)  # type: ignore[arg-type]
     (args,) = parser.parse_args_into_dataclasses(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

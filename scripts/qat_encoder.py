@@ -1,12 +1,12 @@
-"""Fine-tune an encoder as a classifier, quantise it, distil it, pack it: one row per grid.
+"""Fine-tune an encoder as a classifier, quantise it, distill it, pack it: one row per grid.
 
     python scripts/qat_encoder.py --dataset data/sst2 --weight_levels 16 4 3
     python scripts/qat_encoder.py --dataset data/imdb/train.parquet --train_rows 6000 \\
         --eval_rows 2000 --weight_levels 16 --activation_levels 255 15 --output_dir runs/imdb
     python scripts/qat_encoder.py --model someone/a-classifier --dataset someone/some-reviews
 
-The default model is the MiniLM-L6 of an ordinary package (`maqd_hf.embedded`). A model that has a
-classification head already is taken as it is, any other is fine-tuned first. The run directory
+The default model is the MiniLM-L6 of an ordinary package (`maqd_hf.data.bundled`). A model that has
+a classification head already is taken as it is, any other is fine-tuned first. The run directory
 holds the float classifier (float/), which a later run with the same settings takes from there, and
 each packed model (w16-a255/, ...). Rows are added to ``--results``; one with the same settings is
 replaced. All accuracies are of `evaluate` on the same held-out rows.
@@ -54,12 +54,12 @@ from maqd_hf.evaluation.versions import package_versions
 from maqd_hf.nn.precision import fast_bf16
 from maqd_hf.training.trainer import MaQDTrainer, MaQDTrainingArguments
 
-LEARNING_RATES = ((3, 3e-4), (4, 2e-4), (256, 1e-4))  # up to so many levels, unless given
+LEARNING_RATES = ((3, 3e-4), (4, 2e-4), (256, 1e-4))  # rates for up to so many levels
 
 
 @dataclass
 class JobArguments:
-    """What to classify, with which encoder, on which grids."""
+    """The texts to classify, the encoder and its grids."""
 
     dataset: str = field(metadata={"help": "File, folder or Hub id of texts with class numbers."})
     model: str = field(default=MINILM, metadata={"help": "Hub id, folder or embedded name."})
@@ -94,13 +94,13 @@ class JobArguments:
     results: str | None = field(default=None, metadata={"help": "JSON file that collects rows."})
 
     def learning_rate(self, levels: int) -> float:
-        """Of the latents on a grid of ``levels``."""
+        """The learning rate of latents on a grid of ``levels``."""
         found = next(rate for most, rate in LEARNING_RATES if levels <= most)
         return self.qat_learning_rate or found
 
 
 class Job:
-    """Data, tokenizer and float classifier, and what is measured with them."""
+    """The job: data, tokenizer and float classifier, and measurements with them."""
 
     def __init__(self, job: JobArguments, training: MaQDTrainingArguments) -> None:
         self.job, self.training = job, training
@@ -126,11 +126,11 @@ class Job:
         return found.classes
 
     def accuracy(self, classes: list[int]) -> float:
-        """Share of held-out texts with the right class."""
+        """The share of held-out texts with the right class."""
         return agreement(classes, self.held_out["label"])
 
     def float_classifier(self) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The float model, and how it came to be; fine-tuned unless it is already."""
+        """The float classifier and the record of its fine-tuning, which is done unless it was."""
         job, folder = self.job, self.folder / "float"
         if self.finetuned:
             return load(resolve_model(job.model)), {"seconds": 0.0}
@@ -162,13 +162,13 @@ class Job:
         return args
 
     def calibration_batches(self) -> list[Any]:
-        """Padded batches of training texts."""
+        """Padded batches of training texts, for the start values."""
         chosen = self.tokens.select(range(min(self.job.calibration_rows, len(self.tokens))))
         known = [c for c in chosen.column_names if c in self.tokenizer.model_input_names]
         return list(DataLoader(chosen.select_columns(known), 32, collate_fn=self.collate))
 
     def start(self, teacher: PreTrainedModel, config: MaQDConfig) -> tuple[PreTrainedModel, Any]:
-        """Convert and calibrate; and which norms can be static."""
+        """The converted and calibrated model, and the norms of it that can be static."""
         student = copy.deepcopy(teacher)
         print(quantize_model(student, config, start="range"))  # calibrate searches the grids
         batches = self.calibration_batches()
@@ -180,7 +180,7 @@ class Job:
     def distill(
         self, student: PreTrainedModel, teacher: PreTrainedModel, levels: int, norms: list[str]
     ) -> MaQDTrainer:
-        """Teach the quantised model what the float one says, and see."""
+        """Train the quantised model on the float one's answers; returns the trainer."""
         trainer = MaQDTrainer(
             student,
             self.arguments(self.job.learning_rate(levels), lbn_norms=norms),
@@ -229,7 +229,7 @@ class Job:
         }
 
     def asked(self, weights: int, activations: int) -> dict[str, Any]:
-        """What makes a row of the table another one."""
+        """The settings that tell a row of the table from the others."""
         keys = ("model", "dataset", "max_length", "group_size", "embedding_levels")
         return {key: getattr(self.job, key) for key in keys} | {
             "train_rows": len(self.train),
@@ -240,7 +240,7 @@ class Job:
         }
 
     def training_record(self, trainer: MaQDTrainer) -> dict[str, Any]:
-        """How the quantised model was trained, and with what."""
+        """The training of the quantised model, and the packages it was done with."""
         args, epochs = trainer.args, trainer.state.epoch or 0.0
         return {
             "learning_rate": args.learning_rate,
@@ -263,7 +263,7 @@ def is_classifier(source: str) -> bool:
 
 
 def load(source: str | Path, **options: Any) -> Any:
-    """A classifier in float32, or packed."""
+    """The classifier of a checkpoint, in float32 or packed."""
     auto = AutoModelForSequenceClassification
     return auto.from_pretrained(source, dtype=torch.float32, **options)
 
@@ -298,7 +298,7 @@ def load_rows(job: JobArguments, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def agreement(classes: list[int], others: list[int]) -> float:
-    """Share of equal classes, by `evaluate`."""
+    """The share of equal classes, by `evaluate`."""
     metric = evaluate.load(maqd_hf.metrics.path("accuracy"))
     found: float = metric.compute(predictions=classes, references=others)["accuracy"]
     return found
@@ -333,7 +333,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> tuple[JobArguments, MaQDTrainingArguments]:
-    """Command line to arguments."""
+    """The arguments of a command line."""
     parser = HfArgumentParser([JobArguments, MaQDTrainingArguments])  # type: ignore[list-item]
     grouped = hasattr(TrainingArguments, "train_sampling_strategy")  # a flag in transformers 5.0
     by_length = {"train_sampling_strategy": "group_by_length"} if grouped else {}

@@ -7,8 +7,8 @@
 
 Prints the perplexity of the float and of the packed model on the same windows, side by side.
 --output_dir keeps the model, with metrics.json; --metrics writes the measurements anywhere. A model
-is an id on the Hub, a folder, or the name of an embedded model (`maqd_hf.embedded`). Norms stay per
-token: static ones need training (scripts/qat_llm.py).
+is an id on the Hub, a folder, or the name of a model inside a package (`maqd_hf.data.bundled`).
+Norms stay per token: static ones need training (scripts/qat_llm.py).
 """
 
 if not __package__:  # run as a file: scripts/__init__.py has not done it
@@ -36,10 +36,14 @@ from maqd_hf.evaluation.versions import package_versions
 
 @dataclass
 class Arguments:
+    """Command line."""
+
     model: str = field(
         default=EMBEDDED, metadata={"help": "Id, folder, an embedded model's name or 'embedded'."}
     )
-    output_dir: str | None = field(default=None, metadata={"help": "For model and metrics.json."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the packed model and its metrics.json."}
+    )
     metrics: str | None = field(default=None, metadata={"help": "Write the results as JSON here."})
 
     weight_levels: int = field(default=16, metadata={"help": "Levels, not bits: 16 is 4 bit."})
@@ -76,7 +80,7 @@ class Arguments:
 
 
 def calibration_ids(args: Arguments, tokenizer: Any) -> Tensor:
-    """(samples, sample_tokens) token ids, spread evenly over the text."""
+    """The ids (samples, sample_tokens) to calibrate on, spread evenly over the text."""
     text = load_text(
         args.dataset,
         split=args.dataset_split,
@@ -89,6 +93,7 @@ def calibration_ids(args: Arguments, tokenizer: Any) -> Tensor:
 
 
 def measure(args: Arguments, model: Any, tokenizer: Any) -> PerplexityResult | None:
+    """The perplexity of ``model``, unless no evaluation is wanted."""
     if args.max_eval_windows == 0:
         return None
     texts = load_text(
@@ -109,20 +114,12 @@ def measure(args: Arguments, model: Any, tokenizer: Any) -> PerplexityResult | N
 
 
 def describe(result: PerplexityResult | None) -> dict[str, Any] | None:
+    """A measurement as plain JSON values."""
     return None if result is None else {"perplexity": result.perplexity, **asdict(result)}
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser(Arguments, description=__doc__)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(argv)
-    set_seed(args.seed)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = resolve_model(SMOLLM2 if args.model == EMBEDDED else args.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype)
-    model.to(device).eval()
-    before = measure(args, model, tokenizer)
-
+def quantize(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Quantise, calibrate and pack ``model`` in place; returns how that went."""
     config = MaQDConfig(
         weight_levels=args.weight_levels,
         group_size=args.group_size or None,
@@ -139,18 +136,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = pack_model(model)
     print(report)
     print(calibration)
-    after = measure(args, model, tokenizer)
-
-    metrics = {
-        "arguments": {k: v for k, v in asdict(args).items() if k not in ("output_dir", "metrics")},
+    return {
         "calibration_tokens": ids.numel(),
         "quantization_seconds": seconds,
         "quantization_cpu_seconds": cpu_seconds,
         "threads": torch.get_num_threads(),
-        "float": describe(before),
-        "quantized": describe(after),
         "bits_per_weight": report.bits_per_weight,
         **calibration.summary(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Quantise, measure before and after, and save; returns the metrics."""
+    parser = HfArgumentParser(Arguments, description=__doc__)  # type: ignore[arg-type]
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    set_seed(args.seed)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = resolve_model(SMOLLM2 if args.model == EMBEDDED else args.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype)
+    model.to(device).eval()
+    before = measure(args, model, tokenizer)
+    made = quantize(args, model, tokenizer)
+    after = measure(args, model, tokenizer)
+    metrics = {
+        "arguments": {k: v for k, v in asdict(args).items() if k not in ("output_dir", "metrics")},
+        **made,
+        "float": describe(before),
+        "quantized": describe(after),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "versions": package_versions(),
     }

@@ -233,7 +233,7 @@ def _modules(names: Any) -> str:
     if isinstance(names, str) or not isinstance(names, Iterable):
         return str(names)
     names = list(names)
-    patterns = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
+    patterns = collapse(names, star=True)
     return f"{len(names)} ({', '.join(f'`{p}`' for p in patterns)})" if names else "none"
 
 

@@ -1,4 +1,4 @@
-"""The packed product on a GPU: correct first, then how fast, beside what else could run it.
+"""The packed product on a GPU: checked first, then timed beside what else could run it.
 
     python -m scripts.bench.gpu --output results/gpu.json
     python -m scripts.bench.gpu --tiles      # also other block sizes than maqd_hf.kernels.gpu's
@@ -44,6 +44,8 @@ MANY_TILES = list(product([64, 128], [64, 128], [32], [4, 8], [3, 4]))
 
 @dataclass
 class Arguments:
+    """Command line."""
+
     tokens: list[int] = field(default_factory=lambda: [1, 8, 512])
     rounds: int = field(default=20, metadata={"help": "Turns that every competitor takes."})
     tiles: bool = field(default=False, metadata={"help": "Also time other block sizes."})
@@ -51,13 +53,17 @@ class Arguments:
 
 
 def gpu_weight(layer: PackedLinear) -> GpuWeight:
+    """The weight of a layer on a GPU as the kernel reads it."""
     return cast(GpuWeight, layer.native_weight())
 
 
 @torch.no_grad()
 def check() -> int:
-    """How many cases agree with the torch reference, codes of activations exactly and outputs to
-    the rounding of their type; ``SystemExit`` names the first that does not."""
+    """The number of cases that agree with the torch reference.
+
+    Codes of activations have to agree exactly, outputs up to the rounding of their type;
+    ``SystemExit`` names the first case that does not.
+    """
     torch.manual_seed(0)
     limits = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
     shapes = ((67, 21, None), (576, 192, 64), (512, 80, 128), (4096, 256, None))
@@ -136,6 +142,7 @@ MAKERS: dict[str, tuple[float, Callable[[int, int], nn.Module]]] = {
 
 
 def passes(layers: Sequence[Callable[[Tensor], Any]], x: Tensor) -> None:
+    """Call every layer once."""
     for layer in layers:
         layer(x)
 
@@ -157,7 +164,7 @@ def captured(work: Callable[[], None]) -> Callable[[], None] | None:
 def take_turns(
     works: Mapping[str, Callable[[], None]], calls: dict[str, int], rounds: int
 ) -> dict[str, float]:
-    """Median microseconds of one of the ``calls`` each work makes."""
+    """The median microseconds of one of the ``calls`` that each work makes."""
     found: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
         for name, work in works.items():
@@ -206,7 +213,7 @@ def matrix(rows: int, columns: int, args: Arguments) -> Iterator[dict[str, Any]]
 
 
 def other_tiles(layers: list[nn.Module], x: Tensor, rounds: int) -> dict[str, float]:
-    """Microseconds of the five best block sizes for these layers and tokens."""
+    """The microseconds of the five best block sizes for these layers and tokens."""
     works = {}
     step = cast(PackedLinear, layers[0])._native_step(x)
     for sizes in FEW_TILES if len(x) <= 16 else MANY_TILES:

@@ -1,4 +1,4 @@
-"""Quality at equal bits: float, round-to-nearest, other packages, other rules and MaQD.
+"""The quality at equal bits of float, round-to-nearest, other packages, other rules and MaQD.
 
     python -m scripts.bench.quality                          # embedded model and text
     python -m scripts.bench.quality --data-dir data --tokens 65536
@@ -10,7 +10,7 @@ float, and is measured on the same windows of two texts; what is calibrated or t
 blocks of the same text, in the same order. Trained rows are distilled from the float model by one
 and the same loop: MaQD, other rules (`quality_rules`) and torchao's QAT. Peers (`quality_peers`)
 run through their own packages, ``pip install maqd_hf[bench]``; one that is not installed, or fails,
-is named in the file with its reason. This measures quality; for speed see ``speed.py``.
+is named in the file with its reason. This measures quality; ``scripts.bench.speed`` measures speed.
 
 Table ``rules`` puts MaQD beside the other rules on a small model, three seeds: each rule has the
 best of its learning rates, found on the first seed. It needs ``--data-dir``.
@@ -63,7 +63,7 @@ from scripts.bench.report.targets import quality_targets
 
 
 def quantized(row: Row, task: Task) -> PreTrainedModel:
-    """The float model quantised by MaQD; values of its start are kept for the next row of these."""
+    """The float model quantised by MaQD; its start values are kept for the next row with them."""
     config = MaQDConfig(
         weight_levels=row.levels,
         group_size=row.group,
@@ -94,20 +94,20 @@ def quantized(row: Row, task: Task) -> PreTrainedModel:
 
 
 def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model before training, and what is known of it."""
+    """The model before training, and its bits a weight."""
     if row.method == "MaQD":
         model = quantized(row, task)
         return model, {"bits_per_weight": model_size(model).bits_per_quantized_weight}
     model = copy.deepcopy(task.teacher)
     if row.method == "float":
         return model, {"bits_per_weight": 32.0}
-    assert row.levels is not None
+    assert row.levels is not None, f"row {row.name!r} needs levels"
     if row.method in RULES:
         apply_rule(model, row.method, row.levels, row.group)
         scales = 16 / row.group if row.group else 32 / model.config.hidden_size  # as our own
         scales = 0 if row.method == "BitNet" else scales
         return model, {"bits_per_weight": math.log2(row.levels) + scales}
-    assert row.group is not None
+    assert row.group is not None, f"row {row.name!r} needs a group"
     bits = row.levels.bit_length() - 1
     ids = task.calibration_ids(row)
     stored = quantize_peer(row.method, model, bits, row.group, ids, task.folder)
@@ -115,7 +115,7 @@ def start(row: Row, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
 
 
 def go_on(row: Row, checkpoints: Path | None) -> tuple[PreTrainedModel, dict[str, Any]] | None:
-    """As `start`, from a checkpoint of ours: it holds all that calibrating has set."""
+    """As `start`, from the last checkpoint: it holds everything that the calibration has set."""
     last = last_complete_checkpoint(checkpoints) if checkpoints else None
     if row.method != "MaQD" or last is None:
         return None
@@ -131,9 +131,9 @@ def distill(
     seed: int,
     checkpoints: Path | None = None,
 ) -> dict[str, Any]:
-    """Train ``model`` on the float model's predictions; the loss of every step.
+    """Train ``model`` on the float model's predictions; returns the loss of every optimizer step.
 
-    ``checkpoints``: a folder for them; the last one there already is continued.
+    ``checkpoints`` is a folder for checkpoints; training goes on from the last one in there.
     """
     args = task.args
     for kept in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -187,10 +187,10 @@ def run_row(
     others: Sequence[dict[str, Any]] = (),
     checkpoints: Path | None = None,
 ) -> dict[str, Any]:
-    """Quantise, train if wanted, measure.
+    """Quantise, train if wanted, and measure one row.
 
-    ``base``: the float model's run, for the card; ``others``: runs of this row at other rates, only
-    a model better than theirs is kept; ``checkpoints``: as in `distill`.
+    ``base`` is the float model's run, for the card; ``others`` are runs of this row at other rates,
+    and only a model better than theirs is kept; ``checkpoints`` as in `distill`.
     """
     set_seed(seed)
     began = time.perf_counter()
@@ -201,19 +201,23 @@ def run_row(
         model = finish_qat(model)
     found["seconds"] = round(time.perf_counter() - began)
     found["texts"] = task.measure(model)
-    kept = task.args.models and row.method == "MaQD" and not task.small
-    if rate is not None and kept and all(nats(found) < nats(other) for other in others):
-        publish(row, task, model, found | {"rate": rate}, base)
+    models = task.args.models if row.method == "MaQD" and not task.small else None
+    if rate is not None and models and all(nats(found) < nats(other) for other in others):
+        publish(row, task, model, found | {"rate": rate}, base, models)
     return found
 
 
 def publish(
-    row: Row, task: Task, model: Any, found: dict[str, Any], base: dict[str, Any] | None
+    row: Row,
+    task: Task,
+    model: Any,
+    found: dict[str, Any],
+    base: dict[str, Any] | None,
+    models: Path,
 ) -> None:
-    """Pack and keep a trained model in ``--models``, measured once more, with its card."""
-    assert task.args.models is not None
+    """Pack a trained model and keep it in ``models``, measured once more, with a card."""
     name = re.sub(r"[^a-z0-9]+", "-", f"{task.name} {row.name}".lower())
-    folder = task.args.models / name
+    folder = models / name
     report = pack_model(model)
     save_model(model, folder / "model", task.tokenizer)
     evaluations = []
@@ -249,7 +253,7 @@ def publish(
 
 
 class Results:
-    """The file: runs, peers that did not run, versions; written after every change."""
+    """The results file: runs, peers that did not run, versions; written after every change."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -258,9 +262,11 @@ class Results:
         self.missing: dict[str, str] = stored.get("missing", {})
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """The run with this key; None where there is none."""
         return next((run for run in self.runs if key.items() <= run.items()), None)
 
     def write(self) -> None:
+        """Write the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"versions": package_versions(), "missing": self.missing, "runs": self.runs}
         text = json.dumps(content, indent=1)
@@ -268,21 +274,21 @@ class Results:
 
 
 def _flat_lists(text: str) -> str:
-    """JSON with lists of numbers on one line: a loss curve has hundreds of values."""
+    """JSON with every list of numbers on one line: a loss curve has hundreds of values."""
     return re.sub(r"\[[\d\s.,eE+-]+\]", lambda found: "".join(found[0].split()), text)
 
 
 def nats(run: dict[str, Any]) -> float:
-    """Mean over the texts."""
+    """A run's mean loss over the texts, in nats."""
     return sum(text["nats"] for text in run["texts"].values()) / len(run["texts"])
 
 
 def run_all_of(row: Row, task: Task, results: Results) -> None:
-    """Every learning rate on the first seed, the best of them on the others."""
+    """Run a row with every learning rate on the first seed, with the best on the others."""
 
     base = results.find(task.key(TABLES[task.table][0], 0, None))  # the float model
 
-    first: list[dict[str, Any]] = []  # of the learning rates
+    first: list[dict[str, Any]] = []  # runs of the first seed, one for each learning rate
 
     def once(seed: int, rate: float | None) -> dict[str, Any]:
         key = task.key(row, seed, rate)

@@ -1,4 +1,4 @@
-"""Other packages' quantisation, each through its own interface, for `benchmark_quality`.
+"""Other packages' quantisation, each through its own interface, for `scripts.bench.quality`.
 
 All quantise the Linear layers of the base model, in groups of 64 where the package lets one choose,
 and leave embedding and output head alone. What comes back holds the dequantised weights in plain
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 QAT = "torchao QAT, 8-bit inputs"
-AUTO_ROUND_STEPS = 50  # a layer; its own default is 200, hours on a small CPU
+AUTO_ROUND_STEPS = 50  # optimizer steps a layer; its own default is 200, hours on a small CPU
 
 Linears = dict[str, nn.Linear]
 
 
 def base_linears(model: PreTrainedModel) -> Linears:
-    """Linear layers of the base model by name."""
+    """The linear layers of the base model, by name."""
     found = model.base_model.named_modules()
     return {name: layer for name, layer in found if isinstance(layer, nn.Linear)}
 
@@ -55,7 +55,7 @@ def hqq(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: str)
 
 
 def quanto(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: str) -> float:
-    """It chooses its groups: the largest of 128, 64 and 32 that divides the width."""
+    """quanto chooses its groups: the largest of 128, 64 and 32 that divides the width."""
     from optimum.quanto import freeze, qint2, qint4, quantize
 
     quantize(model.base_model, weights={4: qint4, 2: qint2}[bits])
@@ -82,7 +82,7 @@ def torchao(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: 
 def torchao_inputs(
     model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: str
 ) -> float:
-    """Inputs rounded to 8 bits, one asymmetric step a token; run as torchao's own tensors."""
+    """torchao with inputs in 8 bits, one asymmetric step a token; it runs on its own tensors."""
     from torchao.quantization import quantize_
 
     quantize_(model.base_model, _torchao_config(bits, group))
@@ -90,7 +90,7 @@ def torchao_inputs(
 
 
 def torchao_qat(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: str) -> float:
-    """Prepared for training; ``finish_qat`` converts what came out of it."""
+    """torchao prepared for training; ``finish_qat`` converts the trained model."""
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
@@ -115,7 +115,7 @@ def _torchao_config(bits: int, group: int) -> Any:
 
 
 def bitsandbytes(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: str) -> float:
-    """NF4: 16 levels, not evenly spaced."""
+    """bitsandbytes' NF4: 16 levels that are not evenly spaced."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     for layer in base_linears(model).values():
@@ -168,7 +168,7 @@ def auto_round(model: PreTrainedModel, bits: int, group: int, ids: Tensor, folde
 
 
 def _densify(model: PreTrainedModel, weight_of: Callable[[nn.Linear], Tensor]) -> None:
-    """Plain Linear layers with the weights ``weight_of`` gives."""
+    """Replace every layer by a plain Linear with the weight that ``weight_of`` gives."""
     for name, layer in base_linears(model).items():
         dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
         dense.weight = nn.Parameter(weight_of(layer).detach().float())

@@ -1,4 +1,4 @@
-"""Other people's quantisation rules as small reference layers, for the same training as ours.
+"""Other people's rules of quantising as small reference layers, for the same training as ours.
 
 =======  =============================================================================
 LSQ      arXiv:1902.08153: learned step, clip to -2^(b-1) .. 2^(b-1)-1 (odd M: symmetric);
@@ -8,9 +8,9 @@ SEQ      ParetoQ's stretched elastic quantiser for 2 bits and ternary: levels
 BitNet   b1.58 (arXiv:2402.17764): ternary, one scale a tensor, the mean magnitude, not learned
 =======  =============================================================================
 
-Written from the papers' equations, with their start values: LSQ 2 mean|w| / sqrt(Q), SEQ the
-largest magnitude of the row. Inputs are rounded to 8 bits with one step per token, for all alike.
-`RoundLatents` is a rule of training: what latents lose that are kept in bfloat16.
+They are written from the papers' equations, with their start values: LSQ 2 mean|w| / sqrt(Q), SEQ
+the largest magnitude of the row. Inputs are rounded to 8 bits with one step per token, for all
+alike. `RoundLatents` is a rule of training: it keeps latents in bfloat16.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ def _round(x: Tensor) -> Tensor:
 
 
 def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """``x``, whose gradient is multiplied by ``factor``."""
     return (x * factor) + (x - x * factor).detach()
 
 
 def lsq_range(levels: int) -> tuple[int, int]:
-    """Lowest and highest code: -8..7 for 16 levels, -1..1 for 3."""
+    """The lowest and the highest code: -8..7 for 16 levels, -1..1 for 3."""
     return -(levels // 2), (levels - 1) // 2
 
 
@@ -129,7 +130,7 @@ def apply_rule(model: PreTrainedModel, rule: str, levels: int, group_size: int |
 
 
 class RoundLatents(TrainerCallback):
-    """Latents as they would be if they were kept in bfloat16."""
+    """Rounds latents after every optimizer step as if they were kept in bfloat16."""
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:

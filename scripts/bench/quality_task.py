@@ -1,4 +1,4 @@
-"""What `benchmark_quality` runs: its rows and arguments, a float model and its texts."""
+"""The rows and arguments of `scripts.bench.quality`, its float model and its texts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Row:
         levels: of the weights.
         group: inputs that share a scale; None: one scale a row.
         activations: levels of the inputs, None: float.
-        scaling: of the inputs, as in ``MaQDConfig``.
+        scaling: ``activation_scaling`` as in ``MaQDConfig``.
         start: MaQD only: "range" (round to nearest, nothing clipped), "search", "gptq".
         norm_affine: MaQD only, as in ``MaQDConfig``.
         rotation: MaQD only, as in ``MaQDConfig``.
@@ -47,7 +47,7 @@ class Row:
         bfloat16_latents: MaQD only, latents rounded after every step.
         scale_rate: MaQD only, learning rate of the scales in units of the latents'.
         own_text: calibrated and trained on text that the float model writes.
-        learning_rates: of the distillation, the best one counts; none: not trained.
+        learning_rates: rates of the distillation, of which the best one counts; none: not trained.
     """
 
     name: str
@@ -74,6 +74,13 @@ class Row:
 
 
 def _llm_rows() -> list[Row]:
+    """The rows of table ``llm``: start values, then trained rows, then peers."""
+    rates = {levels: (learning_rate(levels),) for levels in (16, 8, 4, 3)}
+    return [*_start_rows(), *_trained_rows(rates), *_peer_rows(rates)]
+
+
+def _start_rows() -> list[Row]:
+    """The float model, and rows that are not trained."""
     rows = [Row("float", "float")]
     for levels in (16, 8, 4, 3):
         rows.append(Row(f"round to nearest M={levels} g64", "MaQD", levels, 64, 255, start="range"))
@@ -97,14 +104,21 @@ def _llm_rows() -> list[Row]:
         replace(few, name=f"{few_name}, not rotated", rotation=None),
         replace(few, name=f"{few_name}, not smoothed", smoothing=False),
     ]
-    rates = {levels: (learning_rate(levels),) for levels in (16, 8, 4, 3)}
-    for levels in (4, 16, 8, 3):
-        rows.append(
-            Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=rates[levels])
-        )
+    return rows
+
+
+def _trained_rows(rates: dict[int, tuple[float, ...]]) -> list[Row]:
+    """MaQD and other rules, distilled at ``rates`` by levels."""
+    rows = [
+        Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=rates[levels])
+        for levels in (4, 16, 8, 3)
+    ]
+    not_rotated = Row("", "MaQD", 16, 64, 255, rotation=None)
+    few = Row("", "MaQD", 16, 64, 15, "group")
     coarse = (learning_rate(16, few.activations),)
     twice = (*rates[4], 2 * rates[4][0])  # on a small model other rules liked it faster than ours
-    rows += [
+    return [
+        *rows,
         Row("MaQD M=16 a row, static", "MaQD", 16, None, 255, "static", learning_rates=rates[16]),
         replace(not_rotated, name="MaQD M=16 g64, not rotated", learning_rates=rates[16]),
         replace(few, name="MaQD M=16 g64, 4-bit inputs g64", learning_rates=coarse),
@@ -114,6 +128,11 @@ def _llm_rows() -> list[Row]:
         Row("LSQ M=4 g64", "LSQ", 4, 64, 255, learning_rates=twice),
         Row("BitNet M=3", "BitNet", 3, None, 255, learning_rates=rates[3]),
     ]
+
+
+def _peer_rows(rates: dict[int, tuple[float, ...]]) -> list[Row]:
+    """Other packages, of which those with QAT are trained at ``rates`` by levels."""
+    rows = []
     for peer, widths in PEERS.items():
         for bits in widths:
             rates_of = rates[2**bits] if "QAT" in peer else ()
@@ -125,7 +144,7 @@ def _llm_rows() -> list[Row]:
 
 
 def _one_setting_changed() -> list[Row]:
-    """What ``ablations.py`` changes on a small model and no other row changes here."""
+    """Rows that change what ``experiments/ablations.py`` changes on a small model."""
     name, rates = "MaQD M=16 g64, 4-bit static inputs", (learning_rate(16, 15),)
     static = Row(name, "MaQD", 16, 64, 15, "static", learning_rates=rates)
     others = [surrogate for surrogate in SURROGATES if surrogate != static.surrogate]
@@ -144,6 +163,7 @@ def _one_setting_changed() -> list[Row]:
 
 
 def _rule_rows() -> list[Row]:
+    """The rows of table ``rules``."""
     rates = (3e-4, 1e-3, 3e-3, 1e-2)
     wanted = {16: ["LSQ"], 4: ["LSQ", "SEQ"], 3: ["LSQ", "SEQ", "BitNet"]}
     rows = [Row("float", "float")]
@@ -168,6 +188,8 @@ TABLES = {"llm": _llm_rows(), "rules": _rule_rows()}
 
 @dataclass
 class Arguments:
+    """Command line."""
+
     model: str = field(default=EMBEDDED, metadata={"help": "Id, folder or 'embedded' (SmolLM2)."})
     data_dir: Path | None = field(default=None, metadata={"help": "See above."})
     results: Path = field(
@@ -181,8 +203,8 @@ class Arguments:
     )
     tokens: int = field(default=65_536, metadata={"help": "Training tokens of a row."})
     block_size: int = field(default=256, metadata={"help": "Tokens of a training sample."})
-    batch_size: int = field(default=1, metadata={"help": "Samples a step."})
-    samples: int = field(default=128, metadata={"help": "Blocks for calibration."})
+    batch_size: int = field(default=1, metadata={"help": "Samples an optimizer step."})
+    samples: int = field(default=128, metadata={"help": "Blocks to calibrate on."})
     window: int = field(default=512, metadata={"help": "Tokens of an evaluation window."})
     windows: int = field(default=24, metadata={"help": "Windows of each text."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Table rules."})
@@ -190,7 +212,9 @@ class Arguments:
     checkpoints: Path | None = field(
         default=None, metadata={"help": "Keep those of unfinished trainings here, and continue."}
     )
-    save_steps: int = field(default=200, metadata={"help": "Steps between two checkpoints."})
+    save_steps: int = field(
+        default=200, metadata={"help": "Optimizer steps between two checkpoints."}
+    )
 
 
 # ---------------------------------------------------------------------------------------- task
@@ -213,9 +237,8 @@ class Task:
         self.small = table == "rules"
         self.seeds = args.seeds if self.small else [0]
         if self.small:
-            assert self.data is not None
             self.name = "stories260K"
-            folder = str(self.data / "models" / self.name)
+            folder = str(self._folder_of_data() / "models" / self.name)
         else:
             self.name = SMOLLM2 if args.model == EMBEDDED else Path(args.model).name
             folder = resolve_model(SMOLLM2 if args.model == EMBEDDED else args.model)
@@ -224,17 +247,23 @@ class Task:
         self.teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.train, self.texts = self._texts()
         parts = [tokenize_blocks(t, self.tokenizer, args.block_size) for t in self.train.values()]
-        # As much of each, or all of it where less is wanted than there is.
+        # Every text gives as many blocks as the shortest one has.
         size = min(map(len, parts))
         parts = [part.shuffle(seed=0).select(range(size)) for part in parts]
         self.blocks: Dataset = concatenate_datasets(parts).shuffle(seed=0)
         self.said: dict[bytes, Tensor] = {}
         self.started: tuple[Any, dict[str, Tensor]] | None = None
 
+    def _folder_of_data(self) -> Path:
+        """``--data-dir``, which some tables cannot do without."""
+        if self.data is None:
+            raise ValueError(f"table {self.table!r} needs --data-dir, a folder of models and texts")
+        return self.data
+
     def _texts(self) -> tuple[dict[str, Dataset], list[Text]]:
+        """The texts to train on, by name, and those to measure on."""
         if self.small:
-            assert self.data is not None
-            stories = load_text(str(self.data / "tinystories"))
+            stories = load_text(str(self._folder_of_data() / "tinystories"))
             held_out = stories.select(range(len(stories) - 200, len(stories)))
             train = {"tinystories": stories.select(range(len(stories) - 200))}
             return train, [Text("tinystories", held_out["text"], None)]
@@ -260,21 +289,21 @@ class Task:
 
     @cached_property
     def own_blocks(self) -> Dataset:
-        """What the float model writes: as many tokens as a run calibrates or trains on."""
+        """Text that the float model writes, as many tokens as a run calibrates or trains on."""
         args = self.args
         wanted = max(args.tokens, args.samples * args.block_size)
         return generated_blocks(self.teacher, wanted, args.block_size)
 
     def blocks_for(self, row: Row) -> Dataset:
-        """What a row is calibrated and trained on."""
+        """The blocks that a row is calibrated and trained on."""
         return self.own_blocks if row.own_text else self.blocks
 
     def calibration_ids(self, row: Row) -> Tensor:
-        """(samples, tokens) ids."""
+        """The ids (samples, tokens) that a row is calibrated on."""
         return spread_samples(self.blocks_for(row), self.args.samples)
 
     def measure(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-        """Sum of losses, tokens and perplexity of each text."""
+        """The perplexity of each text, its mean loss in nats, and how it was measured."""
         found = {}
         for text in self.texts:
             result = text_perplexity(
@@ -295,7 +324,7 @@ class Task:
         return found
 
     def key(self, row: Row, seed: int, rate: float | None) -> dict[str, Any]:
-        """What makes two runs the same run."""
+        """The settings that tell a run from others: two runs with the same key are one."""
         settings = asdict(row)
         for told_below in ("learning_rates", "scale_rate", "own_text"):
             del settings[told_below]
@@ -328,7 +357,7 @@ class Task:
 
 @contextmanager
 def remembering(teacher: PreTrainedModel, said: dict[bytes, Tensor]) -> Iterator[None]:
-    """Keep what the base model says of a sample: every row trains on the same ones."""
+    """For a while, keep in ``said`` the base model's states of a sample: all rows train on them."""
     forward = teacher.base_model.forward
 
     def remembered(input_ids: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:

@@ -1,7 +1,7 @@
-"""One matrix in every way at hand: packed layers and the rivals of scripts/bench/speed_rivals.py.
+"""Products of one matrix in every way at hand: packed layers, and the rivals of `speed_rivals`.
 
-A part of scripts/bench/speed.py. Competitors take turns; every call is one matrix product of
-float inputs, from Python.
+A part of `scripts.bench.speed`. Competitors take turns; every call is one matrix product of float
+inputs, from Python.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ SHAPES = [(1536, 576), (2048, 2048), (4096, 4096), (11008, 4096)]
 
 
 def take_turns(work: Calls, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one call of each, ``rounds`` times in turn; short calls are repeated to 20 ms."""
+    """The seconds of one call of each, ``rounds`` times in turn.
+
+    Short calls are repeated until they take 20 ms.
+    """
     repeats = {}
     for name, call in work.items():
         call()
@@ -48,8 +51,10 @@ def take_turns(work: Calls, rounds: int) -> dict[str, list[float]]:
 
 
 def read_bandwidth(threads: int, rounds: int) -> float:
-    """Bytes per second of reading memory far beyond all caches, on every thread at once: dot
-    products of numbers on huge pages, the quickest reader at hand."""
+    """The bytes per second of reading memory far beyond all caches, on every thread at once.
+
+    Dot products of numbers on huge pages are the quickest reader at hand.
+    """
     count = 64 * MIB
     data = [arena.zeros(4 * count).view(torch.float32) for _ in range(threads)]
     best, before = 0.0, torch.get_num_threads()
@@ -64,7 +69,7 @@ def read_bandwidth(threads: int, rounds: int) -> float:
 
 
 def compute_ceiling(rounds: int) -> float:
-    """Multiplications per second of an 8-bit packed matrix that stays in the caches, 512 tokens."""
+    """The multiplications per second of an 8-bit packed matrix in the caches, for 512 tokens."""
     call = partial(packed_layer(1024, 1024, 256, None), torch.randn(512, 1024))
     return 512 * 1024 * 1024 / min(take_turns({"8 bit": call}, rounds)["8 bit"])
 
@@ -98,8 +103,10 @@ def competitors(rows: int, columns: int, x: Tensor) -> tuple[Calls, dict[str, st
 
 @torch.no_grad()
 def matrices(tokens: list[int], rounds: int) -> list[dict[str, Any]]:
-    """A row per shape, number of tokens and competitor, then one of the machine's two ceilings and
-    of the rivals that are ``missing``: name -> why."""
+    """A row for each shape, number of tokens and competitor.
+
+    The last row has the machine's two ceilings, and why each of the rivals ``missing`` is missing.
+    """
     found: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
     threads = torch.get_num_threads()
@@ -132,8 +139,10 @@ def matrices(tokens: list[int], rounds: int) -> list[dict[str, Any]]:
 
 
 def plot_roofline(rows: list[dict[str, Any]], target: Path) -> None:
-    """Every product between the machine's two ceilings: operations per byte of weights against
-    operations per second."""
+    """Draw every product between the machine's two ceilings.
+
+    The axes are operations per byte of weights and operations per second.
+    """
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""Products of one matrix by other libraries, for scripts/bench/speed_kernels.py.
+"""Products of one matrix by other libraries, for `scripts.bench.speed_kernels`.
 
 Every rival gets the same ternary weight (nearly every format has it on its grid, and no product's
 time depends on the codes) and keeps it with a scale for 64 inputs where it can choose. Each is
@@ -28,8 +28,11 @@ Products = Iterator[tuple[str, Callable[[], Any]]]
 
 
 def rivals(rows: int, columns: int, x: Tensor) -> tuple[Calls, dict[str, str]]:
-    """The products at hand of ``x`` (tokens, columns) with a weight (rows, columns), each a call
-    that returns (tokens, rows), alone or as the first of several; and the others: name -> why."""
+    """The products at hand of ``x`` (tokens, columns) with a weight (rows, columns).
+
+    Each is a call that returns (tokens, rows), alone or as the first of several. The second result
+    says of the others why they are not there.
+    """
     codes = torch.randint(-1, 2, (rows, columns), dtype=torch.int8)
     expected = (x.double() @ codes.double().t()).float()
     calls: Calls = {}
@@ -71,14 +74,14 @@ def unavailable(package: str) -> str | None:
 
 
 def bits_of(name: str) -> float | None:
-    """Bits a weight takes in memory, from a product's name; None where that is not known."""
+    """The bits that a weight takes in memory, by a product's name; None where unknown."""
     if name.startswith("llama.cpp"):
         return GGML_TYPES[name.split()[1]][1]
     return 16 if name == "torch bf16" else None
 
 
 def pack(codes: Tensor, bits: int, zero: int) -> Tensor:
-    """``codes + zero`` (rows, columns), the first one in the lowest bits of a byte."""
+    """``codes + zero`` (rows, columns) in bytes, the first code in a byte's lowest bits."""
     per = 8 // bits
     shifts = bits * torch.arange(per)
     fields = (codes.long() + zero & (1 << bits) - 1).unflatten(1, (-1, per))

@@ -1,13 +1,13 @@
-"""Step time and peak memory of quantisation-aware training against a plain fine-tune.
+"""The time and memory of a step of quantisation-aware training against a plain fine-tune.
 
     python -m scripts.bench.training --model smollm2-135m-instruct --output training.json
     python -m scripts.bench.training --model A --teacher true --batch_size 1 --length 512
 
 Each way to train is a process of its own that builds its model and then waits; the processes take
 single training steps in turn, so that whatever else the machine does hits all of them alike. The
-time is the median step; the peak is the most memory a process held during any step (on a GPU what
-torch allocated, on Linux the resident set with model and optimizer), conversion left out. The first
-step of each is a warm-up. Tokens are random: neither number depends on them.
+time is the median step's; the peak is the most memory a process held during any step, without that
+of the conversion (on a GPU the memory torch allocated, on Linux the resident set with model and
+optimizer). The first step of each is a warm-up. Tokens are random: neither number depends on them.
 """
 
 import json
@@ -42,6 +42,8 @@ PLAIN, QAT, DISTILLED = "plain fine-tune", "QAT", "QAT with teacher"
 
 @dataclass
 class Arguments:
+    """Command line."""
+
     model: str = field(default=SMOLLM2, metadata={"help": "An id, folder or embedded model."})
     batch_size: int = 4
     length: int = field(default=256, metadata={"help": "Tokens per sample."})
@@ -58,7 +60,7 @@ class Arguments:
 
 
 class TakeTurns(TrainerCallback):
-    """One step whenever the connection says so; answers with its time and peak memory."""
+    """Trains one step whenever the connection says so, and answers with its time and memory."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection

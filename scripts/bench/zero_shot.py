@@ -1,4 +1,4 @@
-"""Zero-shot accuracy on ARC-easy, PIQA and LAMBADA, scored as lm-evaluation-harness does.
+"""The zero-shot accuracy on ARC-easy, PIQA and LAMBADA, scored as lm-evaluation-harness does.
 
     python -m scripts.bench.zero_shot --data-dir data \\
         --model smollm2-135m-instruct runs/packed-model
@@ -32,6 +32,7 @@ import maqd_hf  # noqa: F401  (registers the quantised models with transformers)
 from maqd_hf.data.bundled import resolve_model
 from maqd_hf.data.text import load_split, load_text, spread_samples, tokenize_blocks
 from maqd_hf.evaluation.versions import package_versions
+from maqd_hf.nn.modes import evaluating
 from scripts.bench.quality_peers import quantize_peer
 
 FILES = {"arc_easy": "arc_easy_test", "piqa": "piqa_validation", "lambada": "lambada_openai_test"}
@@ -51,7 +52,8 @@ class Question:
 
 
 def multiple_choice(query: str, choices: list[str], label: int) -> Question:
-    """
+    """A question of ARC or PIQA, whose right choice is number ``label``.
+
     >>> multiple_choice("Ice is", ["hot.", "cold."], 1)
     Question(prompt='Question: Ice is\\nAnswer:', continuations=[' hot.', ' cold.'], \
 sizes=[4, 5], answer=1)
@@ -62,7 +64,8 @@ sizes=[4, 5], answer=1)
 
 
 def last_word(text: str) -> Question:
-    """
+    """A question of LAMBADA: the last word of ``text``.
+
     >>> last_word("He was very tall")
     Question(prompt='He was very', continuations=[' tall'], sizes=[4], answer=0)
     """
@@ -71,9 +74,10 @@ def last_word(text: str) -> Question:
 
 
 def encode(tokenizer: Any, prompt: str, continuation: str) -> tuple[list[int], int]:
-    """Ids of both together, and how many belong to the continuation.
+    """The ids of both together, and how many of them belong to the continuation.
 
-    Split where the prompt alone ends: what merges across that point counts as continuation.
+    They are split where the prompt alone ends: a token that merges across that point belongs to the
+    continuation.
     """
     whole = tokenizer(prompt + continuation).input_ids
     return whole, len(whole) - len(tokenizer(prompt).input_ids)
@@ -81,7 +85,10 @@ def encode(tokenizer: Any, prompt: str, continuation: str) -> tuple[list[int], i
 
 @dataclass(frozen=True)
 class Score:
-    """Of one continuation: the sum of log p of its tokens; whether each was the likeliest."""
+    """The score of one continuation.
+
+    It has the sum of log p of the tokens, and whether each token was the likeliest.
+    """
 
     log_likelihood: float
     greedy: bool
@@ -89,7 +96,7 @@ class Score:
 
 @torch.no_grad()
 def score(model: nn.Module, tokenizer: Any, question: Question) -> list[Score]:
-    """Every continuation of a question, in one batch padded on the right."""
+    """The scores of a question's continuations, run in one batch padded on the right."""
     pairs = [encode(tokenizer, question.prompt, text) for text in question.continuations]
     device = next(model.parameters()).device
     longest = max(len(ids) for ids, _ in pairs)
@@ -110,7 +117,7 @@ def score(model: nn.Module, tokenizer: Any, question: Question) -> list[Score]:
 
 
 def outcome(question: Question, scores: list[Score]) -> dict[str, bool]:
-    """Which measures a question counts for: acc (and acc_norm where there is a choice)."""
+    """Whether the answer is right, by each measure: acc, and acc_norm where there is a choice."""
     if len(scores) == 1:
         return {"acc": scores[0].greedy}
     sums = [s.log_likelihood for s in scores]
@@ -122,12 +129,12 @@ def outcome(question: Question, scores: list[Score]) -> dict[str, bool]:
 
 
 def accuracy(model: nn.Module, tokenizer: Any, questions: list[Question]) -> dict[str, Any]:
-    """Share of right answers, its standard error, and how many were asked."""
-    model.eval()
+    """The share of right answers, its standard error, and the number of questions."""
     right: dict[str, int] = {}
-    for question in tqdm(questions, leave=False):
-        for name, correct in outcome(question, score(model, tokenizer, question)).items():
-            right[name] = right.get(name, 0) + correct
+    with evaluating(model):
+        for question in tqdm(questions, leave=False):
+            for name, correct in outcome(question, score(model, tokenizer, question)).items():
+                right[name] = right.get(name, 0) + correct
     count = len(questions)
     found: dict[str, Any] = {"questions": count}
     for name, hits in right.items():
@@ -138,7 +145,7 @@ def accuracy(model: nn.Module, tokenizer: Any, questions: list[Question]) -> dic
 
 
 def load_questions(data_dir: Path, task: str, count: int) -> list[Question]:
-    """The first ``count`` of a set (0: all)."""
+    """The first ``count`` questions of a set (0: all)."""
     rows: Any = load_split(str(data_dir / "zeroshot" / f"{FILES[task]}.parquet"))
     rows = islice(rows, count or None)
     if task == "lambada":
@@ -148,14 +155,16 @@ def load_questions(data_dir: Path, task: str, count: int) -> list[Question]:
 
 @dataclass
 class Arguments:
+    """Command line."""
+
     data_dir: Path = field(metadata={"help": "Folder with zeroshot/, see above."})
     model: list[str] = field(
         default_factory=lambda: ["smollm2-135m-instruct"],
         metadata={"help": "Ids, folders or embedded models."},
     )
     peer: list[str] = field(default_factory=list, metadata={"help": "NAME:BITS, see above."})
-    task: list[str] = field(default_factory=lambda: list(FILES), metadata={"help": "Which sets."})
-    questions: int = field(default=200, metadata={"help": "Of each set; 0: all."})
+    task: list[str] = field(default_factory=lambda: list(FILES), metadata={"help": "The sets."})
+    questions: int = field(default=200, metadata={"help": "Questions of each set; 0: all."})
     results: Path = field(
         default=Path("results/zero_shot.json"),
         metadata={"help": "JSON; answers it already holds are not repeated."},
@@ -163,7 +172,7 @@ class Arguments:
 
 
 def load_model(source: str, args: Arguments) -> tuple[Any, Any]:
-    """Model and tokenizer behind a name of ``--model`` or ``--peer``."""
+    """The model and tokenizer behind a name of ``--model`` or ``--peer``."""
     folder = resolve_model(args.model[0] if source in args.peer else source)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

@@ -1,17 +1,17 @@
-"""Settings of the method, one changed at a time: what the defaults of ``MaQDConfig`` rest on.
+"""Settings of the method, one changed at a time: the evidence for the defaults of ``MaQDConfig``.
 
     python -m scripts.experiments.ablations --data_dir data
     python -m scripts.experiments.ablations --data_dir data --rows "surrogate*" --seeds 0 1 2
 
 Every row quantises stories260K to few levels of weights and inputs, calibrates it, distils it from
 its float self on the same number of tokens, and differs from the first row in one setting. The loss
-is that of held-out stories, nats a token, before and after the training. Results go to a JSON file
-after every run, and runs found there are not repeated. ``data`` holds ``models/stories260K``,
+is that of held-out stories, in nats a token, before and after the training. Results go to a JSON
+file after every run, and runs found there are not repeated. ``data`` holds ``models/stories260K``,
 ``tinystories/`` and ``wiki-sample/``.
 
 The "trust mask" of QuEST (arXiv:2502.05003), which lets a gradient through where rounding moved the
-value by at most half a step, is no row of its own: on a uniform grid that is ``clip``. The same
-settings on a language model of a useful size: rows of ``quality.py``.
+value by at most half a quantiser's step, is no row of its own: on a uniform grid that is ``clip``.
+``scripts/bench/quality_task.py`` has rows for the same settings on a larger language model.
 """
 
 from __future__ import annotations
@@ -50,14 +50,17 @@ BLOCK = 256
 STORIES, WIKIPEDIA = "tinystories", "wiki-sample"
 GROUPS: dict[str, Any] = {
     "group_size": 32,
-    "overrides": {"*.down_proj": {"group_size": 86}},  # of its 172 inputs
+    "overrides": {"*.down_proj": {"group_size": 86}},  # it has 172 inputs
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """What differs from the first row: settings of ``MaQDConfig``, of ``calibrate`` and of the
-    training, the text of both, latents rounded after every step."""
+    """One row: settings that differ from the first row's.
+
+    They are those of ``MaQDConfig``, of ``calibrate`` and of the training, the text of the latter
+    two, and whether latents are rounded after every optimizer step.
+    """
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -98,12 +101,12 @@ class Arguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     weight_levels: int = 4
     activation_levels: int = 15
-    steps: int = field(default=48, metadata={"help": "Of 8 x 256 tokens."})
+    steps: int = field(default=48, metadata={"help": "Optimizer steps of 8 x 256 tokens each."})
     learning_rate: float = 1e-3
 
 
 class Task:
-    """The float model, and its texts in blocks: to train on, and held-out stories."""
+    """The float model, its texts in blocks to train on, and held-out stories."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
@@ -131,7 +134,7 @@ class Task:
 
 
 def run_row(row: Row, task: Task, seed: int) -> dict[str, Any]:
-    """Quantise, calibrate, train; losses before and after."""
+    """Quantise, calibrate and train one row; its losses before and after training, in nats."""
     arguments, began = task.arguments, time.perf_counter()
     set_seed(seed)
     settings: dict[str, Any] = {

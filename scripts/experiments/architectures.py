@@ -1,4 +1,4 @@
-"""Which architectures of the installed transformers convert, train, pack and load.
+"""The architectures of the installed transformers that convert, train, pack and load.
 
     python -m scripts.experiments.architectures  # all of them: some ten minutes
     python -m scripts.experiments.architectures --classes "Llama*" "Bert*"
@@ -51,7 +51,7 @@ TASKS = {
 }
 VOCABULARY, TOKENS = 160, 12
 MOST_WEIGHTS = 20_000_000
-ROUNDING = 1e-4  # of the logits' norm
+ROUNDING = 1e-4  # relative to the norm of the logits
 
 # fmt: off
 _WIDTH = (
@@ -101,7 +101,7 @@ class Arguments:
 
 @dataclass
 class Outcome:
-    """What became of one class; ``native``: whether it has a native decode step."""
+    """The outcome for one class; ``native`` says whether it has a native decode step."""
 
     name: str
     task: str
@@ -151,28 +151,32 @@ def small_model(model_class: Any) -> tuple[PreTrainedModel, dict[str, Tensor]]:
 
 
 def logits_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits of a forward, in float32."""
     with torch.no_grad():
         logits: Tensor = model(**inputs).logits
     return logits.float()
 
 
 def save_and_load(model: PreTrainedModel) -> Any:
+    """The model that ``from_pretrained`` makes of the saved ``model``."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return type(model).from_pretrained(folder)
 
 
 def same_when_loaded(model: PreTrainedModel, inputs: dict[str, Tensor], logits: Tensor) -> bool:
+    """Whether the saved and loaded ``model`` gives the same ``logits``."""
     return apart(logits_of(save_and_load(model), inputs), logits) < ROUNDING
 
 
 def describe(error: BaseException) -> str:
+    """An error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}"
 
 
 def apart(one: Tensor, other: Tensor) -> float:
-    """Distance, relative to the norm of ``other``."""
+    """The distance of two tensors, relative to the norm of ``other``."""
     return float((one - other).norm() / other.norm().clamp(min=1e-9))
 
 
@@ -184,6 +188,7 @@ class RefusedError(Exception):
 
 
 def convert(model: PreTrainedModel, **settings: Any) -> None:
+    """Quantise ``model`` to 16 levels; ``RefusedError`` where it is not taken."""
     try:
         quantize_model(model, MaQDConfig(weight_levels=16, **settings))
     except ValueError as error:
@@ -250,7 +255,7 @@ def attempt(name: str, task: str) -> Outcome:
 
 
 def wanted(patterns: list[str]) -> list[tuple[str, str]]:
-    """(class, task), each class once."""
+    """The classes whose names match ``patterns``, each once, with their tasks."""
     found: dict[str, str] = {}
     for task, classes in TASKS.items():
         for names in classes.values():

@@ -1,4 +1,4 @@
-"""What block-wise reconstruction is worth: the experiments behind `maqd_hf.calibration.blockwise`.
+"""The worth of block-wise reconstruction: the experiments behind `maqd_hf.calibration.blockwise`.
 
     python -m scripts.experiments.blockwise --weight_levels 4      # embedded model and text
     python -m scripts.experiments.blockwise --model FOLDER --text FOLDER --sample_tokens 256 \
@@ -50,7 +50,7 @@ class Row:
     """One way to spend the training tokens.
 
     Args:
-        share: of the tokens, for block-wise reconstruction; the rest goes end to end.
+        share: share of the tokens for block-wise reconstruction; the rest goes end to end.
         blockwise: settings of ``reconstruct_blocks``.
         config: settings of ``MaQDConfig``.
         gptq: error compensation before training, or nearest codes on the searched grid.
@@ -89,6 +89,8 @@ ROWS = [
 
 @dataclass
 class Arguments:
+    """Command line."""
+
     model: str = field(default=EMBEDDED, metadata={"help": "Id, folder or 'embedded' (SmolLM2)."})
     text: str = field(default=EMBEDDED, metadata={"help": "'embedded', a file, a folder, an id."})
     eval_text: str | None = field(
@@ -107,11 +109,11 @@ class Arguments:
     weight_levels: list[int] = field(default_factory=lambda: [4])
     group_size: int = field(default=64, metadata={"help": "0: one scale per row."})
     activation_levels: int | None = field(default=255, metadata={"help": "Per token; 255: 8 bit."})
-    samples: int = field(default=64, metadata={"help": "For calibration and block-wise training."})
+    samples: int = field(default=64, metadata={"help": "To calibrate and train blocks on."})
     sample_tokens: int = 512
     tokens: int = field(default=131_072, metadata={"help": "Training tokens of a row."})
-    learning_rate: float = field(default=2e-4, metadata={"help": "End to end."})
-    batch_size: int = field(default=4, metadata={"help": "End to end, samples a step."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Rate end to end."})
+    batch_size: int = field(default=4, metadata={"help": "Samples an optimizer step, end to end."})
     window: int = field(default=512, metadata={"help": "Tokens of a window of --eval_text."})
     eval_windows: int = 24
     seed: int = 0
@@ -129,7 +131,10 @@ class Task:
         self.blocks = tokenize_blocks(text, self.tokenizer, arguments.sample_tokens)
         self.starts: dict[str, PreTrainedModel] = {}
         self.held_out: Tensor | None = None
-        if arguments.eval_text is None:
+        self.eval_rows: list[str] = []
+        if arguments.eval_text is not None:
+            self.eval_rows = load_text(arguments.eval_text)["text"]
+        else:
             kept = range(len(self.blocks) - 64, len(self.blocks))
             self.held_out = torch.tensor(self.blocks[kept]["input_ids"])
             self.blocks = self.blocks.select(range(len(self.blocks) - 64))
@@ -139,18 +144,16 @@ class Task:
         return spread_samples(self.blocks, self.arguments.samples)
 
     def nats(self, model: PreTrainedModel) -> float:
-        """Mean loss per token of the evaluation text."""
+        """The mean loss per token of the evaluation text, in nats."""
         windows = self.arguments.eval_windows
         if self.held_out is not None:
             row, size = self.held_out.flatten(), self.held_out.shape[1]
             result = token_perplexity(model, row, size, batch_size=4)
         else:
-            assert self.arguments.eval_text is not None
-            rows = load_text(self.arguments.eval_text)["text"]
             join = "\n\n" if self.arguments.join is None else self.arguments.join
             size = self.arguments.window
             result = text_perplexity(
-                model, self.tokenizer, rows, size, join=join, max_windows=windows
+                model, self.tokenizer, self.eval_rows, size, join=join, max_windows=windows
             )
         return result.nll_sum / result.tokens
 
@@ -177,7 +180,10 @@ def start(row: Row, task: Task, levels: int) -> PreTrainedModel:
 
 
 def run_row(row: Row, task: Task, levels: int) -> dict[str, Any]:
-    """Quantise and train; losses in nats after every stage, seconds, and the blocks' errors."""
+    """Quantise and train one row.
+
+    Returns losses in nats and seconds of every stage, and the errors of the blocks.
+    """
     arguments = task.arguments
     set_seed(arguments.seed)
     found: dict[str, Any] = {"seconds": {}}

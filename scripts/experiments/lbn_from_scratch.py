@@ -1,9 +1,7 @@
-"""Which statistics can be made static? The experiments behind ``maqd_hf.nn.norm``, one command.
+"""The statistics that can be made static: the experiments behind ``maqd_hf.nn.norm``.
 
     python -m scripts.experiments.lbn_from_scratch  # embedded text, models from scratch
-    python -m scripts.experiments.lbn_from_scratch \\
-        --data-dir FOLDER  # the same on FOLDER's text, and a
-                                                            # pretrained model from FOLDER
+    python -m scripts.experiments.lbn_from_scratch --data-dir FOLDER  # and a pretrained model
     python -m scripts.experiments.lbn_from_scratch --table gpt2 --seeds 0 1 2
 
 Every row trains one small model with unquantised weights and activations, so that only the norms
@@ -11,24 +9,8 @@ differ, and evaluates it twice: ``trained`` with the statistics it was trained w
 the running averages. Static statistics are free at inference; ``gap`` is what they cost. Results
 go to a JSON file after every run, and runs found there are not repeated.
 
-What came out (tinyshakespeare, TinyStories), nats per token, trained + cost of static:
-
-- From scratch, Llama, 700 steps, seeds 0 and 1: per token 1.895 and 1.893, and +0.70 and +0.81 once
-  that is frozen. LBN pooled by the mean, first token with a statistic of its own: 1.905 - 0.000 and
-  1.941 + 0.000; geometric 1.939 + 0.000 and 1.967 + 0.001. First token shared: mean 1.990 + 0.001
-  and 2.037 + 0.003, geometric 1.980 - 0.000 and 2.056 + 0.003.
-- Running averages without a gradient fail from scratch: 2.53, and 2.25 and 2.42 annealed from per
-  token.
-- From scratch, GPT-2, the same seeds: per token 2.372 and 2.377 (frozen +0.44 and +0.68); LBN
-  centred per token 2.373 + 0.004 and 2.383 + 0.006; with the mean pooled too 2.360 + 0.048 and
-  2.364 + 0.050; geometric, first token own 2.388 + 0.005 and 2.395 + 0.016.
-- At 400 steps the order is the same and the gaps are as small (see the file).
-- Pretrained, 200 steps: plain 1.586. The gate wants to open early: at once 1.668, over 20 % of the
-  steps 1.667, over 40 % 1.679, over 70 % 1.714. Only the attention norms: 1.610. Final norm too:
-  1.721. Static costs 0.001 in all of them (0.0025 with the final norm).
-- Little difference, pretrained, against 1.679: first token shared 1.690, pooling by the mean 1.679,
-  penalty of 0.1 on the spread of log rms 1.678. With the gate over 20 % a learning rate of 1e-3
-  instead of 5e-4 is 0.010 worse.
+Frozen per-token statistics cost 0.70 nats, pooled ones 0.000 (notebook: "Which statistics can be
+made static, from scratch").
 
 ``FOLDER`` holds ``text/tinyshakespeare.txt`` (bytes, models from scratch), ``models/stories260K``
 and ``tinystories/`` (the pretrained Llama and its text).
@@ -256,7 +238,7 @@ def _set_mode(model: nn.Module, source: str) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task) -> float:
-    """Mean loss per token on the evaluation blocks, nats, in the mode the model is in."""
+    """The mean loss per token on the evaluation blocks, in nats, in the mode the model is in."""
     batches = task.evaluation.split(task.batch_size)
     losses = [model(input_ids=b, labels=b).loss.item() * len(b) for b in batches]
     return sum(losses) / len(task.evaluation)
@@ -264,6 +246,7 @@ def evaluate(model: nn.Module, task: Task) -> float:
 
 @contextmanager
 def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards all buffers are what they were before."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     yield
     for name, buffer in model.named_buffers():
@@ -321,6 +304,8 @@ class _Spread:
 
 @dataclass
 class Arguments:
+    """Command line."""
+
     data_dir: Path | None = field(
         default=None, metadata={"help": "See above; without it the embedded text is used."}
     )
@@ -330,12 +315,12 @@ class Arguments:
     )
     table: list[str] = field(
         default_factory=lambda: ["llama", "gpt2", "pretrained"],
-        metadata={"help": "Which of the tables."},
+        metadata={"help": "The tables to fill."},
     )
     rows: str = field(default="*", metadata={"help": "Glob pattern of row names."})
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     steps: int = field(default=400, metadata={"help": "Training steps from scratch."})
-    batch_size: int = field(default=4, metadata={"help": "Blocks of 128 bytes per step."})
+    batch_size: int = field(default=4, metadata={"help": "Blocks of 128 bytes a training step."})
     pretrained_steps: int = field(default=200, metadata={"help": "Fine-tuning steps."})
     pretrained_batch_size: int = field(default=4, metadata={"help": "Blocks of 256 tokens."})
 

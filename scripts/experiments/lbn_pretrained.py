@@ -1,34 +1,27 @@
-"""What static norms cost a pretrained model at 16 weight levels and 8-bit static activations.
+"""The cost of static norms in a pretrained model, at 16 weight levels and 8-bit static activations.
 
     python -m scripts.experiments.lbn_pretrained --data_dir data                    # all tables
     python -m scripts.experiments.lbn_pretrained --data_dir data --tables stories260K --seeds 0 1 2
 
 Every row converts one pretrained model, calibrates it and distils it from its float self for the
-same steps on the same text; only the norms differ:
+same optimizer steps on the same text; only the norms differ:
 
 - ``per token``: no Layer-Batch Normalization, the training to compare with;
-- ``static``: every norm but the final one is static (its gate opens over the first steps);
-- ``static, fixed end``: the same, and the last 60 % of the steps train with the constants already;
-- ``selected``: static are the norms that ``select_static_norms`` admits within ``--tolerance``
-  nats before the training, the others stay per token by themselves.
+- ``static``: every norm but the final one becomes static (its gate opens over the first steps);
+- ``static, fixed end``: the same, and for the last 60 % of the steps these norms are fixed;
+- ``selected``: the norms that ``select_static_norms`` admits within ``--tolerance`` nats before the
+  training become static, the others stay per token.
 
 ``loss`` is that of the packed model on held-out text, nats a token (a text for MiniLM, on SST-2,
 with its accuracy). ``choices`` is the sensitivity of every norm: its cost alone, and together with
 all that were admitted before it. Results go to a JSON file after every row, and rows found there
 are not repeated.
 
-What came out, one seed: stories260K after 200 steps of 16 x 256 tokens (float 1.607, start 1.679)
-reaches 1.642 with its norms per token, 1.664 with the 6 of 10 that a tolerance of 0.15 nats admits
-static (+0.02), and 1.702 with all 10 (+0.06); ending with fixed statistics changes nothing here.
-The cost shrinks with the training: after 2,000 steps all 10 cost 0.02, and in
-``lbn_from_scratch`` 0.08, 0.05 and 0.04 after 0.2, 1.2 and 2.5 million tokens. MiniLM on
-SST-2 after 120 steps: all 12 static cost 0.007 nats. SmolLM2 after 65,536 tokens (float 3.324,
-start 3.626): 3.517 per token, 3.520 with the 17 of 60 norms that 0.05 nats admit, 6.519 with all
-60: on so few tokens it does not recover. Nothing trained (``--llm_steps 0``), 23 of 60 within 0.05
-nats cost 0.074 on 4 held-out blocks.
+After 65,536 tokens SmolLM2 has 3.517 nats per token, 3.520 with the 17 of 60 norms static that 0.05
+nats admit, and 6.519 with all 60 (notebook: "Static norms in pretrained models, trained").
 
 ``data`` holds ``models/stories260K``, ``tinystories/`` and ``sst2/``; SmolLM2 and its text and
-MiniLM come out of ordinary packages (``maqd_hf.embedded``).
+MiniLM come out of ordinary packages (``maqd_hf.data.bundled``).
 """
 
 from __future__ import annotations
@@ -63,6 +56,7 @@ from maqd_hf.calibration.static_norms import (
 from maqd_hf.data.bundled import MINILM, SMOLLM2, resolve_model
 from maqd_hf.data.text import load_text, tokenize_blocks
 from maqd_hf.models.finding import gated_norms
+from maqd_hf.nn.modes import evaluating
 from maqd_hf.nn.precision import fast_bf16
 from maqd_hf.training.trainer import MaQDTrainer, MaQDTrainingArguments
 from scripts.bench.report.targets import static_norm_targets
@@ -89,14 +83,19 @@ class Arguments:
     tables: list[str] = field(default_factory=lambda: ["stories260K", MINILM, SMOLLM2])
     norms: list[str] = field(default_factory=lambda: ["per token", "static", "selected"])
     seeds: list[int] = field(default_factory=lambda: [0])
-    tolerance: float = field(default=0.05, metadata={"help": "Of ``selected``, nats."})
-    steps: int = field(default=300, metadata={"help": "Of stories260K: 16 x 256 tokens each."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Of stories260K."})
-    llm_steps: int = field(
-        default=256, metadata={"help": "Of SmolLM2: 256 tokens each; 0: measured untrained."}
+    tolerance: float = field(default=0.05, metadata={"help": "For ``selected``, in nats."})
+    steps: int = field(
+        default=300, metadata={"help": "Optimizer steps of stories260K, 16 x 256 tokens each."}
     )
-    encoder: str = field(default=MINILM, metadata={"help": "Of the table of that name."})
-    encoder_steps: int = field(default=120, metadata={"help": "Of MiniLM: 32 texts each."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of stories260K."})
+    llm_steps: int = field(
+        default=256,
+        metadata={"help": "Optimizer steps of SmolLM2, 256 tokens each; 0: measured untrained."},
+    )
+    encoder: str = field(default=MINILM, metadata={"help": "The encoder of MiniLM's table."})
+    encoder_steps: int = field(
+        default=120, metadata={"help": "Optimizer steps of MiniLM, 32 texts each."}
+    )
     encoder_folder: Path = field(
         default=Path("runs/lbn-minilm"), metadata={"help": "Keeps the float classifier."}
     )
@@ -105,16 +104,15 @@ class Arguments:
 # ------------------------------------------------------------------------------ language models
 
 
-@torch.no_grad()
 def token_loss(model: nn.Module, blocks: Tensor) -> float:
-    """Mean loss per token of (blocks, tokens), nats."""
-    model.eval()
-    losses = [model(input_ids=b, labels=b).loss.item() * len(b) for b in blocks.split(16)]
+    """The mean loss per token of ids (blocks, tokens), in nats."""
+    with evaluating(model):
+        losses = [model(input_ids=b, labels=b).loss.item() * len(b) for b in blocks.split(16)]
     return sum(losses) / len(blocks)
 
 
 def selected_norms(model: nn.Module, norms: str, data: Any, tolerance: float) -> dict[str, Any]:
-    """Names of the norms to open, and, where they were measured, every norm's choice."""
+    """The names of the norms to open and, where they were measured, every norm's choice."""
     gated = list(gated_norms(model))
     if norms != "selected":
         return {"gated": len(gated), "static": [] if norms == "per token" else gated}
@@ -126,13 +124,13 @@ def selected_norms(model: nn.Module, norms: str, data: Any, tolerance: float) ->
 
 @dataclass
 class Text:
-    """A language model's text, ids (blocks, tokens), and how long it trains on it."""
+    """The text of a language model, ids (blocks, tokens), and how it trains on it."""
 
     train: Tensor
     held_out: Tensor
     steps: int
     batch_size: int
-    learning_rate: float | None  # None: that of `maqd_hf.recipes`, and the scales' too
+    learning_rate: float | None  # None: that of `maqd_hf.training.rates`, and the scales' too
     group_size: int | None = None
     judged: int = 8  # blocks that `select_static_norms` looks at
     bf16: bool = False
@@ -164,7 +162,7 @@ def smollm2(arguments: Arguments) -> tuple[str, Text]:
 def language_model(
     arguments: Arguments, norms: str, seed: int, folder: str, text: Text
 ) -> dict[str, Any]:
-    """One row."""
+    """Train and measure one row of a language model's table."""
     set_seed(seed)
     teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     student = copy.deepcopy(teacher)
@@ -260,10 +258,8 @@ def minilm(arguments: Arguments, norms: str, seed: int) -> dict[str, Any]:
     return {**losses, "loss": text_loss(work, student), **accuracy, **chosen}
 
 
-@torch.no_grad()
 def text_loss(work: Job, model: PreTrainedModel) -> float:
-    """Mean cross entropy of the held-out texts, nats."""
-    model.eval()
+    """The mean cross entropy of the held-out texts, in nats."""
     texts, labels, total = work.held_out["text"][:], work.held_out["label"][:], 0.0
     for start in range(0, len(texts), 32):
         inputs = work.tokenizer(
@@ -274,7 +270,8 @@ def text_loss(work: Job, model: PreTrainedModel) -> float:
             return_tensors="pt",
         )
         target = torch.tensor(labels[start : start + 32])
-        logits = model(**inputs).logits.float()
+        with evaluating(model):
+            logits = model(**inputs).logits.float()
         total += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
     return total / len(texts)
 
@@ -285,7 +282,7 @@ LANGUAGE_MODELS = {"stories260K": stories, SMOLLM2: smollm2}
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """One line a row."""
+    """The rows as text, one line each."""
     lines = [f"{'model':<24}{'norms':<12}{'seed':>5}{'float':>8}{'start':>8}{'loss':>8}  static"]
     for row in rows:
         numbers = "".join(f"{row[key]:>8.3f}" for key in ("float", "start", "loss"))

@@ -1,4 +1,4 @@
-"""What static norms and steps save at inference, counted; and a block run in integers alone.
+"""The operations that static norms and steps save at inference; and a block in integers alone.
 
     python -m scripts.experiments.static_inference                                    # SmolLM2-135M
     python -m scripts.experiments.static_inference --models data/models/stories260K \\
@@ -7,9 +7,9 @@
 Each Llama-like model is converted three ways (16 weight levels, 255 activation levels) and counted
 by ``maqd_hf.inference_cost``: float, packed with norms and steps per token, packed with both static
 (every norm but the final one). Then the feed-forward half of every block of the static model is run
-by ``maqd_hf.integer.IntegerMLP`` on the residual stream the packed model has there, and its codes
-and outputs are compared with the packed model's. Nothing is trained: neither depends on how good
-the model is. ``--skip_integer`` leaves the second part out.
+by ``IntegerMLP`` on the residual stream that the packed model has there, and its codes and outputs
+are compared with the packed model's. Nothing is trained: neither depends on how good the model is.
+``--skip_integer`` leaves the second part out.
 """
 
 from __future__ import annotations
