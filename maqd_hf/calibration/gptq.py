@@ -110,6 +110,15 @@ class _Settings:
     skip_first: bool
     block_size: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.correction <= 1:
+            raise ValueError(f"correction={self.correction}: a share, 0 (plain GPTQ) to 1")
+        if min(self.damp, self.shrink, self.sweeps) < 0 or self.block_size < 1:
+            raise ValueError(
+                f"damp={self.damp}, shrink={self.shrink}, sweeps={self.sweeps} must be >= 0, "
+                f"block_size={self.block_size} >= 1"
+            )
+
 
 def gptq(
     model: nn.Module,
@@ -160,13 +169,7 @@ def gptq(
     GPTQ is arXiv:2210.17323; the correction has the aim of GPTAQ (arXiv:2504.02692), here as a
     regression: the target W + correction * W E[(x_float - x) x^T] E[x x^T]^-1 replaces W.
     """
-    if not 0 <= correction <= 1:
-        raise ValueError(f"correction={correction}: a share, 0 (plain GPTQ) to 1")
-    if min(damp, shrink, sweeps) < 0 or block_size < 1:
-        raise ValueError(
-            f"damp={damp}, shrink={shrink}, sweeps={sweeps} must be >= 0, "
-            f"block_size={block_size} >= 1"
-        )
+    settings = _Settings(damp, shrink, act_order, correction, sweeps, skip_first, block_size)
     names = {
         m: n
         for n, m in model.named_modules()
@@ -175,25 +178,36 @@ def gptq(
     if not names:
         raise ValueError("the model has no quantised weights: convert it with quantize_model first")
     batches = as_batches(data, model, batch_size)
-    settings = _Settings(damp, shrink, act_order, correction, sweeps, skip_first, block_size)
     report = GPTQReport()
     with evaluating(model), float_activations(model), bfloat16_products(model):
-        segments = find_segments(model, batches[0])
-        total = sum(len(segment.calls) for segment in segments)
-        with tqdm(total=total, desc="GPTQ", unit="block", disable=not progress) as bar:
-            for segment in segments:
-                segment.capture(batches)
-                walk = _Walk(segment, batches, settings, names, report)
-                for call in segment.calls:
-                    walk.quantize(call)
-                    bar.update()
-                segment.release()
-        inside = {m for s in segments for call in s.calls for m in call.block.modules()}
+        inside = _quantize_blocks(model, batches, settings, names, report, progress)
         _search_outside(model, batches, {m: n for m, n in names.items() if m not in inside}, report)
     known = {*report.layers, *report.searched}
     tied = {id(t.weight) for t in model.modules() if isinstance(t, MaQDEmbedding)}
     report.unseen = [n for m, n in names.items() if n not in known and id(m.weight) not in tied]
     return report
+
+
+def _quantize_blocks(
+    model: nn.Module,
+    batches: list[Batch],
+    settings: _Settings,
+    names: dict[MaQDLinear, str],
+    report: GPTQReport,
+    progress: bool,
+) -> set[nn.Module]:
+    """Quantise the blocks in the order the model calls them; returns the modules inside them."""
+    segments = find_segments(model, batches[0])
+    total = sum(len(segment.calls) for segment in segments)
+    with tqdm(total=total, desc="GPTQ", unit="block", disable=not progress) as bar:
+        for segment in segments:
+            segment.capture(batches)
+            walk = _Walk(segment, batches, settings, names, report)
+            for call in segment.calls:
+                walk.quantize(call)
+                bar.update()
+            segment.release()
+    return {m for s in segments for call in s.calls for m in call.block.modules()}
 
 
 _FloatInputs = dict[MaQDLinear, tuple[list[MaQDLinear], dict[int, Tensor]]]

@@ -59,18 +59,7 @@ def generated_blocks(
         )
     if not getattr(model, "can_generate", lambda: False)():
         raise ValueError(f"{type(model).__name__} does not generate text: give a causal LM")
-    settings = copy.deepcopy(model.generation_config)
-    special = settings.eos_token_id
-    settings.update(
-        eos_token_id=None,
-        max_length=None,
-        max_new_tokens=block_size - 1,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-    )
-    settings.pad_token_id = special[0] if isinstance(special, list) else special
+    settings = _sampling(model, block_size)
     blocks = -(-tokens // block_size)
     rows: list[list[int]] = []
     own = model.generation_config
@@ -91,3 +80,20 @@ def generated_blocks(
         model.generation_config = own
     flat = pa.array([token for row in rows for token in row], pa.int32())
     return cut_blocks(flat, block_size)
+
+
+def _sampling(model: Any, block_size: int) -> Any:
+    """The generation config for samples of ``block_size`` tokens that go on after an end."""
+    settings = copy.deepcopy(model.generation_config)
+    special = settings.eos_token_id
+    settings.update(
+        eos_token_id=None,
+        max_length=None,
+        max_new_tokens=block_size - 1,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
+    settings.pad_token_id = special[0] if isinstance(special, list) else special
+    return settings

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypedDict
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..models.names import collapse
 
 NOT_MEASURED = "not measured"
 

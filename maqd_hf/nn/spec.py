@@ -46,7 +46,7 @@ class LinearSpec:
     activation_levels: int | None = 255
     activation_scaling: ActivationScaling = "static"
     activation_clip_ratio: float = 1.0
-    first_token: FirstToken = "shared"
+    first_token: FirstToken = "own"
     group_size: int | None = None
     weight_offset: bool = True
     surrogate: str = "clip"

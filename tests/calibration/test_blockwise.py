@@ -99,7 +99,7 @@ def test_the_local_target_of_a_float_block_is_its_own_output(tiny_llama, ids):
     assert second.before < inherited.before
 
 
-def test_what_is_trained_and_what_is_not(tiny_llama, ids):
+def test_only_the_parameters_of_the_blocks_are_trained(tiny_llama, ids):
     model = student(tiny_llama, ids, **STATIC)
     before = state_of(model)
     report = reconstruct(model, tiny_llama, ids, epochs=6)

@@ -76,7 +76,7 @@ def test_half_precision_moves_the_same_channels(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_which_channels_may_move(family: str) -> None:
+def test_channels_move_where_nobody_else_reads_them(family: str) -> None:
     model = tiny(family)
     quantize_model(model, MaQDConfig(embedding_levels=None, targets=["*"]))
     names = {m: n.rpartition(".")[2] for n, m in model.named_modules()}

@@ -247,7 +247,9 @@ def test_names_are_the_same_for_every_head() -> None:
         ),
     ],
 )
-def test_which_norms_get_a_gate(settings: dict[str, Any], gated: set[str]) -> None:
+def test_every_norm_gets_a_gate_but_those_left_out_by_name(
+    settings: dict[str, Any], gated: set[str]
+) -> None:
     plan = plan_conversion(tiny("qwen3"), MaQDConfig(**settings))
     assert {n.rpartition(".")[2] for n, norm in plan.norms.items() if norm.gated} == gated
     assert all(norm.not_gated for norm in plan.norms.values() if not norm.gated)

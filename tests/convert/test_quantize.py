@@ -167,7 +167,7 @@ def test_gemma_norms_keep_the_precision_of_one_plus_weight() -> None:
 # -------------------------------------------------------------------------------- which layers
 
 
-def test_settings_by_layer() -> None:
+def test_every_layer_has_the_settings_that_name_it() -> None:
     model = tiny("llama-untied")
     report = quantize_model(
         model,
@@ -201,7 +201,7 @@ def test_settings_by_layer() -> None:
     assert model.model.layers[0].self_attn.q_proj.weight_step.shape == (WIDTH, WIDTH // 16)
 
 
-def test_embedding_alone_and_heads() -> None:
+def test_a_head_shares_the_embeddings_grid_where_it_is_tied() -> None:
     tied, untied = tiny("llama-tied"), tiny("llama-untied")
     for model in (tied, untied):
         quantize_model(model, MaQDConfig(embedding_levels=15))
@@ -328,13 +328,13 @@ def test_settings_that_do_not_fit_the_model(settings: dict[str, Any], message: s
     ],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_weights(name: str, value: float) -> None:
+def test_weights_with_nan_are_refused_by_name(name: str, value: float) -> None:
     model = tiny("llama-untied")
     model.get_parameter(name).data.view(-1)[5] = value
     refused(model, f"{name} holds NaN or infinity")
 
 
-def test_a_second_conversion() -> None:
+def test_a_second_conversion_is_refused() -> None:
     model = tiny("gpt2")
     quantize_model(model, MaQDConfig(weight_levels=4, **PER_TOKEN))
     before = state_of(model)
@@ -348,7 +348,7 @@ def test_a_second_conversion() -> None:
     assert set(before) & set(model.state_dict())
 
 
-def test_what_is_not_a_float_transformers_model_in_memory() -> None:
+def test_only_a_float_transformers_model_in_memory_is_taken() -> None:
     with pytest.raises(ValueError, match="Sequential is not a transformers model"):
         quantize_model(nn.Sequential(nn.Linear(4, 4)), MaQDConfig())
     with torch.device("meta"):

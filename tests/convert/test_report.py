@@ -25,7 +25,9 @@ from tests.support.families import FAMILIES, tiny
         (["e.0.f.0.w", "e.1.f.0.w", "e.0.f.1.w"], ["e.{0-1}.f.0.w", "e.{0}.f.1.w"]),
     ],
 )
-def test_collapse(names: list[str], expected: list[str]) -> None:
+def test_names_that_differ_in_layer_numbers_become_one(
+    names: list[str], expected: list[str]
+) -> None:
     assert collapse(names) == expected
 
 
@@ -43,7 +45,7 @@ def test_every_layer_is_named_once(family: str) -> None:
                 assert name in named
 
 
-def test_text_and_json() -> None:
+def test_text_and_json_name_every_module() -> None:
     model = tiny("gemma3")
     settings = {"activation_scaling": "token", "exclude": ["layers.1.mlp.*"]}
     settings |= {"norm_affine": "absorb"}
@@ -69,6 +71,6 @@ def test_text_and_json() -> None:
     assert packed.kept["model.layers.1.mlp.up_proj"] == "float (Linear)"
 
 
-def test_an_empty_report() -> None:
+def test_an_empty_report_has_no_bits_per_weight() -> None:
     report = ConversionReport("qat")
     assert str(report) == "MaQD qat model" and report.bits_per_weight != report.bits_per_weight

@@ -80,7 +80,7 @@ def test_qat_and_packed_models_are_counted_alike(family: str) -> None:
     assert 0 < qat.quantized_weights < qat.weights <= total
 
 
-def test_float_models_and_tied_tensors() -> None:
+def test_a_float_model_has_its_own_bits_and_tied_tensors_count_once() -> None:
     model = tiny("llama-tied")
     size = model_size(model)
     assert (size.words, size.scales, size.quantized_weights) == (0, 0, 0)
@@ -89,7 +89,7 @@ def test_float_models_and_tied_tensors() -> None:
     assert model_size(nn.Linear(10, 10).bfloat16()).file_bytes == 220
 
 
-def test_bits_per_weight_and_the_table() -> None:
+def test_the_table_says_the_bits_per_weight() -> None:
     model = small_llama()
     quantize_model(model, weight_levels=4, embedding_levels=255, activation_scaling="token")
     size = model_size(model)

@@ -33,7 +33,7 @@ def test_missing_package_names_the_command(monkeypatch, tmp_path):
         embedded_text()
 
 
-def test_unknown_name():
+def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="'smollm2-135m-instruct' and 'minilm-l6'"):
         embedded_model("gpt-5")
     assert resolve_model("user/model") == "user/model"

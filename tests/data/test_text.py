@@ -67,7 +67,7 @@ def test_empty_and_missing_rows_are_no_documents(byte_tokenizer):
     assert block == joined(byte_tokenizer, ["abc", "d"], False)
 
 
-def test_selected_rows_and_other_column(byte_tokenizer, documents):
+def test_rows_and_column_are_those_chosen(byte_tokenizer, documents):
     shuffled = documents.rename_column("text", "body").shuffle(seed=1)
     blocks = tokenize_blocks(shuffled, byte_tokenizer, 50, column="body")
     expected = joined(byte_tokenizer, shuffled["body"], False)
@@ -81,7 +81,7 @@ def test_default_collator_and_model_take_them(byte_tokenizer, tiny_llama, docume
     assert tiny_llama(**batch).loss.isfinite()
 
 
-def test_tokenize_errors(byte_tokenizer, documents):
+def test_text_that_makes_no_block_is_refused(byte_tokenizer, documents):
     with pytest.raises(ValueError, match="No column 'story'; there are text, number"):
         tokenize_blocks(documents, byte_tokenizer, 8, column="story")
     with pytest.raises(ValueError, match="'number' holds int64 values, not strings"):
@@ -110,7 +110,7 @@ def test_a_text_file_is_one_document(tmp_path):
         assert dataset["text"][:] == ["first line\n\nsecond line\n"]
 
 
-def test_tables(tmp_path, documents):
+def test_rows_of_a_table_are_documents(tmp_path, documents):
     documents.to_parquet(tmp_path / "x.parquet")
     documents.to_json(tmp_path / "x.jsonl")
     documents.to_csv(tmp_path / "x.csv", index=False)
@@ -123,12 +123,12 @@ def test_tables(tmp_path, documents):
     assert load_split(str(tmp_path / "x.parquet")).column_names == ["text", "number"]
 
 
-def test_rows_that_are_lines(tmp_path):
+def test_joined_lines_are_one_document(tmp_path):
     Dataset.from_dict({"text": ["one\n", "", "two\n"]}).to_parquet(tmp_path / "x.parquet")
     assert load_text(str(tmp_path / "x.parquet"), join="")["text"][:] == ["one\ntwo\n"]
 
 
-def test_folders(tmp_path, documents):
+def test_a_folder_is_its_files_or_the_dataset_saved_there(tmp_path, documents):
     files = tmp_path / "files"
     files.mkdir()
     (files / "a.txt").write_text("one\ntwo", encoding="utf-8")
@@ -142,7 +142,7 @@ def test_folders(tmp_path, documents):
         load_text(str(tmp_path / "splits"), split="test")
 
 
-def test_column_choice(tmp_path):
+def test_the_only_column_of_strings_is_taken_and_more_must_be_named(tmp_path):
     data = {"title": ["t"], "body": ["b"], "n": [1]}
     Dataset.from_dict(data).to_parquet(tmp_path / "two.parquet")
     assert load_text(str(tmp_path / "two.parquet"), column="body")["text"][:] == ["b"]
@@ -152,7 +152,7 @@ def test_column_choice(tmp_path):
         load_text(str(tmp_path / "two.parquet"), column="n")
 
 
-def test_missing_sources(tmp_path):
+def test_a_missing_source_says_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         load_text(str(tmp_path / "missing.txt"))
     (tmp_path / "x.docx").write_text("x", encoding="utf-8")

@@ -109,7 +109,7 @@ def test_the_first_token_is_counted_apart() -> None:
     assert (extra.reductions, extra.square_roots, extra.dynamic_scales) == (4 + 14, 4, 14)
 
 
-def test_multiplications_by_hand() -> None:
+def test_multiplications_are_those_counted_by_hand() -> None:
     """Tiny GPT-2: width 32, c_attn 96, c_proj 32, c_fc 128, c_proj from 128; 2 blocks, 3 levels.
     Scales of groups take no norm's constant, so each of its 2 norms multiplies by it; an input is
     multiplied to be rotated and to be quantised."""

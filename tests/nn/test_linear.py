@@ -131,7 +131,7 @@ def test_bad_settings_name_value_and_remedy(settings: dict[str, object], message
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_from_linear_and_back(kind: str, bias: bool) -> None:
+def test_a_linear_comes_back_from_its_quantized_copy(kind: str, bias: bool) -> None:
     if kind == "conv1d":
         source: nn.Module = Conv1D(5, 12)
         nn.init.normal_(source.bias)

@@ -368,7 +368,7 @@ def test_casting_a_model_narrows_no_statistic(dtype: torch.dtype) -> None:
     assert norm.batches_seen.item() == 2
 
 
-def test_state_and_copies() -> None:
+def test_a_copy_has_the_state_and_gives_the_same() -> None:
     norm = norm_of(replace(RMS, first_token="own"))
     norm.context.first = torch.tensor([[True, False]])
     x = torch.randn(1, 2, 8)

@@ -129,7 +129,9 @@ def test_first_token_and_later_masks_are_seen_by_both(first_token: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float64, 1e-6)]
 )
-def test_other_dtypes(dtype: torch.dtype, tolerance: float) -> None:
+def test_inputs_of_other_dtypes_give_outputs_of_theirs(
+    dtype: torch.dtype, tolerance: float
+) -> None:
     """A float64 layer keeps its scales in float32 once packed: 1e-6, all else is exact."""
     layer = trained(LinearSpec(16, 255))
     if dtype == torch.float64:

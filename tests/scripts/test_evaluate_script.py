@@ -27,7 +27,7 @@ def run(script, *words):
     return script.main([str(word) for word in words])
 
 
-def test_two_models_on_the_same_windows(
+def test_two_models_see_the_same_windows(
     script, saved_llama, tiny_llama, tiny_gpt2, byte_tokenizer, sample_text, tmp_path, capsys
 ):
     tiny_gpt2.save_pretrained(tmp_path / "gpt2")
@@ -55,7 +55,9 @@ def test_two_models_on_the_same_windows(
     assert expected.protocol in printed
 
 
-def test_dtype_and_separate_texts_with_bos(script, saved_llama, sample_text, tmp_path):
+def test_dtype_and_bos_of_separate_texts_are_those_asked_for(
+    script, saved_llama, sample_text, tmp_path
+):
     texts = sample_text[:1000].split("\n\n")
     Dataset.from_dict({"body": texts}).to_parquet(tmp_path / "x.parquet")
     source = ["--model", saved_llama, "--dataset", tmp_path / "x.parquet", "--window", 64]
@@ -80,7 +82,7 @@ def test_different_tokenizers_are_reported(
     assert "The tokenizers differ" in capsys.readouterr().out
 
 
-def test_classification(script, byte_tokenizer, tmp_path, capsys):
+def test_a_classifier_is_measured_by_its_accuracy(script, byte_tokenizer, tmp_path, capsys):
     config = BertConfig(
         vocab_size=len(byte_tokenizer),
         hidden_size=32,

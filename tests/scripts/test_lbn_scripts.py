@@ -31,7 +31,9 @@ def data(tmp_path: Path, sample_text: str) -> Path:
     return folder
 
 
-def test_batch_sizes(data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_every_family_and_norm_trains_at_every_batch_size(
+    data: Path, tmp_path: Path, capsys: Any
+) -> None:
     script = import_module("scripts.experiments.lbn_batch_size")
     arguments = script.Arguments(
         data_dir=data,
@@ -94,7 +96,7 @@ def test_every_norm_of_a_family_is_replaced() -> None:
         assert gates == [1.0] * (2 * 3 + 1)
 
 
-def test_pretrained_norms(
+def test_static_norms_of_a_language_model_are_measured_once(
     tiny_llama: Any, byte_tokenizer: Any, sample_text: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "data" / "models" / "stories260K"
@@ -125,7 +127,9 @@ def test_pretrained_norms(
     )
 
 
-def test_pretrained_encoder(tiny_bert: Any, byte_tokenizer: Any, tmp_path: Path) -> None:
+def test_static_norms_of_an_encoder_are_measured(
+    tiny_bert: Any, byte_tokenizer: Any, tmp_path: Path
+) -> None:
     tiny_bert.bert.save_pretrained(tmp_path / "encoder")
     byte_tokenizer.save_pretrained(tmp_path / "encoder")
     (tmp_path / "sst2").mkdir()
@@ -151,7 +155,7 @@ def test_pretrained_encoder(tiny_bert: Any, byte_tokenizer: Any, tmp_path: Path)
         assert 0 <= row["accuracy"] <= 1
 
 
-def test_static_inference(
+def test_a_static_block_in_integers_gives_nearly_the_packed_codes(
     tiny_llama: Any, byte_tokenizer: Any, sample_text: str, tmp_path: Path
 ) -> None:
     tiny_llama.save_pretrained(tmp_path / "llama")

@@ -296,7 +296,7 @@ def test_a_choice_is_the_sum_over_its_own_tokens():
         assert found.log_likelihood == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_accuracy_with_and_without_the_length():
+def test_the_length_decides_only_the_normed_accuracy():
     zero_shot = import_module("scripts.bench.zero_shot")
     question = zero_shot.multiple_choice("x", ["ab", "abcdéf"], 1)
     scores = [zero_shot.Score(-3.0, False), zero_shot.Score(-7.0, False)]

@@ -175,20 +175,8 @@ def reconstruct_blocks(
     store = None if folder is None else BlockStore(Path(folder), asdict(settings), batches)
     narrow = torch.autocast(device, torch.bfloat16, autocast, cache_enabled=False)  # weights change
     with evaluating(model), evaluating(teacher), narrow:
-        segments = find_segments(model, batches[0])
         walk = _Walk(model, teacher, batches, settings, store)
-        total = sum(len(segment.calls) for segment in segments)
-        with tqdm(total=total, desc="block-wise", unit="block", disable=not progress) as bar:
-            for segment in segments:
-                segment.capture(batches)
-                floats = walk.float_inputs(segment)
-                for call in segment.calls:
-                    floats = walk.reconstruct(segment, call, floats)
-                    if walk.report.blocks:
-                        last = list(walk.report.blocks.values())[-1]
-                        bar.set_postfix_str(f"error {last.before:.1e} -> {last.after:.1e}")
-                    bar.update()
-                segment.release()
+        walk.all_blocks(find_segments(model, batches[0]), progress)
     return walk.report
 
 
@@ -246,6 +234,21 @@ class _Walk:
             for p in module.parameters(recurse=False)
         )
         self.tied = {key for key, count in used.items() if count > 1}
+
+    def all_blocks(self, segments: list[Segment], progress: bool) -> None:
+        """Train the blocks of all segments."""
+        total = sum(len(segment.calls) for segment in segments)
+        with tqdm(total=total, desc="block-wise", unit="block", disable=not progress) as bar:
+            for segment in segments:
+                segment.capture(self.batches)
+                floats = self.float_inputs(segment)
+                for call in segment.calls:
+                    floats = self.reconstruct(segment, call, floats)
+                    if self.report.blocks:
+                        last = list(self.report.blocks.values())[-1]
+                        bar.set_postfix_str(f"error {last.before:.1e} -> {last.after:.1e}")
+                    bar.update()
+                segment.release()
 
     def float_inputs(self, segment: Segment) -> list[Tensor]:
         """Per batch, the hidden states that enter the first block of ``segment`` in the teacher."""
