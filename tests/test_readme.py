@@ -14,9 +14,19 @@ README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "model_cards" / "README.md",
     *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.stem != "notebook"),
 ]
-FOLDERS = ("maqd_hf/", "scripts/", "tests/", "docs/", "results/", "model_cards/", ".ci/", ".github/")
+FOLDERS = (
+    "maqd_hf/",
+    "scripts/",
+    "tests/",
+    "docs/",
+    "results/",
+    "model_cards/",
+    ".ci/",
+    ".github/",
+)
 
 
 def example(name: str) -> str:
@@ -82,3 +92,24 @@ def test_every_path_link_and_command_of_a_page_exists(page):
     links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", re.sub(r"```.*?```", "", text, flags=re.S))
     missing += [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_every_name_in_the_path_of_a_tensor_is_defined_in_its_file():
+    text = (ROOT / "docs" / "method.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([\w/]+\.(?:py|c|h|inc))` \| `([\w.]+)` \|", text, re.MULTILINE)
+    assert len(rows) > 15
+    for path, name in rows:
+        code = (ROOT / path).read_text("utf-8")
+        for part in name.split("."):
+            assert re.search(rf"(def |class |^|\W){part}\s*[(:=]", code, re.MULTILINE), (path, name)
+
+
+def test_every_room_has_a_page_of_the_reference_and_every_page_a_place_in_the_site():
+    rooms = {p.name for p in (ROOT / "maqd_hf").iterdir() if (p / "__init__.py").exists()}
+    rooms |= {p.stem for p in (ROOT / "maqd_hf").glob("*.py")} - {"__init__"}
+    pages = {p.stem: p.read_text("utf-8") for p in (ROOT / "docs" / "reference").glob("*.md")}
+    assert pages.keys() - {"index"} == rooms
+    assert all(f"::: maqd_hf.{room}\n" in pages[room] for room in rooms)
+    site = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f"- {page.relative_to(ROOT / 'docs')}\n" in site

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 WIDTH = 8.0  # inches: a little over the 800 pixels that a README shows
 _COLORS = pyplot.colormaps["tab10"].colors  # type: ignore[attr-defined]
-_MARKERS = "osD^vPX*<>hpd8H"
+_MARKERS = "osD^vPX*<>hpd"
 _DASHES = ("-", "--", ":", "-.")
 _GAP = 11.0  # points from one label to the next
 _LETTER = 4.5  # points, the usual width of a letter

@@ -68,7 +68,8 @@ def six_rows(root: Path) -> str:
         f"`{MODEL}`, 64 weights share a scale, inputs have 8 bits. File and tokens a second "
         f"({threads} threads of a shared machine, one stream) are those of a model whose embedding "
         "and head have 8 bits (the float model's are bfloat16); perplexity "
-        "(WikiText-2 test, the best training tried) is that of one whose embedding and head are float."
+        "(WikiText-2 test, the best training tried) is that of one whose embedding and head are "
+        "float."
     )
     return "\n\n".join([table, f"{note} {_NOTE}" if marked else note])
 
