@@ -114,6 +114,11 @@ def axes():
     pyplot.close(figure)
 
 
+@pytest.mark.parametrize("ours", [False, True])
+def test_no_two_series_are_alike(ours):
+    assert len({str(lines.style(index, ours)) for index in range(60)}) == 60
+
+
 def test_names_of_lines_that_end_together_do_not_overlap(axes):
     drawn = [
         axes.plot([0, 1], [0, 1 + index / 100], label=f"line {index}")[0] for index in range(12)

@@ -21,11 +21,8 @@ _HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 
 def style(index: int, ours: bool) -> dict[str, Any]:
-    """Line and marker of series ``index``; no two of 60 are alike. ``ours`` is drawn stronger.
-
-    >>> len({str(sorted(style(i, False).items())) for i in range(60)})
-    60
-    """
+    """Line and marker of series ``index``: no two of the first 60 are alike. ``ours`` is drawn
+    stronger."""
     dashes = "-" if ours else _DASHES[1 + index // len(_COLORS) % (len(_DASHES) - 1)]
     return {
         "color": _COLORS[index % len(_COLORS)],
