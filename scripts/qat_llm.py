@@ -29,6 +29,7 @@ if not __package__:  # run as a file: scripts/__init__.py has not done it
 import argparse
 import copy
 import json
+import math
 import os
 import shutil
 import sys
@@ -443,18 +444,25 @@ def _card_report(report: Any) -> dict[str, Any]:
 
 
 def plot(metrics: dict[str, Any], path: Path) -> None:
-    """Training loss, and perplexity from float to the reloaded packed model."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    """Training loss, and perplexity from float to the reloaded packed model.
+
+    The bars start below the least of them by as much as they differ, so that this can be seen.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     loss = metrics.get("loss", [])
     left.plot([e["step"] for e in loss], [e["loss"] for e in loss], color="tab:blue")
-    left.set(title="distillation loss", xlabel="optimiser step", ylabel="KL to float, nats/token")
+    left.set(title="distillation loss", xlabel="optimizer step", ylabel="KL to float, nats a token")
     left.grid(alpha=0.3)
     stages = metrics["perplexity"]
     bars = right.bar(list(stages), list(stages.values()), color="tab:blue", width=0.6)
     bars[0].set_color("tab:gray")
-    right.bar_label(bars, fmt="%.1f")
-    right.set(title="perplexity on held-out text", ylabel="perplexity (lower is better)")
-    figure.savefig(path, dpi=120)
+    right.bar_label(bars, fmt="%.2f")
+    least, most = min(stages.values()), max(stages.values())
+    spread = (most - least) or 1.0
+    right.set(title="perplexity on held-out text (lower is better)")
+    if math.isfinite(spread):
+        right.set_ylim(max(0.0, least - spread), most + 0.2 * spread)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

@@ -203,6 +203,20 @@ def _eval_results(evaluations: Iterable[Evaluation], task: str) -> Iterable[Eval
                 )
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a bar inside a cell is escaped.
+
+    >>> print(markdown_table(("levels", "bits"), [("16", "4")]))
+    | levels | bits |
+    | --- | --- |
+    | 16 | 4 |
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
 def _evaluation_table(evaluations: Sequence[Evaluation]) -> str:
     rows = [
         (
@@ -214,7 +228,7 @@ def _evaluation_table(evaluations: Sequence[Evaluation]) -> str:
     ]
     if not rows:
         rows = [("any text", "perplexity", NOT_MEASURED, NOT_MEASURED)]
-    return _table(("measured on", "metric", "float", "packed"), rows)
+    return markdown_table(("measured on", "metric", "float", "packed"), rows)
 
 
 def _report(report: Mapping[str, Any] | str) -> str:
@@ -244,14 +258,7 @@ def _scalar_table(heading: str, values: Mapping[str, Any]) -> str:
         for name, value in values.items()
         if not isinstance(value, (Mapping, list, tuple))
     ]
-    return _table((heading, "value"), rows)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    return markdown_table((heading, "value"), rows)
 
 
 def _bullets(items: Iterable[str]) -> str:

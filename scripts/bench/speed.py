@@ -5,7 +5,7 @@
 
 Tables. `matrices`: one packed layer against torch in bfloat16, torch's int4 product, onnxruntime's
 MatMulNBits, OpenVINO, auto-round-lib and llama.cpp's product, for 1, 8 and 512 tokens, with the
-bandwidth and the multiplications the machine reaches in the same run (`--plot` draws the roofline).
+bandwidth and the multiplications the machine reaches in the same run (``report.plots`` draws them).
 `models`: SmolLM2-135M (random codes of the same shapes cost the same, so no calibration is done)
 through `generate()`, one stream and eight, and in one prefill of 512 tokens, against transformers
 in bfloat16 and llama.cpp. `compiled`: decoding under torch.compile with a static cache. `large`: a
@@ -49,7 +49,7 @@ from maqd_hf.data.bundled import SMOLLM2, embedded_text, resolve_model
 from maqd_hf.decoding.forward import CACHE_NAME
 from maqd_hf.evaluation.versions import package_versions
 from scripts.bench.report.targets import speed_targets
-from scripts.bench.speed_kernels import matrices, plot_roofline
+from scripts.bench.speed_kernels import matrices
 from scripts.bench.speed_models import (
     MIB,
     NEW,
@@ -74,7 +74,6 @@ class Arguments:
     busy: int = field(default=0, metadata={"help": "Processes that compute beside `models`."})
     large: bool = field(default=False, metadata={"help": "Also a random Llama of 1 B parameters."})
     output: str | None = None
-    plot: str | None = field(default=None, metadata={"help": "Draw the roofline here (PNG, SVG)."})
 
 
 # ------------------------------------------------------------------------------- whole models
@@ -236,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     output = Path(args.output) if args.output else None
     report: dict[str, Any] = json.loads(output.read_text()) if output and output.exists() else {}
     report |= {
-        "arguments": asdict(replace(args, output=None, plot=None)),  # places mean nothing elsewhere
+        "arguments": asdict(replace(args, output=None)),  # places mean nothing elsewhere
         "kernels": kernels.info(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "missing_rivals": missing,
@@ -254,8 +253,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "matrices" in args.tables:
         torch.set_num_threads(max(args.threads))
         keep("matrices", matrices(args.tokens, args.rounds))
-        if args.plot:
-            plot_roofline(report["matrices"], Path(args.plot))
     whole_models(args, report, keep)
     for target in speed_targets(report):
         print(" | ".join(target.cells()))

@@ -6,12 +6,10 @@ inputs, from Python.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,34 +134,3 @@ def matrices(tokens: list[int], rounds: int) -> list[dict[str, Any]]:
     found.append({"name": "ceilings", "threads": threads, "bytes_per_second": bandwidth,
                   "operations_per_second": 2 * compute, "missing": missing})  # fmt: skip
     return found
-
-
-def plot_roofline(rows: list[dict[str, Any]], target: Path) -> None:
-    """Draw every product between the machine's two ceilings.
-
-    The axes are operations per byte of weights and operations per second.
-    """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    ceilings = rows[-1]
-    figure, axes = pyplot.subplots(figsize=(7, 5))
-    groups: dict[str, list[tuple[float, float]]] = {}
-    for row in rows[:-1]:
-        if "bytes_per_second" in row and "groups" not in row["name"]:
-            speed = row["operations_per_second"]
-            groups.setdefault(row["name"], []).append((speed / row["bytes_per_second"], speed))
-    intensities = [x for points in groups.values() for x, _ in points]
-    line = torch.logspace(math.log10(min(intensities)), math.log10(max(intensities)), 100)
-    roof = (line * ceilings["bytes_per_second"]).clamp(max=ceilings["operations_per_second"])
-    axes.plot(line, roof, color="black", label="measured ceilings")
-    for name, points in groups.items():
-        marker = "o" if name.startswith("maqd") else "x"
-        axes.plot(*zip(*points, strict=True), marker, label=name, alpha=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte of weights",
-             ylabel="operations a second", title=f"{ceilings['threads']} threads")  # fmt: skip
-    axes.legend(fontsize=7)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110, bbox_inches="tight")

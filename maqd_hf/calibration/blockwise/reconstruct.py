@@ -148,13 +148,13 @@ def reconstruct_blocks(
     encoder's states) are those of the quantised model. A block that is called more than once is
     trained at its first call.
 
-    Raises:
-        ValueError: nothing to train, model and teacher do not fit, activation steps are not
-            calibrated, an error is not finite (names the block), or ``folder`` holds another run.
-
         quantize_model(model, config)
         calibrate(model, token_ids)
         reconstruct_blocks(model, teacher, token_ids)
+
+    Raises:
+        ValueError: nothing to train, model and teacher do not fit, activation steps are not
+            calibrated, an error is not finite (names the block), or ``folder`` holds another run.
     """
     _check(model, teacher)
     batches = as_batches(data, model, batch_size)

@@ -1,4 +1,5 @@
 """Tables and plots of the JSON files in ``results/``: ``render`` writes the pages, ``plots`` draws.
 
-``targets`` says what was aimed at; ``quality``, ``speed`` and ``norms`` make the tables.
+- ``summary``: the table of README; ``jobs``, ``quality``, ``speed``, ``norms``: those of results;
+- ``targets``: what was aimed at; ``lines``: lines that carry their names.
 """

@@ -1,12 +1,12 @@
-"""Tables about Layer-Batch Normalization and static norms; a part of `render_readme`."""
+"""Tables about Layer-Batch Normalization and static norms."""
 
 from __future__ import annotations
 
 from statistics import mean
 from typing import Any
 
-from scripts.bench.report.tables import aims, table
-from scripts.bench.report.targets import at_best_rate, batch_size_targets, static_norm_targets
+from maqd_hf.evaluation.model_card import markdown_table
+from scripts.bench.report.targets import aims, at_best_rate, batch_size_targets, static_norm_targets
 
 
 def norms(result: list[dict[str, Any]]) -> str:
@@ -21,7 +21,7 @@ def norms(result: list[dict[str, Any]]) -> str:
         )
         for row in result
     ]
-    return table(("model", "norms", "seed", "trained, nats", "static, nats"), rows)
+    return markdown_table(("model", "norms", "seed", "trained, nats", "static, nats"), rows)
 
 
 def _over_seeds(rows: list[dict[str, Any]]) -> str:
@@ -71,10 +71,9 @@ def batch_sizes(result: list[dict[str, Any]]) -> str:
         "Where several learning rates were tried, each kind of norm has its best one. "
         "Mean, least and most of several seeds."
     )
-    numbers = table(("model", "norms", *(f"{size} a step" for size in sizes)), rows)
+    numbers = markdown_table(("model", "norms", *(f"{size} a step" for size in sizes)), rows)
     aimed = aims(batch_size_targets(result), "What was aimed at:")
-    plot = "![loss against batch size](results/plots/lbn_batch.png)"
-    return "\n\n".join((text, numbers, plot, aimed))
+    return "\n\n".join((text, numbers, aimed))
 
 
 def pretrained_norms(result: list[dict[str, Any]]) -> str:
@@ -91,7 +90,11 @@ def pretrained_norms(result: list[dict[str, Any]]) -> str:
     ]
     header = ("model", "norms", "seed", "static norms", "float", "start", "packed")
     text = "16 weight levels, 8-bit static activations, held-out loss in nats."
-    parts = [text, table(header, rows), aims(static_norm_targets(result), "What was aimed at:")]
+    parts = [
+        text,
+        markdown_table(header, rows),
+        aims(static_norm_targets(result), "What was aimed at:"),
+    ]
     for row in result:
         costs = {choice["name"]: choice["alone"] for choice in row.get("choices", [])}
         if costs:
@@ -133,11 +136,11 @@ def static_inference(result: list[dict[str, Any]]) -> str:
         *(name.replace("_", " ") for name in result[0]["operations"]),
     )
     parts = ["Per token, around the matrix products (`maqd_hf.inference_cost`):"]
-    parts.append(table(header, rows))
+    parts.append(markdown_table(header, rows))
     if lines:
         parts.append(
-            "The feed-forward half of a block in integers alone (`maqd_hf.integer`), its int8 "
-            "codes beside the packed model's:"
+            "The feed-forward half of a block in integers alone "
+            "(`maqd_hf.evaluation.integer_block`), its int8 codes beside the packed model's:"
         )
-        parts.append(table(("", "codes", "number", "differ", "by at most"), lines))
+        parts.append(markdown_table(("", "codes", "number", "differ", "by at most"), lines))
     return "\n\n".join(parts)

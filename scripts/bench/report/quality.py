@@ -1,4 +1,4 @@
-"""Tables of what quantisation costs in quality; a part of `render_readme`."""
+"""Tables of what quantisation costs in quality."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ from collections.abc import Iterable
 from statistics import mean
 from typing import Any
 
+from maqd_hf.evaluation.model_card import markdown_table
 from scripts.bench.quality_peers import CALIBRATED
-from scripts.bench.report.tables import aims, table
-from scripts.bench.report.targets import encoder_targets, headline, quality_targets
+from scripts.bench.report.targets import aims, encoder_targets, quality_targets
 
 
-def quality(result: dict[str, Any], short: bool = False) -> str:
-    """Perplexity at equal bits, peers and other rules: runs of scripts/bench/quality.py.
-
-    ``short``: of MaQD only rows that were aimed at and their start values, the best run of each.
-    """
-    every = _best_rates(run for run in result["runs"] if run["table"] == "llm")
-    runs = _headlines(every) if short else every
+def quality(result: dict[str, Any]) -> str:
+    """Perplexity at equal bits, peers and other rules: runs of scripts/bench/quality.py."""
+    runs = best_rates(run for run in result["runs"] if run["table"] == "llm")
     base = next(run for run in runs if run["method"] == "float")
     texts = list(base["texts"])
     rows = []
-    for run in sorted(runs, key=lambda run: (-run["bits_per_weight"], _perplexities(run))):
+    for run in sorted(runs, key=lambda run: (-run["bits_per_weight"], perplexities(run))):
         inputs = run["activations"]
         cells = [run["name"], f"{run['bits_per_weight']:.2f}"]
         cells.append(f"{math.log2(inputs + 1):.0f} bit" if inputs else "float")
@@ -46,42 +42,27 @@ def quality(result: dict[str, Any], short: bool = False) -> str:
         "g64: 64 inputs share a weight scale; inputs have a step a token, or with `inputs g64` one "
         "for every 64 of a token. SEQ, LSQ and BitNet are the rules of other papers "
         "(`scripts/bench/quality_rules.py`); they and torchao's QAT are trained by the same loop "
-        "as "
-        "MaQD, and shown at the best rate tried. auto-round is given fewer steps than its own "
+        "as MaQD, and shown at the best rate tried. auto-round is given fewer steps than its own "
         "default, which takes hours here (`scripts/bench/quality_peers.py`)."
         f"{_seen(runs)}",
-        table(header, rows),
+        markdown_table(header, rows),
     ]
     if trained:
-        parts.append("![perplexity against bits a weight](results/plots/quality.png)")
-        parts.append(aims(quality_targets(every), "What was aimed at, on the worse text:"))
+        parts.append(aims(quality_targets(runs), "What was aimed at, on the worse text:"))
     if result["missing"]:
         named = "; ".join(f"{name}: {reason}" for name, reason in result["missing"].items())
         parts.append(f"Did not run: {named}.")
-    small = [run for run in result["runs"] if run["table"] == "rules" and not short]
+    small = [run for run in result["runs"] if run["table"] == "rules"]
     return "\n\n".join([*parts, *([_rules(small)] if small else [])])
 
 
-def quality_in_short(result: dict[str, Any]) -> str:
-    """The rows a reader looks for first."""
-    return quality(result, short=True)
-
-
-def _headlines(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    best: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        if headline(run):
-            best[run["name"]] = min(best.get(run["name"], run), run, key=_perplexities)
-    return list(best.values())
-
-
-def _best_rates(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def best_rates(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of runs that differ in the learning rate alone, the best."""
     best: dict[Any, dict[str, Any]] = {}
     for run in runs:
         samples = run["samples"] if _calibrated(run) else None
         key = run["name"], run.get("tokens"), run.get("train"), run.get("seed"), samples
-        best[key] = min(best.get(key, run), run, key=_perplexities)
+        best[key] = min(best.get(key, run), run, key=perplexities)
     return list(best.values())
 
 
@@ -98,7 +79,8 @@ def _seen(runs: list[dict[str, Any]]) -> str:
     return f" Calibrated and trained on equal parts of: {', or '.join(texts)}." if texts else ""
 
 
-def _perplexities(run: dict[str, Any]) -> float:
+def perplexities(run: dict[str, Any]) -> float:
+    """The product of a run's perplexities on all texts: what runs are compared by."""
     return math.prod(text["perplexity"] for text in run["texts"].values())
 
 
@@ -108,7 +90,7 @@ def _rules(runs: list[dict[str, Any]]) -> str:
     rows = []
     for name in dict.fromkeys(run["name"] for run in runs):
         mine = [run for run in runs if run["name"] == name]
-        rate = min(mine, key=_perplexities).get("learning_rate")
+        rate = min(mine, key=perplexities).get("learning_rate")
         chosen = [run for run in mine if run.get("learning_rate") == rate]
         found = [run["texts"][text]["nats"] for run in chosen]
         spread = f"{min(found):.3f} to {max(found):.3f}" if len(found) > 1 else ""
@@ -121,7 +103,7 @@ def _rules(runs: list[dict[str, Any]]) -> str:
         "`gptq` say how MaQD's grid starts; the other rules start as their papers do, which is "
         "part of the difference at so few steps."
     )
-    return f"{head}\n\n{table(('', 'learning rate', 'nats', 'seeds'), rows)}"
+    return f"{head}\n\n{markdown_table(('', 'learning rate', 'nats', 'seeds'), rows)}"
 
 
 def zero_shot(result: dict[str, Any]) -> str:
@@ -144,7 +126,9 @@ def zero_shot(result: dict[str, Any]) -> str:
         rows.append((model, *cells))
     counts = ", ".join(f"{n} of {t}" for t, n in {r["task"]: r["questions"] for r in runs}.items())
     text = f"Accuracy in per cent and its standard error; questions asked: {counts}."
-    return f"{text}\n\n" + table(("", *(f"{task}, {what}" for task, what in columns)), rows)
+    return f"{text}\n\n" + markdown_table(
+        ("", *(f"{task}, {what}" for task, what in columns)), rows
+    )
 
 
 def post_training(result: list[dict[str, Any]]) -> str:
@@ -165,7 +149,7 @@ def post_training(result: list[dict[str, Any]]) -> str:
         )
     header = ("weights only, head float", "float", "quantised", "to float", "processor time")
     text = f"WikiText-2 raw test. {result[0]['quantized']['protocol']}"
-    return f"{text}\n\n" + table(header, rows)
+    return f"{text}\n\n" + markdown_table(header, rows)
 
 
 def encoders(result: list[dict[str, Any]]) -> str:
@@ -207,7 +191,7 @@ def encoders(result: list[dict[str, Any]]) -> str:
         f"{'; '.join(texts)}. Float: {result[0]['float_bytes'] / 2**20:.1f} MiB."
     )
     aimed = aims(encoder_targets(result), "What was aimed at:")
-    return f"{text}\n\n{table(header, rows)}\n\n{aimed}"
+    return f"{text}\n\n{markdown_table(header, rows)}\n\n{aimed}"
 
 
 def block_wise(result: list[dict[str, Any]]) -> str:
@@ -227,7 +211,7 @@ def block_wise(result: list[dict[str, Any]]) -> str:
             f"{asked['activation_levels']} levels per token. Perplexity after each stage."
         )
         header = ("tokens go to", "levels", "float", "start (GPTQ)", "block-wise", "end to end")
-        tables.append(f"{text}\n\n{table(header, rows)}")
+        tables.append(f"{text}\n\n{markdown_table(header, rows)}")
     return "\n\n".join(tables)
 
 
@@ -251,4 +235,4 @@ def ablations(result: list[dict[str, Any]]) -> str:
         f"{len({run['seed'] for run in result})} seeds."
     )
     header = ("changed", "start", "trained", "seeds", "to the first")
-    return f"{text}\n\n{table(header, rows)}"
+    return f"{text}\n\n{markdown_table(header, rows)}"

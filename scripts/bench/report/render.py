@@ -1,10 +1,10 @@
-"""Write the tables of README.md and of results/README.md from the JSON files in results/.
+"""Write README's table and docs/results.md from the JSON files in results/.
 
-    python -m scripts.bench.report.render            # rewrite the tables
+    python -m scripts.bench.report.render            # rewrite both
     python -m scripts.bench.report.render --check    # exit 1 if they are not what results/ say
 
-README.md has what a reader looks for first, results/README.md everything. No number in either is
-typed by hand; where each file comes from stands below its table.
+README.md has one table of six rows, docs/results.md everything. No number in either is typed by
+hand; where each file comes from stands below its table. The pictures are drawn by ``plots``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mode
 from typing import Any
 
+from scripts.bench.report.jobs import architectures, main_job, training_cost
 from scripts.bench.report.norms import batch_sizes, norms, pretrained_norms, static_inference
 from scripts.bench.report.quality import (
     ablations,
@@ -25,161 +25,130 @@ from scripts.bench.report.quality import (
     encoders,
     post_training,
     quality,
-    quality_in_short,
     zero_shot,
 )
-from scripts.bench.report.speed import speed, speed_elsewhere, speed_in_short
-from scripts.bench.report.tables import table
+from scripts.bench.report.speed import speed, speed_elsewhere
+from scripts.bench.report.summary import six_rows
 
 ROOT = Path(__file__).resolve().parents[3]
-BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
-
-
-def main_job(result: dict[str, Any]) -> str:
-    """The main job, stage by stage."""
-    full = result["perplexity"]["float"]
-    names = {
-        "float": "float model",
-        "start": "quantised, before training",
-        "trained": "after training",
-        "reloaded": "packed, saved, loaded with from_pretrained",
-    }
-    rows = [
-        (names[stage], f"{value:.2f}", f"{100 * (value / full - 1):+.1f} %")
-        for stage, value in result["perplexity"].items()
-    ]
-    static, token = result["report"]["static norms"], result["report"]["norms per token"]
-    usual = mode(result["report"]["layers"].values())
-    return "\n".join(
-        [
-            f"`{result['base_model']}`, {result['training']['tokens']:,} training tokens, "
-            f"{result['seconds']['total']:.0f} s in all. Most layers: {usual}. "
-            f"{result['protocol']}",
-            "",
-            table(("stage", "perplexity", "to float"), rows),
-            "",
-            f"{result['bits_per_weight']:.2f} bits a weight over the whole model, embedding and "
-            f"scales included; {result['packed_bytes'] / 2**20:.1f} MiB on disk against "
-            f"{result['float_bytes'] / 2**20:.1f} MiB in bfloat16. {len(static)} norms are static, "
-            f"{len(token)} stayed per token: the budget is too small to move them.",
-        ]
-    )
-
-
-def training_cost(result: dict[str, Any]) -> str:
-    """Step time and memory against a plain fine-tune."""
-    rows = [
-        (
-            row["kind"],
-            f"{row['step_seconds']:.2f} s",
-            f"{row['time_ratio']:.2f}x",
-            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-            f"{row['memory_ratio']:.2f}x",
-        )
-        for row in result["results"]
-    ]
-    asked = result["arguments"]
-    text = f"{asked['model']}, {asked['batch_size']} x {asked['length']} tokens, float32."
-    return f"{text}\n\n" + table(("", "median step", "to plain", "peak memory", "to plain"), rows)
-
-
-def architectures(result: dict[str, Any]) -> str:
-    """How many classes of each task work, and which do not."""
-    outcomes = ("works", "refused", "failed", "not tried")
-    by_task: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        by_task.setdefault(row["task"], []).append(row)
-    rows = []
-    for task, classes in by_task.items():
-        counts = [sum(row["result"] == outcome for row in classes) for outcome in outcomes]
-        native = sum(row["native"] for row in classes)
-        rows.append((task, str(len(classes)), *map(str, counts), str(native)))
-    parts = [
-        f"The classes of transformers {result['versions']['transformers']} in a tiny size with "
-        "random weights: converted, trained for a step, packed, saved, loaded, and asked to "
-        "generate. Refused are those that `quantize_model` says it does not take, not tried those "
-        "whose float model the script could not make small.",
-        table(("", "classes", *outcomes, "native decode step"), rows),
-    ]
-    for outcome in ("refused", "failed"):
-        named = [f"`{row['name']}`" for row in result["rows"] if row["result"] == outcome]
-        if named:
-            parts.append(f"{outcome.capitalize()}: {', '.join(named)}.")
-    return "\n\n".join(parts)
+BEGIN, END = "<!-- table -->", "<!-- /table -->"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the results: its files, the command that wrote them and their tables.
+    """A part of the results: its files, the command that wrote them, their tables and pictures.
 
-    ``short``: its tables in README.md; None: it stands in results/README.md alone.
+    ``pictures``: (text in its place, file in docs/plots), shown where the file is there.
     """
 
     title: str
     files: str
     command: str
-    whole: Callable[[Any], str]
-    short: Callable[[Any], str] | None
+    show: Callable[[Any], str]
+    pictures: tuple[tuple[str, str], ...] = ()
 
-    def render(self, results: Path, short: bool) -> list[str]:
-        """Lines, none where there is no result or nothing to show of it."""
-        show = self.short if short else self.whole
-        found = [json.loads(path.read_text("utf-8")) for path in sorted(results.glob(self.files))]
-        if not found or show is None:
+    def render(self, root: Path) -> list[str]:
+        """Paragraphs; none where there is no result."""
+        paths = sorted((root / "results").glob(self.files))
+        found = [json.loads(path.read_text("utf-8")) for path in paths]
+        if not found:
             return []
-        content = show(found if "*" in self.files else found[0])
-        source = f"`results/{self.files}`, written by `python scripts/{self.command}`"
-        return ["", f"### {self.title}", "", content, "", f"({source})"]
-
-
-def _same(
-    title: str, files: str, command: str, show: Callable[[Any], str], brief: bool = True
-) -> Section:
-    return Section(title, files, command, show, show if brief else None)
+        content = self.show(found if "*" in self.files else found[0])
+        drawn = [
+            f"![{text}](plots/{name})"
+            for text, name in self.pictures
+            if (root / "docs" / "plots" / name).exists()
+        ]
+        source = f"The numbers are in `results/{self.files}`, written by `{self.command}`."
+        return [f"## {self.title}", content, *drawn, source]
 
 
 SECTIONS = [
-    _same("The main job", "main_job.json", "qat_llm.py", main_job),
+    Section("The main job", "main_job.json", "python scripts/qat_llm.py", main_job),
     Section(
         "Quality against the peers",
         "quality.json",
-        "benchmark_quality.py --data-dir ...",
+        "python -m scripts.bench.quality --data-dir ...",
         quality,
-        quality_in_short,
+        (
+            ("perplexity on WikiText-2 against bits a weight", "quality.png"),
+            ("perplexity on film reviews against bits a weight", "quality_imdb.png"),
+            ("loss of the trained rows, step by step", "loss.png"),
+        ),
     ),
-    _same("Zero-shot", "zero_shot.json", "zero_shot.py --data-dir ...", zero_shot),
-    Section("Speed", "speed.json", "benchmark_speed.py", speed, speed_in_short),
-    _same(
+    Section(
+        "Zero-shot", "zero_shot.json", "python -m scripts.bench.zero_shot --data-dir ...", zero_shot
+    ),
+    Section(
+        "Speed",
+        "speed.json",
+        "python -m scripts.bench.speed",
+        speed,
+        (("operations a second against operations for every byte of weights", "roofline.png"),),
+    ),
+    Section(
         "Speed, a CPU without AMX",
         "speed-avx512.json",
-        "benchmark_speed.py",
+        "python -m scripts.bench.speed",
         speed_elsewhere,
     ),
-    _same("Without training", "ptq-*.json", "quantize_ptq.py", post_training),
-    _same("Static norms", "lbn_experiments.json", "lbn_experiments.py", norms, brief=False),
-    _same("Batch sizes", "lbn_batch.json", "lbn_batch_size.py", batch_sizes),
-    _same("Static norms, pretrained", "lbn_pretrained.json", "lbn_pretrained.py", pretrained_norms),
-    _same(
-        "What static norms save", "static_inference.json", "static_inference.py", static_inference
+    Section("Without training", "ptq-*.json", "python scripts/quantize_ptq.py", post_training),
+    Section(
+        "Static norms",
+        "lbn_experiments.json",
+        "python -m scripts.experiments.lbn_from_scratch",
+        norms,
     ),
-    _same("Encoders", "encoders.json", "qat_encoder.py --dataset ...", encoders),
-    _same("Architectures", "architectures.json", "try_architectures.py", architectures),
-    _same("One setting at a time", "ablations.json", "ablations.py", ablations, brief=False),
-    _same("Block by block", "blockwise.json", "blockwise_experiments.py", block_wise, brief=False),
-    _same("What training costs", "training.json", "benchmark_training.py", training_cost),
+    Section(
+        "Batch sizes",
+        "lbn_batch.json",
+        "python -m scripts.experiments.lbn_batch_size",
+        batch_sizes,
+        (("loss against the mini-batch size", "lbn_batch.png"),),
+    ),
+    Section(
+        "Static norms, pretrained",
+        "lbn_pretrained.json",
+        "python -m scripts.experiments.lbn_pretrained",
+        pretrained_norms,
+    ),
+    Section(
+        "What static norms save",
+        "static_inference.json",
+        "python -m scripts.experiments.static_inference",
+        static_inference,
+    ),
+    Section("Encoders", "encoders.json", "python scripts/qat_encoder.py --dataset ...", encoders),
+    Section(
+        "Architectures",
+        "architectures.json",
+        "python -m scripts.experiments.architectures",
+        architectures,
+    ),
+    Section(
+        "One setting at a time",
+        "ablations.json",
+        "python -m scripts.experiments.ablations",
+        ablations,
+    ),
+    Section(
+        "Block by block", "blockwise.json", "python -m scripts.experiments.blockwise", block_wise
+    ),
+    Section(
+        "What training costs", "training.json", "python -m scripts.bench.training", training_cost
+    ),
 ]
-MORE = "results/README.md"
-SHARED = "Two cores of a shared machine; times are only as good as that."
+HEAD = """# Results
+
+Everything on this page is written by `python -m scripts.bench.report.render` from the JSON files
+that the measurements left in `results/`. The machine was shared and gave two cores; times are only
+as good as that. A target that was missed stands here with what limits it."""
 
 
-def render(results: Path, short: bool) -> str:
+def results_page(root: Path) -> str:
     """All sections whose result is there."""
-    lines = [line for section in SECTIONS for line in section.render(results, short)]
-    if short:
-        more = f"{SHARED} Everything, ablations and single matrices too: [{MORE}]({MORE})."
-        return "\n".join(["## Measured", "", more, *lines])
-    text = "\n".join(["# Measured", "", SHARED, *lines, ""])
-    return text.replace("](results/", "](")
+    paragraphs = [part for section in SECTIONS for part in section.render(root)]
+    return "\n\n".join([HEAD, *paragraphs]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,12 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--root", type=Path, default=ROOT)
     args = parser.parse_args(arguments)
-    results, readme = args.root / "results", args.root / "README.md"
+    readme = args.root / "README.md"
     before, _, rest = readme.read_text("utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     wanted = {
-        readme: f"{before}{BEGIN}\n{render(results, short=True)}\n{END}{after}",
-        results / "README.md": render(results, short=False),
+        readme: f"{before}{BEGIN}\n{six_rows(args.root)}\n{END}{after}",
+        args.root / "docs" / "results.md": results_page(args.root),
     }
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text("utf-8") != text]
     for path in stale:

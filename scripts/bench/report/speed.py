@@ -1,14 +1,12 @@
-"""Tables of speed and memory; a part of `render_readme`."""
+"""Tables of speed and memory."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from scripts.bench.report.tables import aims, table
-from scripts.bench.report.targets import load_ratio, speed_targets
+from maqd_hf.evaluation.model_card import markdown_table
+from scripts.bench.report.targets import aims, load_ratio, speed_targets
 
-ROOT = Path(__file__).resolve().parents[3]
 AIMS = "Ratios that were aimed at (`scripts/bench/report/targets.py`):"
 
 
@@ -18,32 +16,14 @@ def speed(result: dict[str, Any]) -> str:
     if result["missing_rivals"]:
         tables.append(f"Rivals not installed in this run: {', '.join(result['missing_rivals'])}.")
     running = [row for key in ("models", "busy", "large") for row in result.get(key, [])]
-    return "\n\n".join([*tables, *models(running), *_rest(result, matrices(result))])
-
-
-def speed_in_short(result: dict[str, Any]) -> str:
-    """The models on all threads of an otherwise idle machine, and what was aimed at."""
-    running = result.get("models", []) + result.get("large", [])
-    most = max((row["threads"] for row in running), default=0)
-    chosen = [row for row in running if row["threads"] == most]
-    return "\n\n".join([*models(chosen), *_rest(result, [])])
+    tables += [*models(running), *machine(result), *compiled_decoding(result), *loading(result)]
+    tables += [*agreement(result), *ceilings(result), *matrices(result)]
+    return "\n\n".join([*tables, aims(speed_targets(result), AIMS)])
 
 
 def speed_elsewhere(result: dict[str, Any]) -> str:
     """What was aimed at, on another machine."""
     return "\n\n".join([*machine(result), aims(speed_targets(result), AIMS)])
-
-
-def _rest(result: dict[str, Any], products: list[str]) -> list[str]:
-    tables = [
-        *machine(result),
-        *compiled_decoding(result),
-        *loading(result),
-        *agreement(result),
-        *ceilings(result),
-    ]
-    aimed = aims(speed_targets(result), AIMS)
-    return [*tables, *products, aimed]
 
 
 def machine(result: dict[str, Any]) -> list[str]:
@@ -80,7 +60,7 @@ def models(running: list[dict[str, Any]]) -> list[str]:
         )  # fmt: skip
         beside = f", beside {busy} processes that compute" if busy else ""
         text = f"`{label}`, one stream, {threads} thread(s){beside}."
-        tables.append(f"{text}\n\n{table(header, rows)}")
+        tables.append(f"{text}\n\n{markdown_table(header, rows)}")
     return tables
 
 
@@ -97,7 +77,7 @@ def matrices(result: dict[str, Any]) -> list[str]:
             for name in dict.fromkeys(row["name"] for row in chosen)
         ]
         text = f"One matrix, {tokens} token(s), {chosen[0]['threads']} threads, microseconds."
-        tables.append(f"{text}\n\n{table(['', *(f'{a} x {b}' for a, b in shapes)], rows)}")
+        tables.append(f"{text}\n\n{markdown_table(['', *(f'{a} x {b}' for a, b in shapes)], rows)}")
     return tables
 
 
@@ -129,7 +109,7 @@ def compiled_decoding(result: dict[str, Any]) -> list[str]:
         return []
     threads = result["compiled"][0]["threads"]
     text = f"`torch.compile(fullgraph=True)`, static cache, {threads} threads."
-    return [f"{text}\n\n{table(['', 'ms a token', 'to bf16'], rows)}"]
+    return [f"{text}\n\n{markdown_table(['', 'ms a token', 'to bf16'], rows)}"]
 
 
 def loading(result: dict[str, Any]) -> list[str]:
@@ -158,12 +138,10 @@ def ceilings(result: dict[str, Any]) -> list[str]:
             share = row["bytes_per_second"] / found["bytes_per_second"]
             shares.append(f"{row['name'].removeprefix('maqd ')} {share:.0%}")
     absent = "; ".join(f"{name} ({why})" for name, why in found.get("missing", {}).items())
-    plot = "results/plots/roofline.png"
-    picture = f"\n\n![Roofline]({plot})" if (ROOT / plot).exists() else ""
     return [
         f"In the same run {found['threads']} threads read memory at "
         f"{found['bytes_per_second'] / 1e9:.0f} GB/s and multiply 8-bit numbers at "
         f"{found['operations_per_second'] / 2e9:.0f} billion a second. One token at 11008 x 4096 "
         f"uses of that bandwidth (above 100 %: weights stay in the cache): {', '.join(shares)}."
-        f"{' Not timed: ' * bool(absent)}{absent}{picture}"
+        f"{' Not timed: ' * bool(absent)}{absent}"
     ]

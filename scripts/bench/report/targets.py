@@ -1,18 +1,20 @@
 """What this package is meant to reach, and what the files in results/ say of it.
 
-`speed_targets` reads what `benchmark_speed` wrote (every target is a ratio of two figures of the
-same run), `quality_targets` what `benchmark_quality` did, `encoder_targets` what `qat_encoder`,
-`batch_size_targets` what `lbn_batch_size` and `static_norm_targets` what `lbn_pretrained`.
-A target that was missed is shown with what limits it, as far as we know; one whose competitor is
-missing is left out.
+`speed_targets` reads what ``scripts.bench.speed`` wrote (every target is a ratio of two figures of
+the same run), `quality_targets` what ``scripts.bench.quality`` wrote, `encoder_targets` what
+``scripts/qat_encoder.py`` wrote, `batch_size_targets` what ``scripts.experiments.lbn_batch_size``
+wrote and `static_norm_targets` what ``scripts.experiments.lbn_pretrained`` wrote. A target that was
+missed is shown with what limits it, as far as we know; one whose competitor is missing is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
+
+from maqd_hf.evaluation.model_card import markdown_table
 
 # What these reasons rest on, by hand (Zen 4, 2 cores, one day): 2048 x 2048 at 2 bits takes 23 us,
 # of which the call 5; 4096 x 4096 runs at 98 % of the byte dot product's rate on one thread. A
@@ -82,6 +84,12 @@ class Target:
             f"{self.found:.{digits}f}{self.unit}",
             verdict,
         )
+
+
+def aims(targets: Sequence[Target], text: str) -> str:
+    """A table of what was aimed at beside what came out, under a line of ``text``."""
+    rows = [target.cells() for target in targets]
+    return f"{text}\n\n" + markdown_table(("", "aim", "found", ""), rows)
 
 
 # --------------------------------------------------------------------------------------- speed
@@ -159,7 +167,7 @@ def _others(report: dict[str, Any]) -> Iterator[Target]:
 
 
 def speed_targets(report: dict[str, Any]) -> list[Target]:
-    """Those that the tables of ``report``, the JSON of `benchmark_speed`, say something of."""
+    """Those that the tables of ``report`` say something of: the JSON of ``scripts.bench.speed``."""
     found = list(_matrices(report.get("matrices", [])))
     for threads in sorted({row["threads"] for row in report.get("models", [])}):
         found += _models(report, threads)
@@ -176,11 +184,11 @@ QUALITY_AIMS = {
     "MaQD M=3 g64": 70,
     "MaQD M=16 g64, 4-bit inputs g64": 15,
 }
-"""Rows of `benchmark_quality`: at most so many per cent above the float perplexity."""
+"""Rows of ``scripts.bench.quality``: at most so many per cent above the float perplexity."""
 
 
 def headline(run: dict[str, Any]) -> bool:
-    """Whether a run of `benchmark_quality` is none of MaQD's, or of a row aimed at or its start."""
+    """Whether a run of ``scripts.bench.quality`` is a peer's, or of a row aimed at or its start."""
     return run["method"] != "MaQD" or run["name"].replace(" start", "") in QUALITY_AIMS
 
 
