@@ -15,7 +15,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "model_cards" / "README.md",
-    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.stem != "notebook"),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if "notebook" not in str(page)),
 ]
 FOLDERS = (
     "maqd_hf/",
@@ -104,12 +104,9 @@ def test_every_name_in_the_path_of_a_tensor_is_defined_in_its_file():
             assert re.search(rf"(def |class |^|\W){part}\s*[(:=]", code, re.MULTILINE), (path, name)
 
 
-def test_every_room_has_a_page_of_the_reference_and_every_page_a_place_in_the_site():
+def test_every_room_has_a_page_of_the_reference():
     rooms = {p.name for p in (ROOT / "maqd_hf").iterdir() if (p / "__init__.py").exists()}
     rooms |= {p.stem for p in (ROOT / "maqd_hf").glob("*.py")} - {"__init__"}
     pages = {p.stem: p.read_text("utf-8") for p in (ROOT / "docs" / "reference").glob("*.md")}
     assert pages.keys() - {"index"} == rooms
     assert all(f"::: maqd_hf.{room}\n" in pages[room] for room in rooms)
-    site = (ROOT / "mkdocs.yml").read_text("utf-8")
-    for page in (ROOT / "docs").rglob("*.md"):
-        assert f"- {page.relative_to(ROOT / 'docs')}\n" in site
