@@ -75,7 +75,7 @@ class Row:
 
 def _llm_rows() -> list[Row]:
     """The rows of table ``llm``: start values, then trained rows, then peers."""
-    rates = {levels: (learning_rate(levels),) for levels in (16, 8, 4, 3)}
+    rates: dict[int, tuple[float, ...]] = {n: (learning_rate(n),) for n in (16, 8, 4, 3)}
     return [*_start_rows(), *_trained_rows(rates), *_peer_rows(rates)]
 
 
