@@ -155,8 +155,8 @@ class IntegerMLP(nn.Module):
     """The feed-forward half of a packed block, from integer residual to what is added to it.
 
     Args:
-        norm: static; its constant and affine, where ``up`` and ``gate`` have not absorbed them, go
-            into the rescaling of their inputs, which then has a multiplier for every feature.
+        norm: static; its constant and affine, unless folded into ``up`` and ``gate``, go into the
+            rescaling of their inputs, which then has a multiplier for every feature.
         up, down: packed, with static steps and odd activation levels.
         function: the activation function, applied to the output of ``gate`` or else of ``up``.
         gate: of a gated block (Llama): ``down(function(gate(x)) * up(x))``.
@@ -193,7 +193,7 @@ class IntegerMLP(nn.Module):
         self.down = IntegerLinear(down, 2.0**-fraction_bits, (1 << 31) - 1)
         width = up.in_features if self.centered else 1  # the mean is not divided out
         residual_bits = 31 + math.ceil(math.log2(2 * width))
-        factor = 1.0 if norm.spec.absorbed else math.exp(-float(norm.running_log_ms) / 2)
+        factor = 1.0 if norm.spec.folded else math.exp(-float(norm.running_log_ms) / 2)
         in_unit = torch.tensor(factor * 2.0**-fraction_bits / width, dtype=torch.float64)
         if norm.weight is not None:
             in_unit = in_unit * norm.weight.detach().double()
