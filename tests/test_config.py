@@ -23,7 +23,7 @@ OTHER: dict[str, Any] = {  # every field away from its default
     "rotation": 64,
     "first_token": "shared",
     "layer_batch_norm": False,
-    "norm_affine": "absorb",
+    "norm_affine": "fold",
     "lbn_final_norm": True,
     "lbn_qk_norm": True,
     "lbn_pooling": "mean",
@@ -35,7 +35,7 @@ OTHER: dict[str, Any] = {  # every field away from its default
     "modules": {"layers.0.up_proj": {"weight_levels": 3}},
 }
 USER_FIELDS = [
-    f.name for f in fields(MaQDConfig) if f.name not in ("format_version", "quant_method")
+    f.name for f in fields(MaQDConfig) if f.name not in ("digest", "format_version", "quant_method")
 ]
 
 

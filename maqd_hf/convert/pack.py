@@ -7,12 +7,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..checkpoint.integrity import checksum
-from ..checkpoint.layout import describe
+from ..checkpoint.layout import describe, relations
 from ..config import quantization_config
 from ..decoding.forward import attach_native
 from ..models.finding import modules_of
-from ..models.names import Names
 from ..models.surgery import note_tied_tensors, replace_module
 from ..nn import (
     LayerBatchNorm,
@@ -23,7 +21,7 @@ from ..nn import (
 )
 from ..nn.kinds import QUANTIZED
 from ..nn.packed import check_calibrated
-from .folding import absorb_scale, takes_scale
+from .folding import fold_scale, takes_scale
 from .report import ConversionReport, make_report
 
 
@@ -42,17 +40,7 @@ def pack_model(model: nn.Module) -> ConversionReport:
     if config.state != "qat":
         raise ValueError("this model is packed already")
     _check_packable(model)
-    names, entries = Names(model), config.modules or {}
-    absorbed_by = {
-        names.absolute(norm): [names.absolute(n) for n in entry["absorbed_by"]]
-        for norm, entry in entries.items()
-        if entry["kind"] == "norm"
-    }
-    tied_to = {
-        names.absolute(head): names.absolute(entry["tied_to"])
-        for head, entry in entries.items()
-        if "tied_to" in entry
-    }
+    folded_into, tied_to = relations(model, config)
     for name, layer in modules_of(model, MaQDLinear):
         if layer.spec.weight_levels is not None:
             packed = PackedLinear.from_qat(layer)
@@ -65,10 +53,8 @@ def pack_model(model: nn.Module) -> ConversionReport:
         model.get_submodule(embedding).tie(model.get_submodule(head))  # type: ignore[operator]
         note_tied_tensors(model, embedding, head)
     for name, norm in modules_of(model, LayerBatchNorm):
-        _freeze_norm(norm, [model.get_submodule(n) for n in absorbed_by[name]])
-    modules = describe(model, config, absorbed_by, tied_to)
-    for relative, entry in modules.items():
-        entry["crc32"] = checksum(model.get_submodule(names.absolute(relative)))
+        _freeze_norm(norm, [model.get_submodule(n) for n in folded_into.get(name, ())])
+    modules = describe(model, config, folded_into, tied_to)
     config = replace(config, state="packed", modules=modules)
     model.config.quantization_config = config  # type: ignore[union-attr]
     model.eval()
@@ -104,4 +90,4 @@ def _freeze_norm(norm: LayerBatchNorm, consumers: list[nn.Module]) -> None:
     norm.spec = replace(norm.spec, statistics="static")
     takers = bool(consumers) and all(takes_scale(layer) for layer in consumers)
     if norm.weight is not None or takers:
-        absorb_scale(norm, consumers)  # type: ignore[arg-type]
+        fold_scale(norm, consumers)  # type: ignore[arg-type]
