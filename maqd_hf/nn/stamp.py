@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 T = TypeVar("T")
+_version = attrgetter("_version")
 
 
 class Stamp:
@@ -64,9 +66,9 @@ class Derived(Generic[T]):
 
 
 def _state(tensors: Iterable[Tensor | None]) -> list[int]:
-    return [
-        number
-        for tensor in tensors
-        if tensor is not None
-        for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-    ]
+    present = [tensor for tensor in tensors if tensor is not None]
+    try:  # asked at every token for every tensor of a model
+        return [*map(Tensor.data_ptr, present), *map(_version, present)]
+    except RuntimeError:
+        counted = [tensor for tensor in present if not tensor.is_inference()]
+        return [*map(Tensor.data_ptr, present), *map(_version, counted)]
