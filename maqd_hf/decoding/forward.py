@@ -133,10 +133,10 @@ class NativeForward:
         """Why the library does not run the model as it is now, or None."""
         return self._look().problem
 
-    def _look(self) -> _Known:
-        """The plan of the model as it is now."""
+    def _look(self, step: bool = False) -> _Known:
+        """The plan of the model as it is now; ``step``: before a single token."""
         known = self._known
-        if known is not None and known.snapshot.fits():
+        if known is not None and known.snapshot.fits(step):
             return known
         with self._lock:
             known = self._known
@@ -155,15 +155,15 @@ class NativeForward:
             kwargs = {**bound.pop("kwargs", {}), **bound}
         try:
             check_modes()
-            plan = self._plan()
+            plan = self._plan(_is_step(kwargs))
             call = read_call(kwargs, plan, self.model.config)
         except UnsupportedError as problem:
             logger.warning_once(f"maqd_hf: the model's own forward runs, not the native: {problem}")
             return type(self.model).forward(self.model, **kwargs)
         return _output(*answer(plan, call, self.model.config, self.kv_cache))
 
-    def _plan(self) -> Plan:
-        known = self._look()
+    def _plan(self, step: bool) -> Plan:
+        known = self._look(step)
         if known.plan is None:
             raise UnsupportedError(known.problem)
         return known.plan
@@ -199,7 +199,7 @@ class NativeForward:
         """What the operator does: logits (batch, 1, vocabulary) of the last of ``ids``."""
         given = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
         try:
-            plan = self._plan()
+            plan = self._plan(step=True)
             call = read_call({**given, "logits_to_keep": 1}, plan, self.model.config, store)
         except UnsupportedError as problem:
             raise RuntimeError(
@@ -207,6 +207,12 @@ class NativeForward:
                 f"{problem}; compile again"
             ) from problem
         return logits_of(plan, call, store).float()
+
+
+def _is_step(given: dict[str, Any]) -> bool:
+    """Whether a call continues a sequence by one token."""
+    ids = given.get("input_ids")
+    return isinstance(ids, Tensor) and ids.shape[-1] == 1 and given_cache(given) is not None
 
 
 def _look_at(model: Any) -> _Known:

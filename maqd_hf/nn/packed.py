@@ -18,7 +18,7 @@ from .embedding import MaQDEmbedding
 from .linear import MaQDLinear
 from .precision import Apply, mark_output_dtype, without_narrowing
 from .spec import LinearSpec
-from .stamp import Derived
+from .stamp import CountedModule, Derived, freeze
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: object = None) -> nn.Parameter:
@@ -36,7 +36,7 @@ def check_calibrated(layer: MaQDLinear, name: str) -> None:
         )
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(CountedModule):
     """Linear layer on packed codes; the packed form of ``MaQDLinear``.
 
     Frozen parameters (parameters and not buffers, so that offloading moves them): ``weight_scale``
@@ -136,6 +136,8 @@ class PackedLinear(nn.Module):
         return self._native.get(self._parameters.values(), self._make_native)
 
     def _make_native(self) -> kernels.NativeWeight:
+        for parameter in self.parameters(recurse=False):
+            freeze(parameter)
         # The library rotates a token as it quantises it; on a GPU `forward` did so before.
         rotation = {"rotation": self.rotation} if self.weight.is_cpu else {}
         return kernels.weight_type(self.weight.device)(
@@ -190,7 +192,7 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.spec}"
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(CountedModule):
     """Embedding on packed codes; parameters as in ``PackedLinear``, one scale per row.
 
     The output has the dtype of the empty parameter ``output_like``.
@@ -256,6 +258,8 @@ class PackedEmbedding(nn.Module):
         words, scale, offset = self.weight, self.weight_scale, self.weight_offset
 
         def make() -> kernels.Table:
+            for parameter in self.parameters(recurse=False):
+                freeze(parameter)
             return kernels.Table(
                 words, self.levels, self.embedding_dim, scale, offset, self.output_scale
             )
