@@ -29,7 +29,7 @@ class _Readable:
     ``given``: both, while somebody may hold them; empty else.
     """
 
-    given: dict[str, Tensor]
+    given: Any
 
     def _read(self) -> tuple[Tensor, Tensor]:
         """Copies of what is stored, each (batch, heads, positions, head_dim)."""
@@ -54,7 +54,6 @@ class NativeLayer(_Readable, DynamicLayer):
 
     def __init__(self, store: _Store, index: int) -> None:
         self._store, self._index = store, index
-        self.given = {}
         super().__init__()
         self.dtype, self.device = torch.float32, torch.device("cpu")
 
@@ -62,6 +61,16 @@ class NativeLayer(_Readable, DynamicLayer):
         store = self._store.values
         keys, values = store.read(self._index, store.lengths[self._index])
         return keys.clone(), values.clone()
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        return self._store.given.get(self._index, {})
+
+    @given.setter
+    def given(self, value: dict[str, Tensor]) -> None:
+        self._store.given[self._index] = value
+        if not value:
+            del self._store.given[self._index]
 
     def _set(self, name: str, value: Tensor | None) -> None:
         if value is None or not value.numel():
@@ -123,10 +132,12 @@ class NativeLayer(_Readable, DynamicLayer):
 
 
 class _Store:
-    """The ``KeyValues`` all layers of a cache share, remade when their batch size changes."""
+    """The ``KeyValues`` all layers of a cache share, remade when their batch size changes, and what
+    was ``given`` out of them, by the layer's number."""
 
     def __init__(self, values: KeyValues) -> None:
         self.values = values
+        self.given: dict[int, dict[str, Tensor]] = {}
         self.layers = [NativeLayer(self, index) for index in range(values.shape[0])]
 
     def _resize(self, batch: int) -> None:
@@ -138,7 +149,7 @@ class _Store:
 
     def settle(self, batch: int) -> None:
         """Bring what was assigned to layers, or edited in place, into the store."""
-        given = [layer for layer in self.layers if layer.given]
+        given = [self.layers[index] for index in self.given]
         sizes = {len(value) for layer in given for value in layer.given.values()}
         if not given:
             if self.values.batch != batch and not any(self.values.lengths):
@@ -325,7 +336,13 @@ def cache_problem(cache: Any, decoder: NativeDecoder, batch: int, tokens: int) -
     static = type(cache) is StaticCache
     if len(layers) not in ((blocks,) if static else (0, blocks)):
         return f"a cache of {len(layers)} layers"
-    kinds = (StaticLayer, NativeStaticLayer) if static else (DynamicLayer, NativeLayer)
+    if layers and type(layers[0]) in (NativeLayer, NativeStaticLayer):
+        own = layers[0].store if static else layers[0]._store.values
+        if (own.shape[2], own.head_dim) != (decoder.kv_heads, decoder.head_dim):
+            return "the cache of a model with other heads"
+        if not static:
+            return None if layers == layers[0]._store.layers else "cache layers of several caches"
+    kinds = (StaticLayer, NativeStaticLayer) if static else (DynamicLayer,)
     for layer, block in zip(layers, decoder.blocks, strict=False):
         if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
             if layer.sliding_window != block.window:
@@ -333,13 +350,6 @@ def cache_problem(cache: Any, decoder: NativeDecoder, batch: int, tokens: int) -
             continue  # the library keeps all positions and looks at some
         if type(layer) not in kinds:
             return f"cache layers of type {type(layer).__name__}"
-    if layers and type(layers[0]) in (NativeLayer, NativeStaticLayer):
-        store = layers[0].store if static else layers[0]._store.values
-        own = layers[0].store if static else layers[0]._store
-        if any((layer.store if static else layer._store) is not own for layer in layers):
-            return "cache layers of several caches"
-        if (store.shape[2], store.head_dim) != (decoder.kv_heads, decoder.head_dim):
-            return "the cache of a model with other heads"
     return _static_problem(cache, batch, tokens) if static else None
 
 

@@ -160,6 +160,23 @@ def read_globals(model: nn.Module, family: Family) -> list[tuple[list[str], dict
     return [(sorted(names), values) for names, values in found.values() if names]
 
 
+def names_read(model: nn.Module, found: list[tuple[list[str], dict[str, Any]]]) -> set[str]:
+    """Every name and word in the code that calls of ``model``'s modules run, with the functions
+    ``found`` by ``read_globals``: an attribute called by none of them is not read."""
+    functions = [kind.forward for kind in {type(module) for module in model.modules()}]
+    functions += attention_functions(model.config)  # type: ignore[arg-type]
+    for names, values in found:
+        functions += [values[name] for name in names]
+    return {name for function in functions for code in _chain(function) for name in _words(code)}
+
+
+def _words(code: CodeType) -> Iterable[str]:
+    yield from _names(code)
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+
+
 def _names(code: CodeType) -> Iterable[str]:
     yield from code.co_names
     for constant in code.co_consts:

@@ -9,7 +9,7 @@ modules, some functions and the config. A count that moved means to compare ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -21,7 +21,14 @@ from torch.utils.hooks import RemovableHandle
 from ..kernels import loader
 from ..nn import CountedModule, FrozenParameter, LayerBatchNorm, Stamp, count_together, freeze
 from .families import FAMILIES
-from .identity import attention_functions, global_hooks, methods, own_attributes, read_globals
+from .identity import (
+    attention_functions,
+    global_hooks,
+    methods,
+    names_read,
+    own_attributes,
+    read_globals,
+)
 
 _values: Callable[[dict[Any, Any]], Iterable[Any]] = dict.values
 _version = attrgetter("_version")
@@ -49,11 +56,14 @@ class Snapshot:
         self._counters = count_together(packed)
         self._events = self._counted()
         self._config, self._fields = model.config, _kept(vars(model.config))
-        self._code = _Code(model)
+        family = FAMILIES.get(getattr(model.config, "model_type", ""))
+        found = read_globals(model, family) if family else []
+        self._code = _Code(model, found)
         tables = [table for module in modules for table in _tables(module)]
         self._all = _Structure(modules, [*tables, *global_hooks()])
         stock = [module for module in modules if not isinstance(module, CountedModule)]
-        self._stock = _Structure(stock, [module._modules for module in stock])
+        children = [module._modules for module in stock if module._modules]
+        self._stock = _Structure(stock, children, names_read(model, found))
         self._tensors = self._all.tensors
         self._stamp = Stamp(self._tensors)
         self._copied = [t for t in self._tensors if _is_copied(t)] + _statistics(modules)
@@ -87,11 +97,9 @@ class Snapshot:
 class _Code:
     """The functions that calls of a model's modules run, as they are now."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, found: list[tuple[list[str], dict[str, Any]]]) -> None:
         self._config = model.config
         self._classes = [*{type(module) for module in model.modules()}]
-        family = FAMILIES.get(getattr(model.config, "model_type", ""))
-        found = read_globals(model, family) if family else []
         self._reads = [(itemgetter(*names), values) for names, values in found]
         self._known = self._now()
 
@@ -108,9 +116,15 @@ class _Code:
 
 
 class _Structure:
-    """Classes and attributes of modules, and the contents of their ``tables``, as they are now."""
+    """Classes and attributes of modules, those called by ``names`` or all, and the contents of
+    their ``tables``, as they are now."""
 
-    def __init__(self, modules: Sequence[nn.Module], tables: Iterable[dict[Any, Any]]) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        tables: Iterable[dict[Any, Any]],
+        names: Container[str] | None = None,
+    ) -> None:
         self._modules, self._types = modules, [*map(type, modules)]
         self._attributes = [vars(module) for module in modules]
         self._sizes = [*map(len, self._attributes)]
@@ -119,12 +133,12 @@ class _Structure:
             filled[bool(table)].append(table)
         self._full, self._empty = filled[True], filled[False]
         self._contents = [*self._flat()]
-        named = [[n for n in own_attributes(m) if not n.startswith("_")] for m in modules]
-        self._reads = [
-            (itemgetter("training", *names), values)
-            for names, values in zip(named, self._attributes, strict=True)
-            if names
-        ]
+        self._reads = []
+        for module, values in zip(modules, self._attributes, strict=True):
+            own = [name for name in own_attributes(module) if not name.startswith("_")]
+            own = [name for name in own if names is None or name in names]
+            if own or names is None:
+                self._reads.append((itemgetter("training", "training", *own), values))
         self._known = [_kept(read(values)) for read, values in self._reads]
 
     @property
