@@ -1,222 +1,234 @@
-"""Which models the library can run, and the plan of one as ``kernels.decoder`` wants it."""
+"""Which decoders the library runs: a table of families, and where each keeps its parts.
+
+A family of your own joins by an entry in ``FAMILIES``: the module that defines its classes, and a
+function that says where the parts of such a model are. ``plan`` turns that into what the library
+is given, and refuses whatever does not add up.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..kernels import loader, native
-from ..kernels.decoder import BlockPlan, LinearPlan, NativeDecoder
-from ..kernels.norm import NativeNorm
-from ..nn import BatchContext, LayerBatchNorm, PackedEmbedding, PackedLinear
-
-_SLIDING = "sliding_attention"
-_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
-_ACTIVATIONS = {
-    "silu": "swiglu",
-    "relu": "relu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
 Parts = dict[str, nn.Module]
+Constants = list[tuple[str, object, object]]
+SLIDING = "sliding_attention"
 
 
 class UnsupportedError(Exception):
-    """The reason is the message."""
+    """The library does not run this model or this call; the reason is the message."""
 
 
-def check_model(model: Any) -> tuple[list[object], list[Tensor]]:
-    """What a plan is made of: path and modules, and their tensors; ``UnsupportedError`` where the
-    library does not run the model."""
-    config = model.config
-    if loader.chosen_isa() is None:
-        raise UnsupportedError("the compiled kernels are missing or switched off")
-    if config.model_type not in FAMILIES:
-        raise UnsupportedError(
-            f"model_type {config.model_type!r} is not one of {', '.join(FAMILIES)}"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", _SLIDING}
-    if kinds:
-        raise UnsupportedError(f"attention of type {', '.join(sorted(kinds))}")
-    parts: list[object] = [loader.chosen_isa()]
-    tensors: list[Tensor] = []
-    for name, module in model.named_modules():
-        patched = "forward" in module.__dict__ and module is not model
-        if patched or "_hf_hook" in module.__dict__ or _hooked(module):
-            raise UnsupportedError(f"{name or 'the model'} has hooks or a forward of its own")
-        parts.append(id(module))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                if tensor.device.type != "cpu":
-                    raise UnsupportedError(f"{name} is on {tensor.device}")
-                tensors.append(tensor)
-    return parts, tensors
+@dataclass(frozen=True)
+class Block:
+    """The parts of one block, under the names of ``kernels.decoder``.
+
+    ``window``: how many positions a token sees, itself included; 0: all before it. ``rope``:
+    whether queries and keys are rotated, in a model with a rotary embedding.
+    """
+
+    attention: nn.Module
+    activation: nn.Module
+    norms: Parts
+    linears: Parts
+    window: int = 0
+    rope: bool = True
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Hooks of others, on a module inside the model: the library would pass them by."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(not isinstance(getattr(hook, "__self__", None), BatchContext) for hook in hooks)
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a decoder.
+
+    ``embedding``, ``norm`` (the last) and ``head`` are those that the model's ``forward`` calls.
+    ``scales``: what every block multiplies its scores with. ``rotary``: the rotary embedding, or
+    None; ``learned`` (positions, hidden): the embedding of positions, or None. ``gated``: whether
+    the feed-forward part has a gate. ``constants``: numbers that the library takes for granted,
+    as (name, value found, value wanted). ``counts_padding``: positions that nobody gives are
+    counted by the mask.
+    """
+
+    embedding: nn.Module
+    blocks: Sequence[Block]
+    norm: nn.Module
+    head: nn.Module
+    scales: Sequence[float]
+    rotary: nn.Module | None = None
+    learned: Tensor | None = None
+    gated: bool = False
+    constants: Sequence[tuple[str, object, object]] = ()
+    counts_padding: bool = False
 
 
-def build(model: Any) -> NativeDecoder:
-    """The plan of a model that passed ``check_model``."""
-    config = model.config
-    try:
-        blocks, norm, options = FAMILIES[config.model_type](model)
-    except AttributeError as error:  # another version of transformers, or someone's own block
-        raise UnsupportedError(f"a {config.model_type} of another build ({error})") from error
-    steps = []
-    for index, (attention, norms, layers) in enumerate(blocks):
-        where = f"block {index}"
-        steps.append(
-            BlockPlan(
-                cast(Any, {name: _norm(norm, where) for name, norm in norms.items()}),
-                cast(Any, {name: _linear(layer, where) for name, layer in layers.items()}),
-                _window(config, index),
-                bool(getattr(attention, "use_rope", True)),  # not in every fourth of SmolLM3
-            )
-        )
-    return NativeDecoder(
-        steps,
-        _norm(norm, "the last norm"),
-        heads=config.num_attention_heads,
-        head_dim=blocks[0][0].head_dim,
-        table=_table(model.get_input_embeddings()),
-        head=_linear(model.lm_head, "lm_head") if _is_plain(model.lm_head) else None,
-        **{"kv_heads": config.num_attention_heads, **options},
-    )
+@dataclass(frozen=True)
+class Family:
+    """``module`` defines the classes of a family; ``anatomy`` finds the parts of a model."""
+
+    module: str
+    anatomy: Callable[[Any], Anatomy]
 
 
-# ----------------------------------------------------------------------------------- the families
-
-Anatomy = tuple[list[tuple[Any, Parts, Parts]], nn.Module, dict[str, Any]]
-"""Of every block its attention, norms and layers; the last norm; what else a decoder is given."""
+# -------------------------------------------------------------------------------------- windows
 
 
-def _llama(model: Any) -> Anatomy:
-    blocks = []
-    for block in model.model.layers:
+def _no_windows(config: Any, blocks: int) -> list[int]:
+    return [0] * blocks
+
+
+def _one_window(config: Any, blocks: int) -> list[int]:
+    """Mistral: all blocks have the window of the config, if there is one."""
+    return [0 if config.sliding_window is None else _window(config)] * blocks
+
+
+def _typed_windows(config: Any, blocks: int) -> list[int]:
+    """Qwen and SmolLM3: the config says of each block whether it has the window."""
+    kinds = config.layer_types
+    unknown = set(kinds) - {"full_attention", SLIDING}
+    if unknown:
+        raise UnsupportedError(f"attention of type {', '.join(sorted(unknown))}")
+    if len(kinds) != blocks:
+        raise UnsupportedError(f"{len(kinds)} layer_types for {blocks} blocks")
+    return [_window(config) if kind == SLIDING else 0 for kind in kinds]
+
+
+def _window(config: Any) -> int:
+    window = config.sliding_window
+    if type(window) is not int or window < 1:
+        raise UnsupportedError(f"sliding_window={window!r}: want a whole number from 1")
+    return window
+
+
+# ------------------------------------------------------------------------------------- families
+
+
+def _llama(model: Any, windows: Callable[[Any, int], list[int]] = _no_windows) -> Anatomy:
+    base = model.model
+    blocks: list[Block] = []
+    constants: Constants = [("num_hidden_layers", base.config.num_hidden_layers, len(base.layers))]
+    for index, window in enumerate(windows(base.config, len(base.layers))):
+        block = base.layers[index]
         attention, mlp = block.self_attn, block.mlp
-        layers = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "o")}
-        layers |= {name: getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
+        linears = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "o")}
+        linears |= {name: getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
         norms = {"input_norm": block.input_layernorm, "post_norm": block.post_attention_layernorm}
         if hasattr(attention, "q_norm"):
             norms |= {"query_norm": attention.q_norm, "key_norm": attention.k_norm}
-        blocks.append((attention, norms, layers))
-    rotary = model.model.rotary_emb
-    if rotary.rope_type not in _ROPE:
-        raise UnsupportedError(f"rotary embedding of type {rotary.rope_type!r}")
-    if len(rotary.inv_freq) * 2 != attention.head_dim or attention.head_dim % 2:
-        raise UnsupportedError("a rotary embedding of part of a head")
-    options = {"frequencies": rotary.inv_freq, "rope_scale": rotary.attention_scaling}
-    options |= {
-        "kv_heads": model.config.num_key_value_heads,
-        "attention_scale": attention.scaling,
-    }
-    return blocks, model.model.norm, options | _activation(model.config.hidden_act, gated=True)
-
-
-def _gpt2(model: Any) -> Anatomy:
-    config, body = model.config, model.transformer
-    if config.add_cross_attention or config.scale_attn_by_inverse_layer_idx:
-        raise UnsupportedError("cross attention, or a scale of attention for each block")
-    blocks = []
-    for block in body.h:
-        attention, mlp = block.attn, block.mlp
-        layers = {"q": attention.c_attn, "o": attention.c_proj, "up": mlp.c_fc, "down": mlp.c_proj}
-        blocks.append((attention, {"input_norm": block.ln_1, "post_norm": block.ln_2}, layers))
-    options = _activation(config.activation_function, gated=False)
-    options["attention_scale"] = attention.head_dim**-0.5 if config.scale_attn_weights else 1.0
-    return blocks, body.ln_f, options | {"learned": _learned(body.wpe, 0)}
-
-
-def _opt(model: Any) -> Anatomy:
-    config, body = model.config, model.model.decoder
-    if not config.do_layer_norm_before or body.project_in is not None or not body.final_layer_norm:
-        raise UnsupportedError("norms after the sums, or embeddings of another width")
-    blocks = []
-    for block in body.layers:
-        attention = block.self_attn
-        layers = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v")}
-        layers |= {"o": attention.out_proj, "up": block.fc1, "down": block.fc2}
-        norms = {"input_norm": block.self_attn_layer_norm, "post_norm": block.final_layer_norm}
-        blocks.append((attention, norms, layers))
-    options = _activation(config.activation_function, gated=False)
-    options["attention_scale"] = attention.scaling
-    learned = _learned(body.embed_positions, body.embed_positions.offset)
-    return blocks, body.final_layer_norm, options | {"learned": learned}
-
-
-FAMILIES: dict[str, Callable[[Any], Anatomy]] = {
-    "llama": _llama,
-    "mistral": _llama,
-    "qwen2": _llama,
-    "qwen3": _llama,
-    "smollm3": _llama,
-    "gpt2": _gpt2,
-    "opt": _opt,
-}
-"""By ``model_type``: the architectures whose blocks the library runs."""
-
-
-def _activation(name: str, gated: bool) -> dict[str, Any]:
-    found = _ACTIVATIONS.get(name)
-    if found is None or (found == "swiglu") != gated:
-        raise UnsupportedError(f"activation function {name!r}")
-    return {"activation": found}
-
-
-def _learned(embedding: nn.Module, offset: int) -> Tensor:
-    if not isinstance(embedding, nn.Embedding):
-        raise UnsupportedError(f"positions of type {type(embedding).__name__}")
-    return embedding.weight.detach()[offset:]
-
-
-# ---------------------------------------------------------------------------------------- a block
-
-
-def _window(config: Any, index: int) -> int:
-    """Positions a token of block ``index`` sees; 0: all before it."""
-    kinds = getattr(config, "layer_types", None)
-    slides = kinds[index] == _SLIDING if kinds else config.model_type == "mistral"
-    return int(getattr(config, "sliding_window", None) or 0) if slides else 0
-
-
-def _table(embedding: nn.Module) -> native.Table | None:
-    """The embedding for the library, where its rows need no rounding to a narrower dtype."""
-    if isinstance(embedding, PackedEmbedding) and embedding.output_like.dtype == torch.float32:
-        return embedding.native_table()
-    return None
-
-
-def _is_plain(head: Any) -> bool:
-    """Whether the library can multiply with the head."""
-    return isinstance(head, PackedLinear) and native.fits(
-        head.in_features, head.weight_scale.shape[1], head.levels
+        rope = bool(getattr(attention, "use_rope", True))  # not in every fourth of SmolLM3
+        blocks.append(Block(attention, mlp.act_fn, norms, linears, window, rope))
+        kind = SLIDING if window else "full_attention"
+        constants.append(("attention_type", getattr(block, "attention_type", kind), kind))
+    return Anatomy(
+        base.embed_tokens,
+        blocks,
+        base.norm,
+        model.lm_head,
+        [block.self_attn.scaling for block in base.layers],
+        rotary=base.rotary_emb,
+        gated=True,
+        constants=constants,
     )
 
 
-def _norm(norm: Any, where: str) -> NativeNorm:
-    if not isinstance(norm, LayerBatchNorm):
-        if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
-            return NativeNorm(len(norm.weight), norm.variance_epsilon, weight=norm.weight)
-        raise UnsupportedError(f"{where}: a norm of type {type(norm).__name__}")
-    if norm.spec.statistics == "gated":
-        raise UnsupportedError(f"{where}: a norm in training")
-    return norm.native_norm()
+def _gpt2(model: Any) -> Anatomy:
+    base = model.transformer
+    blocks: list[Block] = []
+    scales: list[float] = []
+    constants: Constants = []
+    for index, block in enumerate(base.h):
+        attention, mlp = block.attn, block.mlp
+        linears = {"q": attention.c_attn, "o": attention.c_proj}
+        linears |= {"up": mlp.c_fc, "down": mlp.c_proj}
+        norms = {"input_norm": block.ln_1, "post_norm": block.ln_2}
+        blocks.append(Block(attention, mlp.act, norms, linears))
+        scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
+        if attention.scale_attn_by_inverse_layer_idx:
+            scale /= index + 1
+        scales.append(getattr(attention, "scaling", scale))  # kept by newer versions alone
+        constants += [
+            ("is_cross_attention", attention.is_cross_attention, False),
+            ("split_size", attention.split_size, attention.c_attn.out_features // 3),
+            ("reorder_and_upcast_attn", attention.reorder_and_upcast_attn, False),
+        ]
+    constants.append(("add_cross_attention", base.config.add_cross_attention, False))
+    learned = _learned(base.wpe, nn.Embedding, 0)
+    return Anatomy(
+        base.wte,
+        blocks,
+        base.ln_f,
+        model.lm_head,
+        scales,
+        learned=learned,
+        constants=constants,
+    )
 
 
-def _linear(layer: Any, where: str) -> LinearPlan:
-    if not isinstance(layer, PackedLinear):
-        raise UnsupportedError(f"{where}: a layer of type {type(layer).__name__} is not packed")
-    groups = layer.weight_scale.shape[1]
-    if not native.fits(layer.in_features, groups, layer.levels):
-        raise UnsupportedError(f"{where}: groups of {layer.in_features // groups} inputs")
-    static = layer.activation_step
-    own_first = static is not None and layer.spec.first_token == "own"
-    step = 0.0 if static is None else float(static)
-    return LinearPlan(layer.native_weight(), step, own_first)
+def _opt(model: Any) -> Anatomy:
+    base = model.model.decoder
+    blocks: list[Block] = []
+    constants: Constants = [("project_in", base.project_in, None)]
+    constants.append(("project_out", base.project_out, None))
+    for block in base.layers:
+        attention = block.self_attn
+        linears = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v")}
+        linears |= {"o": attention.out_proj, "up": block.fc1, "down": block.fc2}
+        norms = {"input_norm": block.self_attn_layer_norm, "post_norm": block.final_layer_norm}
+        blocks.append(Block(attention, block.activation_fn, norms, linears))
+        constants.append(("do_layer_norm_before", block.do_layer_norm_before, True))
+    scales = [block.self_attn.scaling for block in base.layers]
+    positions = base.embed_positions
+    learned = _learned(positions, type(positions), positions.offset)
+    return Anatomy(
+        base.embed_tokens,
+        blocks,
+        base.final_layer_norm,
+        model.lm_head,
+        scales,
+        learned=learned,
+        constants=constants,
+        counts_padding=True,
+    )
+
+
+def _learned(embedding: Any, kind: type, offset: int) -> Tensor:
+    """The rows that positions 0, 1, ... are given."""
+    plain = type(embedding) is kind and isinstance(embedding, nn.Embedding)
+    if not plain or embedding.max_norm is not None or not 0 <= offset < len(embedding.weight):
+        raise UnsupportedError(f"positions of {type(embedding).__name__}, the first at {offset}")
+    return embedding.weight.detach()[offset:]
+
+
+def _stock(name: str, anatomy: Callable[[Any], Anatomy]) -> Family:
+    return Family(f"transformers.models.{name}.modeling_{name}", anatomy)
+
+
+_typed = partial(_llama, windows=_typed_windows)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _stock("llama", _llama),
+    "mistral": _stock("mistral", partial(_llama, windows=_one_window)),
+    "qwen2": _stock("qwen2", _typed),
+    "qwen3": _stock("qwen3", _typed),
+    "smollm3": _stock("smollm3", _typed),
+    "gpt2": _stock("gpt2", _gpt2),
+    "opt": _stock("opt", _opt),
+}
+"""The families that the library runs, by ``model_type``. Add to it what has the same blocks."""
+
+
+def family_of(model: Any) -> Family:
+    """The family of ``model``; ``UnsupportedError`` where there is none."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in FAMILIES:
+        raise UnsupportedError(f"model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def all_equal(values: Iterable[Any], what: str) -> Any:
+    """The one value that all of ``values`` are."""
+    first, *others = values
+    if any(value != first for value in others):
+        raise UnsupportedError(f"{what} differs from block to block")
+    return first

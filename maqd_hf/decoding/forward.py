@@ -11,26 +11,32 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast, get_args
+from threading import RLock
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from ..kernels import loader, ops
 from ..kernels.decoder import NativeDecoder
-from ..kernels.key_values import FixedKeyValues, KeyValues, KeyValueType
-from ..nn import BatchContext, Stamp
+from ..kernels.key_values import FixedKeyValues, KeyValueType
 from ..nn.context import CACHE_NAMES, given_cache
-from .cache import NativeStaticLayer, adopt, cache_problem
-from .families import FAMILIES, UnsupportedError, build, check_model
+from .answer import answer, disagreement, logits_of
+from .cache import NativeStaticLayer, was_read
+from .call import check_modes, read_call
+from .families import FAMILIES, UnsupportedError
+from .plan import Plan, make_plan
+from .snapshot import Snapshot
 
 logger = logging.get_logger(__name__)
 
-_IGNORED = ("cache_position", "use_cache", "return_dict", "logits_to_keep")
+_OF_A_GRAPH = {*CACHE_NAMES, "input_ids", "position_ids", "attention_mask", "cache_position"}
+_OF_A_GRAPH |= {"use_cache", "return_dict", "logits_to_keep"}
 
 
 def attach_native(model: nn.Module, kv_cache: KeyValueType = "float32") -> None:
@@ -60,38 +66,46 @@ def use_native(
         return
     if kv_cache not in get_args(KeyValueType):
         raise ValueError(f"kv_cache={kv_cache!r}: must be one of {get_args(KeyValueType)}")
-    problem = unsupported(model)
-    if problem:
-        raise ValueError(f"no native decode step for {type(model).__name__}: {problem}")
-    attach_native(model, kv_cache)
+    forward = NativeForward(model, kv_cache)
+    if forward.problem is not None:
+        raise ValueError(f"no native decode step for {type(model).__name__}: {forward.problem}")
+    model.forward = forward
 
 
 def unsupported(model: nn.Module) -> str | None:
     """Why ``model`` has no native decode step, or None."""
-    try:
-        check_model(model)
-    except UnsupportedError as problem:
-        return str(problem)
-    return None
+    return NativeForward(model).problem
 
 
 # ------------------------------------------------------------------------------------ the forward
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A model as it was when it was looked at: its plan, or why it has none."""
+
+    snapshot: Snapshot
+    plan: Plan | None
+    problem: str | None
+
+
 class NativeForward:
     """In the place of ``model.forward``: the library's answer where it has one, else the model's.
 
-    Copies and pickles with its model; the copy builds its own plan.
+    Any number of threads may call it: what belongs to a call is in a ``Call``, what belongs to the
+    model never changes once it is made, and is made anew, under a lock, where the model has changed
+    (``snapshot``). Copies and pickles with its model; the copy makes its own plan.
     """
 
     def __init__(self, model: nn.Module, kv_cache: KeyValueType = "float32") -> None:
         self.model, self.kv_cache = model, kv_cache
-        self.number = ops.register(self)
         self._names = tuple(_signature(type(model).forward).parameters)
-        self._decoder: NativeDecoder | None = None
-        self._made_of: tuple[list[object], Stamp] | None = None
-        self._problem: str | None = None
-        self._dtype = torch.float32  # of the logits
+        self._start()
+
+    def _start(self) -> None:
+        self.number = ops.register(self)
+        self._known: _Known | None = None
+        self._lock = RLock()
 
     @property
     def __signature__(self) -> inspect.Signature:  # generate() asks what forward accepts
@@ -102,11 +116,33 @@ class NativeForward:
         return inspect.unwrap(type(self.model).forward).__code__
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decoder": None, "_made_of": None}
+        return {name: vars(self)[name] for name in ("model", "kv_cache", "_names")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.number = ops.register(self)
+        self._start()
+
+    @property
+    def decoder(self) -> NativeDecoder | None:
+        """The plan for the library, or None where ``problem`` says why there is none."""
+        plan = self._look().plan
+        return plan.decoder if plan else None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the library does not run the model as it is now, or None."""
+        return self._look().problem
+
+    def _look(self, step: bool = False) -> _Known:
+        """The plan of the model as it is now; ``step``: before a single token."""
+        known = self._known
+        if known is not None and known.snapshot.fits(step):
+            return known
+        with self._lock:
+            known = self._known
+            if known is None or not known.snapshot.fits():
+                known = self._known = _look_at(self.model)
+        return known
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or self.model.training or torch.jit.is_tracing():
@@ -117,68 +153,79 @@ class NativeForward:
         if args:
             bound = self.__signature__.bind_partial(*args, **kwargs).arguments
             kwargs = {**bound.pop("kwargs", {}), **bound}
-        call = _Call(self.model, kwargs)
-        decoder = self._decoder_for(call)
-        problem = self._problem or call.problem(decoder)
-        if problem or decoder is None:
+        try:
+            check_modes()
+            plan = self._plan(_is_step(kwargs))
+            call = read_call(kwargs, plan, self.model.config)
+        except UnsupportedError as problem:
             logger.warning_once(f"maqd_hf: the model's own forward runs, not the native: {problem}")
             return type(self.model).forward(self.model, **kwargs)
-        return call.answer(decoder, self.kv_cache)
+        return _output(*answer(plan, call, self.model.config, self.kv_cache))
+
+    def _plan(self, step: bool) -> Plan:
+        known = self._look(step)
+        if known.plan is None:
+            raise UnsupportedError(known.problem)
+        return known.plan
 
     def _traced(self, given: dict[str, Any]) -> CausalLMOutputWithPast | None:
         """A step as one operator of a graph, or None where a graph needs the model's own forward:
         the cache is not (yet) the library's, or the call wants more than the last logits."""
         cache, ids = given_cache(given), given.get("input_ids")
-        others = {*CACHE_NAMES, "input_ids", "position_ids", "attention_mask", *_IGNORED}
+        known = self._known
+        head = known.plan.decoder.head if known and known.plan else None
         if (
-            self._decoder is None
-            or self._decoder.head is None
+            known is None
+            or known.plan is None
+            or head is None
             or _exporting()
             or not isinstance(cache, StaticCache)
             or not isinstance(cache.layers[0], NativeStaticLayer)
+            or was_read(cache)
             or not isinstance(ids, Tensor)
             or given.get("return_dict") is False
             or (ids.shape[1] > 1 and given.get("logits_to_keep") != 1)
-            or any(given[name] is not None for name in given if name not in others)
+            or any(given[name] is not None for name in given if name not in _OF_A_GRAPH)
         ):
             return None
         positions, mask = given.get("position_ids"), given.get("attention_mask")
-        vocabulary = self._decoder.head.weight.rows
         store = cache.layers[0].store
-        logits = ops.decode(ids, positions, mask, store, self.number, vocabulary)
-        return _output(logits.to(self._dtype), cache)
+        logits = ops.decode(ids, positions, mask, store, self.number, head.weight.rows)
+        return _output(logits.to(known.plan.dtype), cache)
 
     def step(
         self, ids: Tensor, positions: Tensor | None, mask: Tensor | None, store: FixedKeyValues
     ) -> Tensor:
         """What the operator does: logits (batch, 1, vocabulary) of the last of ``ids``."""
         given = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-        call = _Call(self.model, {**given, "logits_to_keep": 1}, store.past)
-        decoder = self._decoder_for(call)
-        problem = self._problem or call.problem(decoder)
-        if problem or decoder is None:
-            raise RuntimeError(f"this graph was compiled for the native decode step: {problem}")
-        return call.logits(decoder, store).float()
-
-    def _decoder_for(self, call: _Call) -> NativeDecoder | None:
-        """The plan, or None where ``_problem`` says why; checked against the model's tensors and
-        hooks at every call but a decode step, where that would take longer than the rest."""
-        known = self._decoder is not None or self._problem is not None
-        if known and call.tokens == 1 and call.past:
-            return self._decoder
         try:
-            parts, tensors = check_model(self.model)
-            made_of = self._made_of
-            if made_of is None or made_of[0] != parts or not made_of[1].fits(tensors):
-                self._decoder, self._made_of = None, None
-                self._decoder = build(self.model)
-                self._made_of = parts, Stamp(tensors)
-                embedding = self.model.get_input_embeddings()  # type: ignore[operator]
-                self._dtype = embedding(torch.zeros(1, 1, dtype=torch.long)).dtype
-            self._problem = None
+            plan = self._plan(step=True)
+            call = read_call({**given, "logits_to_keep": 1}, plan, self.model.config, store)
         except UnsupportedError as problem:
-            self._decoder, self._made_of, self._problem = None, None, str(problem)
-        return self._decoder
+            raise RuntimeError(
+                f"this graph was compiled for the native decode step, which does not fit any more: "
+                f"{problem}; compile again"
+            ) from problem
+        return logits_of(plan, call, store).float()
+
+
+def _is_step(given: dict[str, Any]) -> bool:
+    """Whether a call continues a sequence by one token."""
+    ids = given.get("input_ids")
+    return isinstance(ids, Tensor) and ids.shape[-1] == 1 and given_cache(given) is not None
+
+
+def _look_at(model: Any) -> _Known:
+    """The plan of ``model``, once both forwards agree on a few tokens."""
+    snapshot = Snapshot(model)  # first: what changes meanwhile is to be seen
+    try:
+        plan = make_plan(model)
+        if not model.training:
+            problem = disagreement(model, plan)
+            return _Known(snapshot, None if problem else plan, problem)
+    except UnsupportedError as problem:
+        return _Known(snapshot, None, str(problem))
+    return _Known(snapshot, plan, None)
 
 
 CACHE_NAME = next(n for n in CACHE_NAMES if n in CausalLMOutputWithPast.__dataclass_fields__)
@@ -201,120 +248,3 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     """What a ``forward`` accepts, without self; generate() asks at every token."""
     signature = inspect.signature(forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
-class _Call:
-    """The arguments of one forward; ``past``: earlier positions, where there is no cache to ask."""
-
-    def __init__(self, model: Any, given: dict[str, Any], past: int = 0) -> None:
-        rest = dict(given)
-        self.model = model
-        self.ids: Tensor | None = rest.pop("input_ids", None)
-        self.embeds: Tensor | None = rest.pop("inputs_embeds", None)
-        self.mask: Tensor | None = rest.pop("attention_mask", None)
-        self.positions: Tensor | None = rest.pop("position_ids", None)
-        self.cache: Any = given_cache(rest)
-        for name in CACHE_NAMES:
-            rest.pop(name, None)
-        self.use_cache = rest.get("use_cache")
-        self.keep: int | Tensor = rest.get("logits_to_keep", 0)
-        self.return_dict = rest.get("return_dict")
-        self.rest = [
-            name
-            for name, value in rest.items()
-            if name not in _IGNORED and value is not None and value is not False
-        ]
-        if self.use_cache is None:
-            self.use_cache = bool(self.model.config.use_cache)
-        source = self.ids if self.ids is not None else self.embeds
-        shape: tuple[int, ...] = (0, 0) if source is None else tuple(source.shape)
-        self.batch, self.tokens = shape[:2]
-        self.past = past if self.cache is None else int(self.cache.get_seq_length())
-
-    def problem(self, decoder: NativeDecoder | None) -> str | None:
-        """Why this call is not the library's, or None; a mask of all queries becomes one of
-        positions."""
-        if self.rest:
-            return f"called with {', '.join(sorted(self.rest))}"
-        if self.return_dict is False:
-            return "return_dict=False"
-        if (self.ids is None) == (self.embeds is None) or not self.batch or not self.tokens:
-            return "neither input_ids nor inputs_embeds, or both, or an empty batch"
-        device = (self.ids if self.ids is not None else cast(Tensor, self.embeds)).device
-        if device.type != "cpu":
-            return f"inputs on {device}"
-        positions = self.past + self.tokens
-        if isinstance(self.mask, Tensor) and self.mask.dim() == 4:
-            self.mask = _mask_of_positions(self.mask, self.past, self.tokens)
-            if self.mask is None:
-                return "an attention mask that is not causal"
-        if self.mask is not None and (
-            not isinstance(self.mask, Tensor) or self.mask.shape != (self.batch, positions)
-        ):
-            return "an attention mask that is not (batch, positions)"
-        counts = self.model.config.model_type == "opt" and self.positions is None
-        if counts and self.mask is not None and not bool(self.mask.all()):
-            return "padding without position_ids"  # OPT counts its own
-        if self.cache is not None and decoder is not None:
-            return cache_problem(self.cache, len(decoder.blocks), self.batch, positions)
-        return None
-
-    def answer(self, decoder: NativeDecoder, kv_cache: KeyValueType) -> CausalLMOutputWithPast:
-        """What the model's own forward would return."""
-        if self.cache is None and self.use_cache:
-            self.cache = DynamicCache(config=self.model.config)
-        if self.cache is None:
-            store = decoder.store(self.batch, kv_cache)
-        else:
-            store = adopt(self.cache, decoder, self.batch, kv_cache)
-        return _output(self.logits(decoder, store), self.cache if self.use_cache else None)
-
-    def logits(self, decoder: NativeDecoder, store: KeyValues) -> Tensor:
-        """Of the tokens asked for, (batch, tokens, vocabulary); ``store`` holds theirs after it."""
-        embeds = self.embeds
-        if embeds is None and decoder.table is None:
-            embeds = self.model.get_input_embeddings()(self.ids)
-        mask = self.mask
-        if mask is not None and bool(mask.all()):
-            mask = None
-        first = None
-        if self.tokens > 1 or not self.past or mask is not None:
-            shape = mask if mask is not None else torch.ones(self.batch, self.past + self.tokens)
-            context = {"position_ids": self.positions}
-            first = BatchContext.first_tokens(shape.bool(), self.tokens, context)
-        positions = self.positions
-        if positions is None:
-            positions = torch.arange(self.past, self.past + self.tokens).unsqueeze(0)
-        keep = self.keep if isinstance(self.keep, int) else -1
-        last = decoder.head is not None and (keep == 1 or (self.tokens == 1 and keep == 0))
-        found = decoder(
-            cast(Tensor, self.ids) if embeds is None else embeds,
-            positions.expand(self.batch, -1),
-            store,
-            first,
-            mask,
-            logits=last,
-        )
-        dtype = torch.float32 if embeds is None else embeds.dtype
-        if last:
-            return found.to(dtype)
-        part = self.keep if isinstance(self.keep, Tensor) else slice(-keep, None)
-        logits: Tensor = self.model.lm_head(found[:, part].to(dtype))
-        return logits
-
-
-def _mask_of_positions(mask: Tensor, past: int, tokens: int) -> Tensor | None:
-    """(batch, past + tokens) bool from a mask (batch, 1, tokens, any number of positions) of every
-    query, bool or to be added to the scores; None unless each sees what the last sees up to it."""
-    if mask.shape[1:3] != (1, tokens) or mask.shape[3] < past + tokens:
-        return None
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-    found = seen[:, -1, : past + tokens]
-    if tokens > 1:
-        position = torch.arange(mask.shape[3])
-        causal = position <= torch.arange(past, past + tokens).unsqueeze(1)
-        wanted = causal & seen[:, -1:]
-        queries = found[:, past:, None]  # what padding sees is nobody's concern
-        if not torch.equal(seen & queries, wanted & queries):
-            return None
-    return found

@@ -19,13 +19,15 @@ from .linear import MaQDLinear, Start
 from .norm import LayerBatchNorm, NormSpec
 from .packed import PackedEmbedding, PackedLinear
 from .spec import ActivationScaling, LinearSpec
-from .stamp import Stamp
+from .stamp import CountedModule, FrozenParameter, Stamp, count_together, freeze
 
 __all__ = [
     "ActivationQuantizer",
     "ActivationScaling",
     "BatchContext",
+    "CountedModule",
     "FirstToken",
+    "FrozenParameter",
     "LayerBatchNorm",
     "LinearSpec",
     "MaQDEmbedding",
@@ -35,6 +37,8 @@ __all__ = [
     "PackedLinear",
     "Stamp",
     "Start",
+    "count_together",
+    "freeze",
     "own_rows",
     "rotate",
 ]

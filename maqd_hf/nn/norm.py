@@ -49,7 +49,7 @@ from ..kernels import serves
 from ..kernels.norm import NativeNorm
 from .context import BatchContext, FirstToken
 from .precision import Apply, without_narrowing
-from .stamp import Derived
+from .stamp import CountedModule, Derived
 
 Statistics = Literal["token", "gated", "static"]
 
@@ -92,7 +92,7 @@ def _recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class LayerBatchNorm(nn.Module):
+class LayerBatchNorm(CountedModule):
     """Layer-Batch Normalization of inputs (batch, tokens, features); see the module's docstring.
 
     The parameters ``weight`` and ``bias`` are (features,) or None. ``running_log_ms`` (1,),

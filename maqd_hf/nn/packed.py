@@ -18,7 +18,7 @@ from .embedding import MaQDEmbedding
 from .linear import MaQDLinear
 from .precision import Apply, mark_output_dtype, without_narrowing
 from .spec import LinearSpec
-from .stamp import Derived
+from .stamp import CountedModule, Derived, freeze
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: object = None) -> nn.Parameter:
@@ -36,7 +36,7 @@ def check_calibrated(layer: MaQDLinear, name: str) -> None:
         )
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(CountedModule):
     """A linear layer on packed codes: what packing makes of a ``MaQDLinear``.
 
     Its parameters are frozen (and no buffers, so that offloading moves them): ``weight_scale``
@@ -136,6 +136,8 @@ class PackedLinear(nn.Module):
         return self._native.get(self._parameters.values(), self._make_native)
 
     def _make_native(self) -> kernels.NativeWeight:
+        for parameter in self.parameters(recurse=False):
+            freeze(parameter)
         # On a CPU the library rotates a token as it quantises it, on a GPU `forward` has done so.
         rotation = {"rotation": self.rotation} if self.weight.is_cpu else {}
         return kernels.weight_type(self.weight.device)(
@@ -195,7 +197,7 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.spec}"
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(CountedModule):
     """An embedding on packed codes: what packing makes of a ``MaQDEmbedding``.
 
     Its parameters are those of a ``PackedLinear`` with one scale a row. The output has the dtype of
@@ -262,6 +264,8 @@ class PackedEmbedding(nn.Module):
         words, scale, offset = self.weight, self.weight_scale, self.weight_offset
 
         def make() -> kernels.Table:
+            for parameter in self.parameters(recurse=False):
+                freeze(parameter)
             return kernels.Table(
                 words, self.levels, self.embedding_dim, scale, offset, self.output_scale
             )

@@ -1,13 +1,106 @@
-"""Values that were made from tensors and are kept while these do not change."""
+"""Noticing that tensors and modules changed, for what was made from them and is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.utils import swap_tensors
 
 T = TypeVar("T")
+_version = attrgetter("_version")
+
+
+class CountedModule(nn.Module):
+    """A module whose attributes are rarely assigned: ``assignments`` counts those of all such
+    modules together."""
+
+    assignments = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        CountedModule.assignments += 1
+        super().__setattr__(name, value)
+
+
+class FrozenParameter(nn.Parameter):
+    """A parameter without gradient, of which no edit goes unnoticed.
+
+    Edits through ``data`` count as edits in place, and ``counter``, where there is one, counts the
+    edits of this parameter and of all others that share it (``count_together``). Copies and
+    pickles are plain parameters.
+
+    >>> import torch
+    >>> weight = freeze(nn.Parameter(torch.zeros(2), requires_grad=False))
+    >>> (counter,) = count_together([weight])
+    >>> _ = weight.data.add_(1)
+    >>> weight.data = torch.ones(2)
+    >>> counter._version
+    2
+    """
+
+    counter: Tensor | None
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()  # which counts edits for both
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        if not self.is_inference():
+            increment_version(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+        copied: nn.Parameter = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+def freeze(parameter: Tensor) -> Tensor:
+    """``parameter`` itself, as a ``FrozenParameter`` from now on, if it is one without gradient."""
+    if type(parameter) is nn.Parameter and not parameter.requires_grad:
+        parameter.__class__ = FrozenParameter
+        parameter.counter = None  # type: ignore[attr-defined]
+    return parameter
+
+
+def count_together(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Let frozen parameters count their edits together; returns the counters, tensors whose
+    ``_version`` is the count.
+
+    One comparison then sees an edit of any of them. Parameters that have a counter keep it; one
+    that somebody works on at this moment stays without. To a ``Stamp`` each has changed once.
+    """
+    shared = torch.empty(0)
+    found = {}
+    for parameter in parameters:
+        if not isinstance(parameter, FrozenParameter) or parameter.is_inference():
+            continue
+        if parameter.counter is None:
+            _join(parameter, shared)
+        if parameter.counter is not None:
+            found[id(parameter.counter)] = parameter.counter
+    return list(found.values())
+
+
+def _join(parameter: FrozenParameter, counter: Tensor) -> None:
+    """Give ``parameter`` the version counter of ``counter``: a detached tensor shares that of its
+    origin, and keeps it when it is given other data."""
+    twin = counter.detach()
+    twin.data = parameter.detach()
+    twin = freeze(nn.Parameter(twin, requires_grad=False))
+    twin.__dict__.update({**parameter.__dict__, "counter": counter})
+    with suppress(RuntimeError):  # somebody else holds it
+        swap_tensors(parameter, twin)
 
 
 class Stamp:
@@ -66,9 +159,9 @@ class Derived(Generic[T]):
 
 def _state(tensors: Iterable[Tensor | None]) -> list[int]:
     """Where the tensors lie, and how often each was changed in place."""
-    return [
-        number
-        for tensor in tensors
-        if tensor is not None
-        for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-    ]
+    present = [tensor for tensor in tensors if tensor is not None]
+    try:  # asked at every token for every tensor of a model
+        return [*map(Tensor.data_ptr, present), *map(_version, present)]
+    except RuntimeError:
+        counted = [tensor for tensor in present if not tensor.is_inference()]
+        return [*map(Tensor.data_ptr, present), *map(_version, counted)]

@@ -15,6 +15,7 @@ from maqd_hf.decoding.forward import CACHE_NAME, NativeForward
 from maqd_hf.kernels.key_values import FixedKeyValues, KeyValues
 from tests.support.decoders import assert_equal, packed
 
+LOWEST = torch.finfo(torch.float32).min
 IDS = torch.arange(3, 3 + 24).view(2, 12)
 KNOWS_LENGTH = isinstance(getattr(StaticLayer(2), "cumulative_length", None), torch.Tensor)
 knows_length = pytest.mark.skipif(
@@ -80,9 +81,10 @@ def test_masks_of_every_query(best):
     causal = torch.ones(12, 12, dtype=torch.bool).tril() & columns[:, None, None]
     positions = (columns.cumsum(1) - 1).clamp(min=0)
     expected = model(IDS, attention_mask=columns.long(), position_ids=positions).logits
-    for mask in (causal, torch.zeros(2, 1, 12, 12).masked_fill(~causal, -1e9)):
+    floats = [torch.zeros(2, 1, 12, 12).masked_fill(~causal, low) for low in (LOWEST, -torch.inf)]
+    for mask in (causal, *floats):
         got = model(IDS, attention_mask=mask, position_ids=positions).logits
-        assert model.forward._problem is None
+        assert model.forward.problem is None
         assert torch.equal(got[columns], expected[columns])
 
 
@@ -118,8 +120,8 @@ def test_static_caches_the_library_leaves_alone(best, caplog):
     with pytest.raises(ValueError, match="1 sequences in a cache for 2"):
         model(IDS[:1, :1], **{CACHE_NAME: cache}, use_cache=True)
     assert "a static cache for 2 sequences, not 1" in caplog.text
-    with pytest.raises(TypeError, match="update"):
-        cache.layers[0].keys = torch.zeros(2, 2, 20, 16)
+    with pytest.raises(ValueError, match=r"keys \(2, 2, 21, 16\) for a static cache of"):
+        cache.layers[0].keys = torch.zeros(2, 2, 21, 16)
 
 
 def test_a_fixed_store_does_not_grow():

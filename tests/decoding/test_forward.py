@@ -39,7 +39,7 @@ def both(model, *args, **kwargs):
     native_forward = model.forward
     assert isinstance(native_forward, NativeForward)
     got = model(*args, **kwargs)
-    assert native_forward._decoder is not None and native_forward._problem is None
+    assert native_forward.decoder is not None and native_forward.problem is None
     assert kwargs.get(CACHE_NAME) is not None or isinstance(got[CACHE_NAME].layers[0], NativeLayer)
     use_native(model, False)
     expected = model(*args, **kwargs)
@@ -245,8 +245,10 @@ def test_which_models_are_not_supported(best):
 
 def test_what_is_unsupported_is_not_looked_into_at_every_token(best, monkeypatch):
     model, checks = packed(group_size=4), []
-    check = maqd_hf.decoding.check_model
-    monkeypatch.setattr("maqd_hf.decoding.check_model", lambda m: checks.append(m) or check(m))
+    make = maqd_hf.decoding.forward.make_plan
+    monkeypatch.setattr(
+        "maqd_hf.decoding.forward.make_plan", lambda model: checks.append(model) or make(model)
+    )
     model.generate(torch.randint(3, 250, (1, 4)), max_new_tokens=6, do_sample=False)
     assert len(checks) == 1
 
@@ -254,7 +256,7 @@ def test_what_is_unsupported_is_not_looked_into_at_every_token(best, monkeypatch
 def problem_after_call(model):
     with torch.no_grad():
         model(torch.randint(3, 250, (1, 4)))
-    return model.forward._problem
+    return model.forward.problem
 
 
 def test_changed_tensors_and_copies(best):
@@ -302,7 +304,7 @@ def test_bad_shapes_are_refused_before_memory_is_touched(best):
     model = packed()
     with torch.no_grad():
         model(torch.randint(3, 250, (1, 4)))
-    decoder = model.forward._decoder
+    decoder = model.forward.decoder
     store = decoder.store(1)
     hidden, positions = torch.zeros(1, 4, 64), torch.zeros(1, 4).long()
     for bad in [

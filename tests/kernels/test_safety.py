@@ -485,7 +485,7 @@ def test_a_store_of_another_model_is_refused(store, best):
     model = model_of()
     with torch.no_grad():
         model(torch.randint(3, 200, (1, 4)))
-    decoder = model.forward._decoder
+    decoder = model.forward.decoder
     with pytest.raises(ValueError):
         decoder(torch.randn(1, 40, 64), torch.arange(40)[None], KeyValues(*store))
 

@@ -226,7 +226,7 @@ def test_a_rotated_head_belongs_to_the_native_step(tokens: int, isa: str) -> Non
     use_native(model)
     with torch.no_grad():
         native = model(input_ids=ids).logits
-    assert model.forward._decoder.head is not None
+    assert model.forward.decoder.head is not None
     torch.testing.assert_close(native, own, rtol=1e-3, atol=1e-3)
 
 
