@@ -3,9 +3,10 @@
 Imports ``calibration``, ``evaluation`` and below.
 
 - ``trainer``: ``MaQDTrainer``; ``arguments``: ``MaQDTrainingArguments``;
-- ``distillation``: the loss against the float model, with the head inside it;
+- ``losses``: what a batch costs; ``distillation``: the loss against the float model, with the head
+  inside it; ``labels``: which labels count;
 - ``callbacks``: the schedule of the norms' gates, agreement of ranks, a look inside;
-- ``rates``: learning rates that nobody gave;
+- ``finite``: a run that diverges stops; ``rates``: learning rates that nobody gave;
 - ``checkpoints``: which are whole, and what an interrupt does; ``memory``: what is spared.
 """
 

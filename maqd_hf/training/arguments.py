@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from . import rates as recipes
+from . import rates
 from .distillation import Objective
 
 
@@ -15,7 +15,7 @@ class MaQDTrainingArguments(TrainingArguments):
     """``transformers.TrainingArguments`` and what quantisation-aware training adds.
 
     Rates left at None are filled in by the trainer, which knows how many levels the model has:
-    ``recipes`` says with what, and why.
+    ``rates`` says with what, and why.
     """
 
     learning_rate: float | None = field(  # type: ignore[assignment]
@@ -78,11 +78,11 @@ class MaQDTrainingArguments(TrainingArguments):
             raise ValueError(f"hidden_distillation={self.hidden_distillation} must not be negative")
 
     def fill_rates(self, weight_levels: int, activation_levels: int | None = None) -> None:
-        """Put what ``recipes`` says for a model of so many levels where None stands."""
+        """Put what ``rates`` says for a model of so many levels where None stands."""
         if self.learning_rate is None:
-            self.learning_rate = recipes.learning_rate(weight_levels, activation_levels)
+            self.learning_rate = rates.learning_rate(weight_levels, activation_levels)
         if self.scale_learning_rate is None:
-            self.scale_learning_rate = recipes.SCALE_RATE * self.learning_rate
+            self.scale_learning_rate = rates.SCALE_RATE * self.learning_rate
 
     def objective(self) -> Objective:
         """What a token costs, as these arguments say."""

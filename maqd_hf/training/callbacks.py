@@ -224,7 +224,8 @@ def _weight_metrics(layer: MaQDLinear) -> dict[str, Tensor]:
     if levels is None or layer.weight_step is None:
         return {}
     weight, step = _local(layer.weight), _local(layer.weight_step)
-    if not weight.numel():  # FSDP2: this rank holds no row of the layer
+    # FSDP2: this rank may hold no row of the layer. A weight that is not finite has no codes.
+    if not weight.numel() or not bool(weight.isfinite().all()):
         return {}
     u = standardize_weight(weight).view(*step.shape, -1) / step.unsqueeze(-1)
     counts = quantize(u, levels, 1.0).flatten().long().bincount(minlength=levels)

@@ -39,6 +39,21 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
+def check_processes(checkpoint: Path, processes: int) -> None:
+    """``ValueError`` if another number of ``processes`` wrote ``checkpoint``.
+
+    Each process leaves the state of its random numbers there. With others the samples of a step
+    and their order would change half-way.
+    """
+    wrote = max(len(list(checkpoint.glob("rng_state_*.pth"))), 1)
+    if any(checkpoint.glob("rng_state*.pth")) and wrote != processes:
+        raise ValueError(
+            f"{checkpoint} was written by {wrote} process(es), and this run has {processes}: "
+            f"resume with `torchrun --nproc_per_node {wrote}`, or start a new training from its "
+            "weights (from_pretrained) in another output_dir"
+        )
+
+
 @contextmanager
 def first_interrupt(request_stop: Callable[[], None]) -> Iterator[None]:
     """Turn the first SIGINT within into a request; the next one does what it did before."""
