@@ -7,7 +7,9 @@ Imports ``calibration``, ``evaluation`` and below.
   inside it; ``labels``: which labels count;
 - ``callbacks``: the schedule of the norms' gates, agreement of ranks, a look inside;
 - ``finite``: a run that diverges stops; ``rates``: learning rates that nobody gave;
-- ``checkpoints``: which are whole, and what an interrupt does; ``memory``: what is spared.
+- ``checkpoints``: when they are saved, which are whole, and what an interrupt does;
+  ``run_directory``: a run of several stages that goes on; ``job``: the main job's settings;
+- ``memory``: what is spared.
 """
 
 from .arguments import MaQDTrainingArguments

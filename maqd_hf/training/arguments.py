@@ -63,6 +63,13 @@ class MaQDTrainingArguments(TrainingArguments):
     calibration_batches: int = field(
         default=4, metadata={"help": "Training batches that set uncalibrated activation steps."}
     )
+    checkpoint_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Checkpoints to continue from are saved as often as they take this share of "
+            "the time together; 0: only those of save_strategy."
+        },
+    )
     quantizer_logging_steps: int | None = field(
         default=None,
         metadata={"help": "Logs at multiples of it look into quantisers; default: all, 0: none."},
@@ -74,6 +81,8 @@ class MaQDTrainingArguments(TrainingArguments):
         if self.scale_learning_rate is not None and self.scale_learning_rate < 0:
             raise ValueError(f"scale_learning_rate={self.scale_learning_rate} must not be negative")
 
+        if not 0 <= self.checkpoint_share <= 1:
+            raise ValueError(f"checkpoint_share={self.checkpoint_share} must lie in 0..1")
         if self.hidden_distillation < 0:
             raise ValueError(f"hidden_distillation={self.hidden_distillation} must not be negative")
 

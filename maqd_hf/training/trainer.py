@@ -35,7 +35,13 @@ from ..nn.kinds import OURS, PACKED
 from . import rates
 from .arguments import MaQDTrainingArguments
 from .callbacks import GateSchedule, QuantizerMonitor, RankAgreement
-from .checkpoints import check_processes, first_interrupt, is_complete, last_complete_checkpoint
+from .checkpoints import (
+    CheckpointCadence,
+    check_processes,
+    first_interrupt,
+    is_complete,
+    last_complete_checkpoint,
+)
 from .finite import FiniteGuard, check_parameters
 from .losses import DistillingTrainer
 from .memory import economy
@@ -90,6 +96,7 @@ class MaQDTrainer(DistillingTrainer):
         self.ranks = RankAgreement()
         self.monitor = QuantizerMonitor(args.quantizer_logging_steps)
         self.finite = FiniteGuard()
+        cadence = CheckpointCadence(args.checkpoint_share, self.ranks.request_save)
         schedule = GateSchedule(args.lbn_start, args.lbn_end, args.lbn_norms, args.lbn_fixed)
         with _passing_for_float(model):
             super().__init__(
@@ -101,7 +108,10 @@ class MaQDTrainer(DistillingTrainer):
                 processing_class=processing_class,
                 model_init=model_init,
                 compute_metrics=compute_metrics,
-                callbacks=[schedule, self.ranks, self.monitor, self.finite, *(callbacks or [])],
+                callbacks=[
+                    *(schedule, cadence, self.ranks, self.monitor, self.finite),
+                    *(callbacks or []),
+                ],
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
