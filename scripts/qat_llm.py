@@ -5,9 +5,7 @@ Without arguments: SmolLM2-135M-Instruct and 101 Wikipedia articles, both from o
 inputs have a step of their own: one learned step a layer (``--activation_scaling static``), which
 leaves nothing to compute, starts and ends a perplexity of one higher.
 
-How samples to calibrate on and tokens to train on share the time (float 33.0; start, end, seconds,
-two cores): 16 and 20,480: 37.5, 36.5, 495; 32 and 10,240: 36.8, 36.2, 410; 80 and 10,240: 36.2,
-36.0, 493; 48 and 16,384, the default: the best of them (README has its figures).
+How the time is shared between calibration and training is measured in docs/notebook/training.md.
 
     python scripts/qat_llm.py
     python scripts/qat_llm.py --model someone/some-llm --dataset someone/some-text --weight_levels 4

@@ -157,7 +157,7 @@ def start(arguments: list[str], killed_at: str, call: int, finished: list[str]) 
     script, counts = import_module("scripts.qat_llm"), {}
 
     def watch(name, action):
-        owner = script.MaQDTrainer if hasattr(script.MaQDTrainer, name) else script
+        owner = script if hasattr(script, name) else script.MaQDTrainer
         inner = getattr(owner, name)
 
         def outer(*args, **kwargs):
