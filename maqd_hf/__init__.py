@@ -1,8 +1,8 @@
 """MaQD for Hugging Face: 1 to 8 bit models by quantization-aware training, packed and reloadable.
 
 Importing this package registers ``quant_method: "maqd"`` with transformers, so that
-``from_pretrained`` can load its checkpoints. What only training and measuring need is imported
-when it is first asked for.
+``from_pretrained`` can load its checkpoints, and tells peft, once that is imported, how to merge
+into its layers. What only training and measuring need is imported when it is first asked for.
 
 The rooms, each of which imports only from those before it (``tests/test_imports.py``):
 
@@ -26,6 +26,7 @@ from .config import MaQDConfig
 from .convert import ConversionReport, dequantize_model, model_size, pack_model, quantize_model
 from .decoding import use_native
 from .hf_quantizer import register
+from .models.adapters import watch_peft
 
 if TYPE_CHECKING:
     from .calibration import calibrate, select_static_norms
@@ -73,3 +74,4 @@ def __dir__() -> list[str]:
 
 
 register()
+watch_peft()

@@ -5,9 +5,7 @@ Without arguments: SmolLM2-135M-Instruct and 101 Wikipedia articles, both from o
 inputs have a step of their own: one learned step a layer (``--activation_scaling static``), which
 leaves nothing to compute, starts and ends a perplexity of one higher.
 
-How samples to calibrate on and tokens to train on share the time (float 33.0; start, end, seconds,
-two cores): 16 and 20,480: 37.5, 36.5, 495; 32 and 10,240: 36.8, 36.2, 410; 80 and 10,240: 36.2,
-36.0, 493; 48 and 16,384, the default: the best of them (README has its figures).
+How the time is shared between calibration and training is measured in docs/notebook/training.md.
 
     python scripts/qat_llm.py
     python scripts/qat_llm.py --model someone/some-llm --dataset someone/some-text --weight_levels 4
@@ -15,10 +13,16 @@ two cores): 16 and 20,480: 37.5, 36.5, 495; 32 and 10,240: 36.8, 36.2, 410; 80 a
     torchrun --nproc_per_node 2 scripts/qat_llm.py    # several processes share the training
 
 The run directory holds arguments.json, metrics.json, plot.png, README.md (the model card) and
-model/ (the packed model), and generated/ if the model wrote the text itself. Ctrl-C while training
-leaves a checkpoint; ``--resume_from_checkpoint true`` continues from the last one. With several
-processes the first does all but the training, and the others wait. ``torchrun`` starts them;
-``accelerate launch`` does on GPUs, but one alone on a CPU without MPI.
+model/ (the packed model), and generated/ if the model wrote the text itself.
+
+The same command goes on where it was killed, and ends with the same packed bytes: what a stage
+leaves is kept in the run directory until the card is written, and the training saves checkpoints
+(``--checkpoint_share`` of its time, and one more on Ctrl-C). Other settings than the run's are
+refused, ``--overwrite`` begins anew, ``--resume_from_checkpoint true`` insists on a checkpoint. No
+stage draws random numbers from what another left: the trainer seeds its own.
+
+With several processes the first does all but the training, and the others wait. ``torchrun`` starts
+them; ``accelerate launch`` does on GPUs, but one alone on a CPU without MPI.
 """
 
 from __future__ import annotations
@@ -28,150 +32,50 @@ if not __package__:  # run as a file: scripts/__init__.py has not done it
 
 import argparse
 import copy
-import json
-import math
 import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import matplotlib
 import torch
 from datasets import Dataset, load_from_disk
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     default_data_collator,
 )
 
-from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
+from maqd_hf import model_size, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
 from maqd_hf.calibration.static_norms import select_static_norms
 from maqd_hf.checkpoint.saving import save_model
 from maqd_hf.data.bundled import resolve_model
 from maqd_hf.data.self_written import GENERATED, generated_blocks
-from maqd_hf.data.text import EMBEDDED, load_text, tokenize_blocks
+from maqd_hf.data.text import load_text, tokenize_blocks
 from maqd_hf.evaluation.model_card import write_card
 from maqd_hf.evaluation.perplexity import PerplexityResult, text_perplexity
+from maqd_hf.evaluation.run_report import plot_run, summary
 from maqd_hf.evaluation.versions import package_versions
-from maqd_hf.nn.precision import fast_bf16
-from maqd_hf.training.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
+from maqd_hf.training import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
+from maqd_hf.training.job import (
+    WITHOUT_A_SAY,
+    JobArguments,
+    asked_checkpoint,
+    parse_job,
+    settings_of,
+)
+from maqd_hf.training.run_directory import RunDirectory
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
+_KEPT = {"start values": "start", "static norms": "static", "training": "trained"}
+"""Folders of the models that stages leave for the next, until the card is written."""
 _MOST_TOKENS = 2_000_000  # of a large dataset; tokenising more than a short run sees takes minutes
-
-
-@dataclass
-class JobArguments:
-    """What to quantise, on which text, and how."""
-
-    model: str = field(
-        default="smollm2-135m-instruct", metadata={"help": "Hub id, folder or embedded name."}
-    )
-    dataset: str = field(
-        default="embedded",
-        metadata={
-            "help": "Hub id, .txt, .parquet, .jsonl, 'embedded', or 'generated': the float model "
-            "writes it."
-        },
-    )
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out text; default: --dataset, or 'embedded'."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str = field(default="validation", metadata={"help": "Held-out split."})
-    weight_levels: int = field(default=16, metadata={"help": "Levels of a weight (16 = 4 bit)."})
-    activation_levels: int | None = field(default=255, metadata={"help": "Levels of an input."})
-    activation_scaling: Literal["static", "token", "group"] = field(
-        default="token",
-        metadata={"help": "One step per token, one per group of it, or one learned per layer."},
-    )
-    group_size: int | None = field(default=64, metadata={"help": "Inputs that share a scale."})
-    embedding_levels: int | None = field(default=255, metadata={"help": "Embedding and head."})
-    config: str | None = field(
-        default=None, metadata={"help": "JSON file with a whole MaQDConfig; replaces the above."}
-    )
-    lbn_tolerance: float = field(
-        default=0.02,
-        metadata={"help": "Norms become static as long as the loss rises by at most this (nats)."},
-    )
-    calibration_samples: int = field(default=48, metadata={"help": "Calibration blocks."})
-    block_size: int = field(default=256, metadata={"help": "Tokens of a training sample."})
-    train_tokens: int = field(default=16_384, metadata={"help": "Used if no max_steps."})
-    eval_window: int = field(default=512, metadata={"help": "Tokens of an evaluation window."})
-    eval_windows: int = field(default=12, metadata={"help": "Windows to evaluate on."})
-    prompt: str = field(default="The city was founded in", metadata={"help": "For the sample."})
-    new_tokens: int = field(default=40, metadata={"help": "Tokens to generate as a sample."})
-    metrics: str | None = field(
-        default=None, metadata={"help": "Write metrics.json here as well, without any paths."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an existing run directory."})
-
-    @property
-    def held_out(self) -> str:
-        """Where the text comes from that the models are measured on."""
-        usual = EMBEDDED if self.dataset == GENERATED else self.dataset
-        return self.eval_dataset or usual
-
-    def maqd_config(self) -> MaQDConfig:
-        """The quantisation asked for."""
-        if self.config is not None:
-            return MaQDConfig.from_dict(json.loads(Path(self.config).read_text("utf-8")))
-        return MaQDConfig(
-            weight_levels=self.weight_levels,
-            activation_levels=self.activation_levels,
-            activation_scaling=self.activation_scaling,
-            group_size=self.group_size,
-            embedding_levels=self.embedding_levels,
-        )
-
-
-class Run:
-    """The run directory and everything measured so far; metrics.json is always up to date."""
-
-    def __init__(self, folder: Path, first: bool = True) -> None:
-        self.folder, self.path, self.first = folder, folder / "metrics.json", first
-        self.metrics = self.reread()
-        self.began = time.perf_counter() - self.metrics.get("seconds", {}).get("total", 0.0)
-
-    def reread(self) -> dict[str, Any]:
-        """What metrics.json holds now; nothing, if there is none yet."""
-        if not self.path.exists():
-            return {}
-        found: dict[str, Any] = json.loads(self.path.read_text("utf-8"))
-        return found
-
-    def record(self, **values: Any) -> None:
-        """Add to metrics.json (written beside, then renamed, by the first of several processes)."""
-        self.metrics.update(values)
-        if not self.first:
-            return
-        self.metrics.setdefault("seconds", {})["total"] = round(time.perf_counter() - self.began, 1)
-        beside = self.path.with_suffix(".part")
-        beside.write_text(json.dumps(self.metrics, indent=2) + "\n", "utf-8")
-        beside.replace(self.path)
-
-    @contextmanager
-    def stage(self, title: str) -> Any:
-        """Announce a stage and record its seconds."""
-        if self.first:
-            print(f"\n== {title}", flush=True)
-        began = time.perf_counter()
-        yield
-        seconds = self.metrics.setdefault("seconds", {})
-        seconds[title] = round(time.perf_counter() - began, 1)
-        self.record()
 
 
 class Job:
@@ -181,20 +85,21 @@ class Job:
         self.job, self.training = job, training
         self.config = job.maqd_config()
         folder = Path(str(training.output_dir))
-        self.checkpoint = _find_checkpoint(folder, training.resume_from_checkpoint)
         self.first = training.process_index == 0
         with training.main_process_first(local=False, desc="run directory"):
+            if asked_checkpoint(training) is True and last_complete_checkpoint(folder) is None:
+                raise SystemExit(f"{folder} holds no complete checkpoint to resume from")
+            self.run = RunDirectory(folder, self.first)
             if self.first:
-                _prepare_folder(folder, job.overwrite, resuming=self.checkpoint is not None)
-            self.run = Run(folder, self.first)
-        if not self.first:
-            return
-        arguments = {
-            "job": asdict(job),
-            "quantization": self.config.to_dict(),
-            "training": training.to_sanitized_dict(),
-        }
-        (folder / "arguments.json").write_text(json.dumps(arguments, indent=2) + "\n", "utf-8")
+                self.open()
+
+    def open(self) -> None:
+        """Begin or continue the run directory; an error ends the program with its message."""
+        settings = settings_of(self.job, self.training)
+        try:
+            self.run.open(settings, WITHOUT_A_SAY, self.job.overwrite)
+        except (ValueError, OSError) as error:
+            raise SystemExit(str(error)) from error
 
     def load(self) -> None:
         """Float model, tokenizer and text."""
@@ -223,10 +128,10 @@ class Job:
         """Samples that the first process lets the float model write, into the run directory."""
         folder, seed = self.run.folder / GENERATED, self.training.seed
         with self.training.main_process_first(local=False, desc="generated text"):
-            if self.first:
-                with all_threads(self.training):
+            if self.first and not self.done(GENERATED, folder):
+                with self.run.stage(GENERATED), all_threads(self.training):
                     written = generated_blocks(self.teacher, tokens, self.job.block_size, seed=seed)
-                written.save_to_disk(folder)
+                    written.save_to_disk(folder)
         return load_from_disk(folder)
 
     def text(self, source: str, split: str) -> Dataset:
@@ -265,28 +170,42 @@ class Job:
         """(samples, tokens) ids: the first ``count`` training samples, fewer if there are."""
         return torch.tensor(self.blocks[:count]["input_ids"])
 
-    def begin(self) -> tuple[PreTrainedModel, list[str]]:
-        """The model to train, and its static norms: from the last checkpoint, from its start values
-        or, in all processes but the first, from what that one left in the run directory."""
-        source = self.checkpoint or (None if self.first else self.handed_over)
-        if source is not None:
-            norms = list(self.run.reread().get("norms", {}).get("static", []))
-            return AutoModelForCausalLM.from_pretrained(source), norms
-        with self.run.stage("float model"):
-            self.perplexity(self.teacher, "float")
-        with self.run.stage("start values"):
-            student = self.start()
-            self.perplexity(student, "start")
-        with self.run.stage("static norms"):
-            norms = self.choose_norms(student)
-        if self.training.world_size > 1:
-            save_model(student, self.handed_over)
-        return student, norms
+    def done(self, stage: str, left: Path) -> bool:
+        """Whether a stage was finished, and what it ``left`` is still there."""
+        return stage in self.run.stages and left.exists()
 
-    @property
-    def handed_over(self) -> Path:
-        """Where the first of several processes leaves the start values."""
-        return self.run.folder / "start"
+    def kept(self, stage: str) -> PreTrainedModel | None:
+        """The model that a stage left in the run directory, or None if there is none."""
+        folder = self.run.folder / _KEPT[stage]
+        return AutoModelForCausalLM.from_pretrained(folder) if self.done(stage, folder) else None
+
+    def make(self, stage: str, work: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """The model that ``work`` makes, kept in the run directory: then the stage is done."""
+        with self.run.stage(stage):
+            model = work()
+            if self.first:
+                save_model(model, self.run.folder / _KEPT[stage])
+        return model
+
+    def prepare(self) -> PreTrainedModel:
+        """The model to train, with its static norms chosen; the other processes find it kept."""
+        self.run.refresh()
+        if self.first and "float model" not in self.run.stages:
+            with self.run.stage("float model"):
+                self.perplexity(self.teacher, "float")
+        chosen = self.kept("static norms")
+        if chosen is not None:
+            return chosen
+        start = self.kept("start values") or self.make("start values", self.start)
+        return self.make("static norms", lambda: self.choose_norms(start))
+
+    def trained(self) -> PreTrainedModel:
+        """The trained model, as all processes hold it."""
+        alone = self.training.main_process_first(local=False, desc="start values")
+        with alone, all_threads(self.training):
+            trained = self.kept("training")
+            student = self.prepare() if trained is None else trained
+        return trained or self.make("training", lambda: self.train(student))
 
     def start(self) -> PreTrainedModel:
         """Convert and calibrate: the best model that needs no training."""
@@ -295,20 +214,20 @@ class Job:
         print(report)
         print(calibrate(student, self.first_samples(self.job.calibration_samples)))
         self.run.record(report=_card_report(report))
+        self.perplexity(student, "start")
         return student
 
-    def choose_norms(self, student: nn.Module) -> list[str]:
-        """Which norms can be static within the tolerance; the others stay per token."""
-        if not self.config.layer_batch_norm:
-            return []
-        chosen = select_static_norms(student, [self.first_samples(2)], self.job.lbn_tolerance)
-        print(chosen)
-        self.run.record(norms={**chosen.to_dict(), "static": chosen.static})
-        return chosen.static
+    def choose_norms(self, student: PreTrainedModel) -> PreTrainedModel:
+        """See which norms can be static within the tolerance; the others stay per token."""
+        if self.config.layer_batch_norm:
+            chosen = select_static_norms(student, [self.first_samples(2)], self.job.lbn_tolerance)
+            print(chosen)
+            self.run.record(norms={**chosen.to_dict(), "static": chosen.static})
+        return student
 
-    def train(self, student: PreTrainedModel, static_norms: list[str]) -> MaQDTrainer:
+    def train(self, student: PreTrainedModel) -> PreTrainedModel:
         """Distil the float model into the quantised one."""
-        self.training.lbn_norms = static_norms
+        self.training.lbn_norms = list(self.run.metrics.get("norms", {}).get("static", []))
         trainer = MaQDTrainer(
             model=student,
             args=self.training,
@@ -318,7 +237,9 @@ class Job:
             data_collator=default_data_collator,
         )
         began = time.perf_counter()
-        trainer.train(resume_from_checkpoint=self.checkpoint)
+        asked = asked_checkpoint(self.training)
+        last = last_complete_checkpoint(self.run.folder)
+        trainer.train(asked if isinstance(asked, str) else last)
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         self.run.record(
             training={
@@ -330,13 +251,16 @@ class Job:
             },
             loss=[{"step": e["step"], "loss": e["loss"]} for e in history],
         )
-        return trainer
+        # without accelerate's autocast around the forward: measure as the packed model runs
+        student = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        if self.first:
+            self.perplexity(student, "trained")
+        return student
 
-    def pack(self, student: Any) -> Any:
-        """Pack, save, forget, reload: what a user of the model will have."""
+    def pack(self, student: Any, folder: Path) -> None:
+        """Pack ``student`` in place and save it: what a user of the model will have."""
         report = pack_model(student)
         print(report)
-        folder = self.run.folder / "model"
         save_model(student, folder, self.tokenizer)
         size = model_size(student)
         self.run.record(
@@ -346,7 +270,6 @@ class Job:
             float_bytes=2 * sum(p.numel() for p in self.teacher.parameters()),
             size=asdict(size),
         )
-        return AutoModelForCausalLM.from_pretrained(folder)
 
     def sample(self, model: Any) -> str:
         """Greedy continuation of the prompt."""
@@ -375,11 +298,16 @@ class Job:
                 }
             ],
         )
-        plot(self.run.metrics, self.run.folder / "plot.png")
+        plot_run(self.run.metrics, self.run.folder / "plot.png")
         write_card(self.run.folder)
-        if self.job.metrics is not None:
-            shutil.copyfile(self.run.path, self.job.metrics)
-        print(summary(self.run.metrics, self.run.folder))
+
+    def clean(self) -> None:
+        """Delete what only served to continue; checkpoints that the user asked for stay."""
+        kept = [self.run.folder / name for name in _KEPT.values()]
+        if self.training.save_strategy == "no":
+            kept += self.run.folder.glob("checkpoint-*")
+        for folder in kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -402,30 +330,6 @@ def _command(words: list[str]) -> str:
     return " ".join(["python scripts/qat_llm.py", *places.parse_known_args(words)[1]])
 
 
-def _find_checkpoint(folder: Path, resume: str | None) -> str | None:
-    if resume is None or str(resume).lower() in ("false", "0", "no"):
-        return None
-    if str(resume).lower() not in ("true", "1", "yes"):
-        return str(resume)
-    found = last_complete_checkpoint(folder) if folder.is_dir() else None
-    if found is None:
-        raise SystemExit(f"{folder} holds no complete checkpoint to resume from")
-    return found
-
-
-def _prepare_folder(folder: Path, overwrite: bool, resuming: bool) -> None:
-    if resuming:
-        return
-    if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise SystemExit(
-                f"{folder} is not empty: choose another --output_dir, continue it with "
-                "--resume_from_checkpoint true, or replace it with --overwrite"
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def _file_bytes(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
@@ -443,106 +347,41 @@ def _card_report(report: Any) -> dict[str, Any]:
     }
 
 
-def plot(metrics: dict[str, Any], path: Path) -> None:
-    """Training loss, and perplexity from float to the reloaded packed model.
-
-    The bars start below the least of them by as much as they differ, so that this can be seen.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-    loss = metrics.get("loss", [])
-    left.plot([e["step"] for e in loss], [e["loss"] for e in loss], color="tab:blue")
-    left.set(title="distillation loss", xlabel="optimizer step", ylabel="KL to float, nats a token")
-    left.grid(alpha=0.3)
-    stages = metrics["perplexity"]
-    bars = right.bar(list(stages), list(stages.values()), color="tab:blue", width=0.6)
-    bars[0].set_color("tab:gray")
-    right.bar_label(bars, fmt="%.2f")
-    least, most = min(stages.values()), max(stages.values())
-    spread = (most - least) or 1.0
-    right.set(title="perplexity on held-out text (lower is better)")
-    if math.isfinite(spread):
-        right.set_ylim(max(0.0, least - spread), most + 0.2 * spread)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def summary(metrics: dict[str, Any], folder: Path) -> str:
-    """The closing table: what was achieved against float."""
-    float_ppl = metrics["perplexity"]["float"]
-    rows = [
-        (stage, f"{value:.2f}", f"{100 * (value / float_ppl - 1):+.1f} %")
-        for stage, value in metrics["perplexity"].items()
-    ]
-    lines = ["", "stage".ljust(28) + "perplexity".rjust(12) + "to float".rjust(12)]
-    lines += [name.ljust(28) + value.rjust(12) + change.rjust(12) for name, value, change in rows]
-    static, token = metrics["report"]["static norms"], metrics["report"]["norms per token"]
-    packed, full = metrics["packed_bytes"], metrics["float_bytes"]
-    lines += [
-        "",
-        f"{metrics['bits_per_weight']:.2f} bits a weight over the whole model; "
-        f"{packed / 2**20:.1f} MiB on disk, {full / 2**20:.1f} MiB in bfloat16 "
-        f"({full / packed:.1f}x smaller)",
-        f"{len(static)} norms static, {len(token)} per token"
-        + (
-            f" (KL to per-token norms before training {metrics['norms']['cost']:.3f} nats)"
-            if "norms" in metrics
-            else ""
-        ),
-        f"measured: {metrics['protocol']}",
-        f"sample: {metrics['sample']!r}",
-        f"{metrics['seconds']['total']:.0f} s in all; everything is in {folder}",
-        f'load it: import maqd_hf; AutoModelForCausalLM.from_pretrained("{folder / "model"}")',
-    ]
-    return "\n".join(lines)
-
-
-def parse(arguments: list[str] | None = None) -> tuple[JobArguments, MaQDTrainingArguments]:
-    """Command line to arguments; the defaults are those of the embedded job."""
-    parser = HfArgumentParser([JobArguments, MaQDTrainingArguments])  # type: ignore[list-item]
-    parser.set_defaults(
-        output_dir="runs/smollm2-135m-4bit",
-        lr_scheduler_type="cosine",
-        warmup_steps=2,
-        per_device_train_batch_size=1,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        max_grad_norm=1.0,
-        bf16=fast_bf16("cuda" if torch.cuda.is_available() else "cpu"),
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        adam_beta2=0.95,
-        ddp_timeout=86_400,  # of several processes all but the first wait for the start values
-    )
-    job, training = parser.parse_args_into_dataclasses(arguments)
-    return job, training
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the job; returns the content of metrics.json (nothing in processes but the first)."""
-    job = Job(*parse(arguments))
+    job = Job(*parse_job(arguments))
+    run = job.run
+    if "card" not in run.stages:
+        work(job)
+    if not job.first:
+        return {}
+    job.clean()
+    if job.job.metrics is not None:
+        shutil.copyfile(run.path, job.job.metrics)
+    print(summary(run.metrics, run.folder))
+    return run.metrics
+
+
+def work(job: Job) -> None:
+    """All stages that are not done yet."""
     run = job.run
     with run.stage("load"):
         job.load()
-    alone = job.training.main_process_first(local=False, desc="start values")
-    with alone, all_threads(job.training):
-        student, norms = job.begin()
-    with run.stage("training"):
-        trainer = job.train(student, norms)
-        if not job.first:
-            return {}
-        shutil.rmtree(job.handed_over, ignore_errors=True)
-        # without accelerate's autocast around the forward: measure as the packed model runs
-        student = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        job.perplexity(student, "trained")
-        del trainer
-    with run.stage("packing"):
-        packed = job.pack(student)
-        job.perplexity(packed, "reloaded")
-    with run.stage("sample"):
-        print("  ", job.sample(packed))
-    job.finish()
-    return run.metrics
+    folder = run.folder / "model"
+    if not job.done("packing", folder):
+        trained = job.trained()
+        if job.first:
+            with run.stage("packing"):
+                job.pack(trained, folder)
+                job.perplexity(AutoModelForCausalLM.from_pretrained(folder), "reloaded")
+    if not job.first:
+        return
+    packed = AutoModelForCausalLM.from_pretrained(folder)
+    if "sample" not in run.stages:
+        with run.stage("sample"):
+            print("  ", job.sample(packed))
+    with run.stage("card"):
+        job.finish()
 
 
 if __name__ == "__main__":

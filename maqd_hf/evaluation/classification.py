@@ -11,6 +11,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..nn.modes import evaluating
+
 
 @dataclass(frozen=True)
 class Classified:
@@ -28,7 +30,6 @@ class Classified:
         return self.tokens / self.seconds
 
 
-@torch.inference_mode()
 def classify(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -41,35 +42,56 @@ def classify(
     """The most likely class of every text.
 
     Texts are batched by length, so that little of a batch is padding; ``max_length`` cuts them, in
-    tokens (None: where the tokenizer says). The model's mode is as before afterwards.
+    tokens (None: where the tokenizer says). Every module is in its own mode afterwards.
 
     Raises:
-        ValueError: no texts, or a model that does not give one prediction a text.
+        ValueError: no texts, a text without a token, or a model that does not give one prediction
+            a text.
+        FloatingPointError: the model's logits are not finite.
     """
     if not texts:
         raise ValueError("no texts to classify")
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
     classes, tokens, began = [0] * len(texts), 0, time.perf_counter()
-    training = model.training
-    model.eval()
     starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc="classifying", disable=not progress):
-        rows = order[start : start + batch_size]
-        inputs: Any = tokenizer(
-            [texts[i] for i in rows],
-            padding=True,
-            truncation=True,
-            max_length=max_length,
-            return_tensors="pt",
-        ).to(model.device)
-        tokens += int(inputs["attention_mask"].sum())
-        logits = model(**inputs).logits
-        if logits.dim() != 2:
-            raise ValueError(
-                f"{type(model).__name__} gives logits {tuple(logits.shape)}, not (texts, classes): "
-                "load it with AutoModelForSequenceClassification"
-            )
-        for row, found in zip(rows, logits.argmax(-1).tolist(), strict=True):
-            classes[row] = found
-    model.train(training)
+    with evaluating(model), torch.inference_mode():
+        for start in tqdm(starts, desc="classifying", disable=not progress):
+            rows = order[start : start + batch_size]
+            inputs: Any = tokenizer(
+                [texts[i] for i in rows],
+                padding=True,
+                truncation=True,
+                max_length=max_length,
+                return_tensors="pt",
+            ).to(model.device)
+            lengths = inputs["attention_mask"].sum(-1).tolist()
+            _check_lengths(lengths, rows, texts)
+            tokens += int(sum(lengths))
+            for row, found in zip(rows, _classes(model, inputs), strict=True):
+                classes[row] = found
     return Classified(classes, tokens, time.perf_counter() - began)
+
+
+def _check_lengths(lengths: list[int], rows: list[int], texts: Sequence[str]) -> None:
+    for length, row in zip(lengths, rows, strict=True):
+        if not length:
+            raise ValueError(
+                f"text {row} of {len(texts)}, {texts[row]!r}, has no token: padding alone has no "
+                "class. Leave it out"
+            )
+
+
+def _classes(model: PreTrainedModel, inputs: Any) -> list[int]:
+    """The most likely class of each row of a batch."""
+    logits = model(**inputs).logits
+    if logits.dim() != 2:
+        raise ValueError(
+            f"{type(model).__name__} gives logits {tuple(logits.shape)}, not (texts, classes): "
+            "load it with AutoModelForSequenceClassification"
+        )
+    if not bool(logits.isfinite().all()):
+        raise FloatingPointError(
+            f"{type(model).__name__} gives logits that are not finite: its weights, or what it "
+            "computes from them in this dtype, are not"
+        )
+    return list(logits.argmax(-1).tolist())

@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from ..data.text import bos_token
+from ..nn.modes import evaluating
 
 LOGIT_ROWS = 256  # positions whose float32 log-softmax exists at once
 CHUNK_CHARACTERS = 2**21  # text tokenised at once; long enough for WikiText-2 to be one piece
@@ -105,7 +106,6 @@ def plan_windows(
     return windows
 
 
-@torch.no_grad()
 def token_perplexity(
     model: nn.Module,
     input_ids: Tensor,
@@ -121,7 +121,7 @@ def token_perplexity(
 
     Args:
         model: called as ``model(input_ids=..., attention_mask=...)``, gives ``.logits`` of shape
-            (batch, tokens, vocabulary). Its training mode is restored afterwards.
+            (batch, tokens, vocabulary). Every module is in its own mode afterwards.
         input_ids: (tokens,) integers, on any device.
         window: positions in a window, the model's context; BOS counts as one.
         stride: distance between the starts of windows, 1..window; None means ``window``.
@@ -132,7 +132,9 @@ def token_perplexity(
         progress: show a bar.
 
     Raises:
-        ValueError: not one row of tokens, nothing to score, or a bad window or stride.
+        ValueError: not one row of tokens, nothing to score (padding alone is nothing), or a bad
+            window or stride.
+        FloatingPointError: the model's log-likelihoods are NaN.
     """
     if input_ids.ndim != 1:
         raise ValueError(f"input_ids must have shape (tokens,), got {tuple(input_ids.shape)}.")
@@ -145,13 +147,18 @@ def token_perplexity(
             f"Nothing to score: {len(input_ids)} token(s). The text is empty, or only one token "
             "long without a BOS token."
         )
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if isinstance(padding, int) and bool((input_ids == padding).all()):
+        raise ValueError(
+            f"Nothing to score: all {len(input_ids)} tokens are padding (token {padding}). "
+            "Give the text's own tokens."
+        )
     device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-    training = model.training
-    model.eval()
     nll_sum, began = 0.0, time.perf_counter()
-    with tqdm(total=len(windows), unit="window", desc="perplexity", disable=not progress) as bar:
+    bar = tqdm(total=len(windows), unit="window", desc="perplexity", disable=not progress)
+    with evaluating(model), bar:
         for batch in _batches(windows, batch_size):
             rows = torch.stack([input_ids[w.start : w.end] for w in batch]).to(device)
             inputs = nn.functional.pad(rows, (1, 0), value=bos_token_id) if bos else rows
@@ -162,8 +169,12 @@ def token_perplexity(
             logits = output.logits[:, -scored - 1 : -1].flatten(0, 1)
             nll_sum += _nll(logits, rows[:, -scored:].flatten())
             bar.update(len(batch))
-    model.train(training)
     seconds = time.perf_counter() - began
+    if math.isnan(nll_sum):
+        raise FloatingPointError(
+            "The model's log-likelihoods are NaN: its weights, or what it computes from them in "
+            "this dtype, are not finite."
+        )
     tokens = sum(w.scored for w in windows)
     protocol = _describe("one row of tokens", tokens, len(windows), window, stride, bos)
     return PerplexityResult(nll_sum, tokens, len(windows), seconds, protocol)

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..functional import scaled_round_clip, token_step, widen
 from ..kernels.fake_quantize import round_tokens
@@ -74,12 +77,24 @@ def round_inputs(
     return rounded.to(x.dtype).reshape(x.shape)
 
 
+NEVER_CALIBRATED = (
+    "the static activation step was never calibrated; run "
+    "maqd_hf.calibration.calibrate_activations(model, batches), train with MaQDTrainer, or use "
+    "activation_scaling='token'"
+)
+
+
 class ActivationQuantizer(nn.Module):
     """The round-clip on a layer's input; a static step is learned as its logarithm.
 
-    ``log_step`` (1,) is NaN until calibrated. Adam's change of a logarithm is a relative change of
-    the step, so that one learning rate fits steps of 0.002 and of 20 (not in the paper).
+    ``log_step`` (1,) is NaN until calibrated, and a forward on it raises ``ValueError``. Adam's
+    change of a logarithm is a relative change of the step, so that one learning rate fits steps of
+    0.002 and of 20 (not in the paper).
     """
+
+    # Whether ``log_step`` was seen to be calibrated. Training cannot take that back, so it is
+    # looked at once and not in every forward, which would make a GPU wait.
+    _seen_calibrated = False
 
     def __init__(
         self, spec: LinearSpec, context: BatchContext, device: torch.device | str | None = None
@@ -93,8 +108,13 @@ class ActivationQuantizer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Forget the static step: it is NaN until it is calibrated again."""
+        self._seen_calibrated = False
         if self.log_step is not None:
             nn.init.constant_(self.log_step, float("nan"))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._seen_calibrated = False
+        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def calibrated(self) -> bool:
@@ -109,8 +129,28 @@ class ActivationQuantizer(nn.Module):
         """
         if self.log_step is None:
             raise ValueError("per-token quantisers take their step from each token")
+        self._seen_calibrated = False
         with torch.no_grad():
             self.log_step.copy_(torch.as_tensor(step).log())
+
+    def _require_calibrated(self) -> None:
+        """``ValueError`` before a static step that is still NaN is used."""
+        if self._seen_calibrated or self.log_step is None:
+            return
+        if torch.compiler.is_compiling():
+            self._check_when_traced()
+        else:
+            self._check()
+            self._seen_calibrated = True
+
+    @torch.compiler.assume_constant_result
+    def _check_when_traced(self) -> None:
+        self._check()  # and nothing else: the trace depends on the flag, which must not move
+
+    def _check(self) -> None:
+        # A fake tensor, as exports use, has a shape and no value to look at.
+        if not isinstance(self.log_step, FakeTensor) and not self.calibrated:
+            raise ValueError(f"{type(self).__name__}({self.extra_repr()}): {NEVER_CALIBRATED}")
 
     def _static_step(self) -> Tensor | None:
         return None if self.log_step is None else self.log_step.exp()
@@ -123,6 +163,7 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         spec = self.spec
+        self._require_calibrated()
         if self.log_step is None and spec.surrogate == "clip":
             grid = (self.levels, spec.activation_clip_ratio, spec.input_group)
             return self.context.once(x, grid, _round_for_product)

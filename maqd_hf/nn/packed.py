@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from .. import kernels
 from ..functional import scale_dtype
 from ..packing import pack_codes, words_per_row
-from .activation import ActivationQuantizer, activation_step, rotate, round_inputs
+from .activation import (
+    NEVER_CALIBRATED,
+    ActivationQuantizer,
+    activation_step,
+    rotate,
+    round_inputs,
+)
 from .context import BatchContext
 from .embedding import MaQDEmbedding
 from .linear import MaQDLinear
@@ -29,11 +35,7 @@ def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: object = None) -
 def check_calibrated(layer: MaQDLinear, name: str) -> None:
     """``ValueError`` if ``layer``, called ``name`` in the message, has no activation step yet."""
     if isinstance(layer.activation, ActivationQuantizer) and not layer.activation.calibrated:
-        raise ValueError(
-            f"{name}: the static activation step was never calibrated; run "
-            "maqd_hf.calibration.calibrate_activations(model, batches), train with MaQDTrainer, or "
-            "use activation_scaling='token'"
-        )
+        raise ValueError(f"{name}: {NEVER_CALIBRATED}")
 
 
 class PackedLinear(CountedModule):

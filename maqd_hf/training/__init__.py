@@ -3,10 +3,13 @@
 Imports ``calibration``, ``evaluation`` and below.
 
 - ``trainer``: ``MaQDTrainer``; ``arguments``: ``MaQDTrainingArguments``;
-- ``distillation``: the loss against the float model, with the head inside it;
+- ``losses``: what a batch costs; ``distillation``: the loss against the float model, with the head
+  inside it; ``labels``: which labels count;
 - ``callbacks``: the schedule of the norms' gates, agreement of ranks, a look inside;
-- ``rates``: learning rates that nobody gave;
-- ``checkpoints``: which are whole, and what an interrupt does; ``memory``: what is spared.
+- ``finite``: a run that diverges stops; ``rates``: learning rates that nobody gave;
+- ``checkpoints``: when they are saved, which are whole, and what an interrupt does;
+  ``run_directory``: a run of several stages that goes on; ``job``: the main job's settings;
+- ``memory``: what is spared.
 """
 
 from .arguments import MaQDTrainingArguments

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from . import rates as recipes
+from . import rates
 from .distillation import Objective
 
 
@@ -15,7 +15,7 @@ class MaQDTrainingArguments(TrainingArguments):
     """``transformers.TrainingArguments`` and what quantisation-aware training adds.
 
     Rates left at None are filled in by the trainer, which knows how many levels the model has:
-    ``recipes`` says with what, and why.
+    ``rates`` says with what, and why.
     """
 
     learning_rate: float | None = field(  # type: ignore[assignment]
@@ -63,6 +63,13 @@ class MaQDTrainingArguments(TrainingArguments):
     calibration_batches: int = field(
         default=4, metadata={"help": "Training batches that set uncalibrated activation steps."}
     )
+    checkpoint_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Checkpoints to continue from are saved as often as they take this share of "
+            "the time together; 0: only those of save_strategy."
+        },
+    )
     quantizer_logging_steps: int | None = field(
         default=None,
         metadata={"help": "Logs at multiples of it look into quantisers; default: all, 0: none."},
@@ -74,15 +81,17 @@ class MaQDTrainingArguments(TrainingArguments):
         if self.scale_learning_rate is not None and self.scale_learning_rate < 0:
             raise ValueError(f"scale_learning_rate={self.scale_learning_rate} must not be negative")
 
+        if not 0 <= self.checkpoint_share <= 1:
+            raise ValueError(f"checkpoint_share={self.checkpoint_share} must lie in 0..1")
         if self.hidden_distillation < 0:
             raise ValueError(f"hidden_distillation={self.hidden_distillation} must not be negative")
 
     def fill_rates(self, weight_levels: int, activation_levels: int | None = None) -> None:
-        """Put what ``recipes`` says for a model of so many levels where None stands."""
+        """Put what ``rates`` says for a model of so many levels where None stands."""
         if self.learning_rate is None:
-            self.learning_rate = recipes.learning_rate(weight_levels, activation_levels)
+            self.learning_rate = rates.learning_rate(weight_levels, activation_levels)
         if self.scale_learning_rate is None:
-            self.scale_learning_rate = recipes.SCALE_RATE * self.learning_rate
+            self.scale_learning_rate = rates.SCALE_RATE * self.learning_rate
 
     def objective(self) -> Objective:
         """What a token costs, as these arguments say."""

@@ -101,17 +101,21 @@ class GateSchedule(TrainerCallback):
 
 
 class RankAgreement(TrainerCallback):
-    """After every step: one running statistic for all ranks, and one opinion on whether to stop.
+    """After every step: one running statistic for all ranks, and one opinion on what is next.
 
     Each rank averages over its own samples; the mean over ranks makes the statistics those of the
     whole batch, and a checkpoint independent of who writes it. ``stop_requested`` (set by an
-    interrupt) travels in the same all-reduce: ranks that left the loop at different steps would
-    wait for each other for ever.
+    interrupt) and ``save_requested`` travel in the same all-reduce: ranks that left the loop, or
+    saved, at different steps would wait for each other for ever.
     """
 
     def __init__(self) -> None:
-        self.stop_requested = False
+        self.stop_requested = self.save_requested = False
         self.between_steps = True
+
+    def request_save(self) -> None:
+        """Have a checkpoint saved after this step."""
+        self.save_requested = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,15 +132,16 @@ class RankAgreement(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         if distributed.is_initialized() and distributed.get_world_size() > 1:
-            flag = torch.full((1,), float(self.stop_requested), device=args.device)
-            together = torch.cat([*self._statistics, flag])
+            wishes = [float(self.stop_requested), float(self.save_requested)]
+            together = torch.cat([*self._statistics, torch.tensor(wishes, device=args.device)])
             distributed.all_reduce(together)
-            *means, stop = together.div_(distributed.get_world_size()).split(1)
+            *means, stop, save = together.div_(distributed.get_world_size()).split(1)
             for statistic, mean in zip(self._statistics, means, strict=True):
                 statistic.copy_(mean)
-            self.stop_requested = bool(stop > 0)
-        if self.stop_requested:
-            control.should_save = control.should_training_stop = True
+            self.stop_requested, self.save_requested = bool(stop > 0), bool(save > 0)
+        control.should_training_stop |= self.stop_requested
+        control.should_save |= self.stop_requested or self.save_requested
+        self.save_requested = False
         self.between_steps = True
         return control
 
@@ -224,7 +229,8 @@ def _weight_metrics(layer: MaQDLinear) -> dict[str, Tensor]:
     if levels is None or layer.weight_step is None:
         return {}
     weight, step = _local(layer.weight), _local(layer.weight_step)
-    if not weight.numel():  # FSDP2: this rank holds no row of the layer
+    # FSDP2: this rank may hold no row of the layer. A weight that is not finite has no codes.
+    if not weight.numel() or not bool(weight.isfinite().all()):
         return {}
     u = standardize_weight(weight).view(*step.shape, -1) / step.unsqueeze(-1)
     counts = quantize(u, levels, 1.0).flatten().long().bincount(minlength=levels)

@@ -1,19 +1,24 @@
-"""Stopping and going on: which checkpoints are whole, and what a first Ctrl-C does."""
+"""Stopping and going on: when checkpoints are saved, which are whole, and what a Ctrl-C does."""
 
 from __future__ import annotations
 
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+# What a checkpoint costs before one was saved: the model and Adam's two averages of it.
+_TENSORS_SAVED, _BYTES_PER_SECOND = 3, 5e8
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -37,6 +42,56 @@ def is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def check_processes(checkpoint: Path, processes: int) -> None:
+    """``ValueError`` if another number of ``processes`` wrote ``checkpoint``.
+
+    Each process leaves the state of its random numbers there. With others the samples of a step
+    and their order would change half-way.
+    """
+    wrote = max(len(list(checkpoint.glob("rng_state_*.pth"))), 1)
+    if any(checkpoint.glob("rng_state*.pth")) and wrote != processes:
+        raise ValueError(
+            f"{checkpoint} was written by {wrote} process(es), and this run has {processes}: "
+            f"resume with `torchrun --nproc_per_node {wrote}`, or start a new training from its "
+            "weights (from_pretrained) in another output_dir"
+        )
+
+
+class CheckpointCadence(TrainerCallback):
+    """Asks for a checkpoint whenever all of them together take at most a share of the time.
+
+    Whether one is saved does not change what is trained. The first process decides for all.
+
+    Args:
+        share: of the time, in 0..1; 0: never. ``request``: called when one is due.
+    """
+
+    def __init__(self, share: float, request: Callable[[], None]) -> None:
+        self.share, self.request = share, request
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        tensors = kwargs["model"].parameters()
+        size = sum(p.numel() * p.element_size() for p in tensors)
+        self._cost = _TENSORS_SAVED * size / _BYTES_PER_SECOND
+        self._since = self._asked = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._asked = time.perf_counter()
+        due = (self._asked - self._since) * self.share >= self._cost
+        if self.share and due and args.process_index == 0 and state.global_step < state.max_steps:
+            self.request()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._since = time.perf_counter()
+        self._cost = self._since - self._asked
 
 
 @contextmanager

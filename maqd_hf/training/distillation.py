@@ -15,11 +15,8 @@ does not use its ``loss_function``, is found out by a probe (``head_is_deferrabl
 through the same loss with whole logits.
 
 A classifier's logits are a few numbers a text: ``hidden_distance`` adds what the teacher's last
-hidden states say, at every token. In a language model they add nothing to the predictions: with the
-relative squared error of every block's output beside the KL, first tokens left out, SmolLM2-135M at
-4 levels (groups of 64, 8-bit inputs, 16,384 tokens; perplexity of 12 windows of WikiText-2 / IMDB)
-ended at 71.9 / 101.8 (mean over the blocks, weight 1) and 75.1 / 104.5 (weight 20), without it at
-72.1 / 101.7.
+hidden states say, at every token. In a language model they add nothing: 71.9 / 101.8 with them and
+72.1 / 101.7 without (docs/notebook/training.md, "Hidden states in the loss of a language model").
 """
 
 from __future__ import annotations
@@ -33,13 +30,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.blocks import float_activations
 from ..functional import widen
 from ..kernels.divergence import kl_divergence
 from ..nn import MaQDLinear
+from ..nn.modes import evaluating
 from ..nn.precision import product_dtype
-
-IGNORE = -100
-"""The label of a token that does not count."""
+from .labels import IGNORE
 
 
 class Logits(NamedTuple):
@@ -302,9 +299,12 @@ def head_of(model: nn.Module, hidden: Tensor) -> Logits:
     return Logits(hidden, head.weight, head.bias)
 
 
-@torch.no_grad()
 def head_is_deferrable(model: nn.Module) -> bool:
-    """Whether the model's logits are its head's output and nothing else, seen in a tiny forward."""
+    """Whether the model's logits are its head's output and nothing else, seen in a tiny forward.
+
+    It runs with unquantised inputs, since a model that is about to load a checkpoint has no
+    activation steps yet.
+    """
     bare = bare_model(model)
     head: Any = getattr(bare, "get_output_embeddings", lambda: None)()
     if type(head) not in (nn.Linear, MaQDLinear):
@@ -317,17 +317,14 @@ def head_is_deferrable(model: nn.Module) -> bool:
         return logits.sum()
 
     handle = head.register_forward_hook(lambda module, args, output: seen.append(output))
-    training = bare.training
     tokens = torch.zeros(1, 2, dtype=torch.long, device=bare.device)
     try:
-        bare.eval()
-        with deferred_head(bare, spy):
+        with evaluating(bare), float_activations(bare), deferred_head(bare, spy):
             output = bare(input_ids=tokens, labels=tokens, use_cache=False)
     except (TypeError, ValueError, RuntimeError):
         return False  # other inputs, or a shape only true logits have: whole logits will do
     finally:
         handle.remove()
-        bare.train(training)
     return len(seen) == len(handed) == 1 and seen[0] is handed[0] is output.logits
 
 

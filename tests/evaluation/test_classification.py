@@ -60,3 +60,25 @@ def test_what_cannot_be_classified(classifier, tiny_bert, byte_tokenizer):
         classify(classifier, byte_tokenizer, [])
     with pytest.raises(ValueError, match="AutoModelForSequenceClassification"):
         classify(tiny_bert, byte_tokenizer, TEXTS)
+
+
+def test_padding_alone_and_nan_have_no_class(classifier, byte_tokenizer):
+    with pytest.raises(ValueError, match=r"text 1 of 2, '', has no token"):
+        classify(classifier, byte_tokenizer, ["abc", ""])
+    with pytest.raises(ValueError, match=r"text 0 of 1, '', has no token"):
+        classify(classifier, byte_tokenizer, [""])
+    with torch.no_grad():
+        classifier.classifier.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        classify(classifier, byte_tokenizer, ["abc"])
+
+
+def test_every_module_keeps_its_own_mode(classifier, byte_tokenizer):
+    classifier.train()
+    classifier.bert.encoder.eval()
+    modes = {name: module.training for name, module in classifier.named_modules()}
+    classify(classifier, byte_tokenizer, TEXTS)
+    assert {name: module.training for name, module in classifier.named_modules()} == modes
+    with pytest.raises(ValueError, match="no token"):
+        classify(classifier, byte_tokenizer, [""])
+    assert {name: module.training for name, module in classifier.named_modules()} == modes

@@ -191,3 +191,24 @@ def test_errors_say_what_to_do(tiny_llama, byte_tokenizer, ids):
     byte_tokenizer.bos_token = None
     with pytest.raises(ValueError, match="bos_token is not set"):
         bos_token(byte_tokenizer, True)
+
+
+def test_padding_alone_and_nan_have_no_perplexity(tiny_llama):
+    padding = tiny_llama.config.pad_token_id
+    with pytest.raises(ValueError, match=f"all 9 tokens are padding .token {padding}"):
+        token_perplexity(tiny_llama, torch.full((9,), padding))
+    with torch.no_grad():
+        tiny_llama.model.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN"):
+        token_perplexity(tiny_llama, torch.arange(3, 12))
+
+
+def test_every_module_keeps_its_own_mode_after_success_and_failure(tiny_llama):
+    tiny_llama.train()
+    tiny_llama.model.layers[0].eval()
+    modes = {name: module.training for name, module in tiny_llama.named_modules()}
+    token_perplexity(tiny_llama, torch.arange(3, 12))
+    assert {name: module.training for name, module in tiny_llama.named_modules()} == modes
+    with pytest.raises(IndexError):
+        token_perplexity(tiny_llama, torch.full((9,), 10**6))
+    assert {name: module.training for name, module in tiny_llama.named_modules()} == modes

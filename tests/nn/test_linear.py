@@ -215,12 +215,52 @@ def test_static_step_is_learned_as_its_logarithm(surrogate: str) -> None:
     assert quantizer.log_step.grad.item() == pytest.approx(0.3 * expected, rel=1e-3)
 
 
-def test_an_uncalibrated_step_is_nan_and_says_so() -> None:
-    layer = MaQDLinear(8, 4)
-    assert isinstance(layer.activation, ActivationQuantizer) and not layer.activation.calibrated
-    assert bool(layer(torch.randn(1, 8)).isnan().all())  # never a plausible wrong number
-    assert calibrated(layer).activation.calibrated
-    assert bool(layer(torch.randn(1, 8)).isfinite().all())
+def test_a_forward_on_an_uncalibrated_step_is_refused() -> None:
+    """Never a plausible wrong number, and never NaN: not before the step is set, not after the
+    layer was reset or has loaded a state without a step."""
+    layer, uncalibrated = MaQDLinear(8, 4), MaQDLinear(8, 4).state_dict()
+    assert isinstance(layer.activation, ActivationQuantizer)
+    for take_away in (
+        lambda: None,
+        layer.activation.reset_parameters,
+        lambda: layer.load_state_dict(uncalibrated),
+        lambda: layer.activation.set_step(float("nan")),
+    ):
+        take_away()
+        assert not layer.activation.calibrated
+        with pytest.raises(
+            ValueError, match=r"levels=255.*never calibrated.*calibrate_activations"
+        ):
+            layer(torch.randn(1, 8))
+        assert calibrated(layer).activation.calibrated
+        assert bool(layer(torch.randn(1, 8)).isfinite().all())
+
+
+def test_a_calibrated_step_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look makes a GPU wait, so neither a forward nor a training step may repeat it."""
+    layer, looks = calibrated(MaQDLinear(8, 4)), []
+    seen = property(lambda self: looks.append(self) or True)
+    monkeypatch.setattr(ActivationQuantizer, "calibrated", seen)
+    for _ in range(3):
+        layer(torch.randn(1, 8)).sum().backward()
+        layer.activation.log_step.data.mul_(0.9)
+        with torch.no_grad():
+            layer.activation.log_step.mul_(0.9)
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_compiled_forward_refuses_an_uncalibrated_step(known: bool) -> None:
+    """Where no forward has run yet, the step is looked at when the graph is traced."""
+    layer = MaQDLinear(8, 4, spec=LinearSpec(16, 255))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    if known:
+        x = torch.randn(1, 8)
+        calibrated(layer)
+        assert torch.equal(compiled(x), layer(x))
+    else:
+        with pytest.raises(Exception, match="never calibrated"):
+            compiled(torch.randn(1, 8))
 
 
 def test_token_steps_cannot_be_set() -> None:

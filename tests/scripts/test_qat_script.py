@@ -1,6 +1,10 @@
-"""scripts/qat_llm.py on a tiny model: every stage, every file, and a resumed run."""
+"""scripts/qat_llm.py on a tiny model: every stage, every file, and runs that were killed."""
 
+import hashlib
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -132,7 +136,7 @@ def test_the_model_writes_its_own_text(job, tmp_path):
     assert len(kept) * len(kept[0]["input_ids"]) >= metrics["training"]["tokens"]
 
 
-def test_a_full_run_directory_is_not_overwritten(job, tmp_path):
+def test_a_folder_that_holds_something_else_is_not_touched(job, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
     script = import_module("scripts.qat_llm")
@@ -141,3 +145,131 @@ def test_a_full_run_directory_is_not_overwritten(job, tmp_path):
     with pytest.raises(SystemExit, match="no complete checkpoint"):
         script.main(job(resume_from_checkpoint="true"))
     assert (tmp_path / "run" / "mine.txt").read_text() == "precious"
+
+
+# ------------------------------------------------------------------------- runs that are killed
+
+
+def start(arguments: list[str], killed_at: str, call: int, finished: list[str]) -> None:
+    """In a process of its own: the main job, killed when ``killed_at`` is called for the
+    ``call``-th time. A call of what belongs to a ``finished`` stage ends it with status 7."""
+    torch.set_num_threads(1)
+    script, counts = import_module("scripts.qat_llm"), {}
+
+    def watch(name, action):
+        owner = script if hasattr(script, name) else script.MaQDTrainer
+        inner = getattr(owner, name)
+
+        def outer(*args, **kwargs):
+            action(name)
+            return inner(*args, **kwargs)
+
+        setattr(owner, name, outer)
+
+    def kill(name):
+        counts[name] = counts.get(name, 0) + 1
+        if counts[name] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for name in finished:
+        watch(name, lambda name: os._exit(7))
+    if killed_at:
+        watch(killed_at, kill)
+    script.main(arguments)
+
+
+def status(*arguments) -> int:
+    """How ``start(*arguments)`` ended, in a child of a process that has imported the script."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scripts.qat_llm"])
+    child = context.Process(target=start, args=arguments)
+    child.start()
+    child.join(timeout=120)
+    child.kill()
+    return child.exitcode
+
+
+def packed_digest(run: Path) -> str:
+    return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+WORK = ["calibrate", "select_static_norms", "training_step", "pack_model", "write_card"]
+KILLS = [  # the stage by its place in WORK; what is called, for the how many-th time
+    (0, "calibrate", 1),
+    (0, "save_model", 1),
+    (1, "select_static_norms", 1),
+    (1, "save_model", 1),
+    (2, "training_step", 6),
+    (2, "_save_rng_state", 1),  # the model of a checkpoint is written, its trainer state is not
+    (2, "save_model", 1),
+    (3, "pack_model", 1),
+    (3, "save_model", 1),
+    (4, "package_versions", 1),
+    (4, "write_card", 1),
+]
+
+
+def supervised(arguments: list[str], kills: list[tuple[int, str, int]], run: Path) -> None:
+    """Repeat one command, killed at each of ``kills`` in turn, until it ends.
+
+    No start repeats the work of a stage that was finished before the last kill."""
+    finished = 0
+    for stage, killed_at, call in kills:
+        assert status(arguments, killed_at, call, WORK[:finished]) == -signal.SIGKILL, killed_at
+        if killed_at == "training_step":
+            assert list(run.glob("checkpoint-*")), "five steps without a checkpoint"
+        finished = stage
+    assert status(arguments, "", 0, WORK[:finished]) == 0
+
+
+@pytest.fixture
+def uninterrupted(job, tmp_path):
+    """Arguments of a longer job, and the digest of what it packs."""
+    options = {"lbn_tolerance": 10, "max_steps": 8, "checkpoint_share": 1}
+    whole = tmp_path / "whole"
+    assert status(job(**options, output_dir=whole), "", 0, []) == 0
+    return options, packed_digest(whole)
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [KILLS[2], KILLS[4], KILLS[7]],
+        pytest.param(KILLS, marks=pytest.mark.slow),
+    ],
+    ids=["three stages", "all stages"],
+)
+def test_a_command_repeated_after_kills_packs_the_same_bytes(job, tmp_path, uninterrupted, kills):
+    options, digest = uninterrupted
+    run = tmp_path / "run"
+    supervised(job(**options), kills, run)
+    assert packed_digest(run) == digest
+    left = {f.name for f in run.iterdir() if not f.name.startswith(".")}
+    assert left == {"arguments.json", "metrics.json", "plot.png", "README.md", "model"}
+    before = packed_digest(run), (run / "metrics.json").read_text("utf-8")
+    assert status(job(**options), "", 0, WORK) == 0, "a finished run has nothing to do"
+    assert (packed_digest(run), (run / "metrics.json").read_text("utf-8")) == before
+
+
+def test_other_settings_than_the_runs_are_refused_by_name(job, tmp_path):
+    script = import_module("scripts.qat_llm")
+    metrics = script.main(job(max_steps=1))
+    for changed, message in (
+        ({"weight_levels": 4}, "weight_levels was 16 and is now 4"),
+        ({"learning_rate": 0.5}, "learning_rate was 'None' and is now 0.5"),
+        ({"activation_scaling": "static"}, "activation_scaling was 'token' and is now 'static'"),
+    ):
+        with pytest.raises(SystemExit, match=rf"{message}.*--overwrite"):
+            script.main(job(max_steps=1, **changed))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8")) == metrics
+    assert script.main(job(max_steps=1, metrics=tmp_path / "copy.json")) == metrics
+    again = script.main(job(max_steps=1, weight_levels=4, overwrite="true"))
+    assert again["bits_per_weight"] < metrics["bits_per_weight"]
+
+
+def test_a_failed_start_does_not_block_the_next(job, tmp_path):
+    script = import_module("scripts.qat_llm")
+    with pytest.raises(OSError):
+        script.main(job(model=tmp_path / "nowhere", weight_levels=4))
+    (tmp_path / "run" / "metrics.json.part").write_text('{"secon')
+    assert script.main(job(max_steps=1))["training"]["steps"] == 1

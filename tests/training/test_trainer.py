@@ -36,7 +36,7 @@ from transformers import (
 from maqd_hf import MaQDConfig, pack_model, quantize_model
 from maqd_hf.models.finding import gated_norms
 from maqd_hf.nn import ActivationQuantizer, BatchContext, LinearSpec, MaQDLinear, PackedLinear
-from maqd_hf.training import rates as recipes
+from maqd_hf.training import rates as default_rates
 from maqd_hf.training.callbacks import GateSchedule, QuantizerMonitor
 from maqd_hf.training.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
 
@@ -364,11 +364,11 @@ def test_rates_nobody_gives_follow_the_levels(
 ) -> None:
     model = copy.deepcopy(tiny_llama)
     quantize_model(model, MaQDConfig(weight_levels=levels, activation_levels=inputs))
-    assert recipes.usual_levels(model) == (levels, inputs)
+    assert default_rates.usual_levels(model) == (levels, inputs)
     trainer = trainer_for(model, tmp_path, learning_rate=None)
     rates = {group["lr"] for group in trainer.create_optimizer().param_groups}
-    latents = recipes.learning_rate(levels, inputs)
-    assert rates == {latents, recipes.SCALE_RATE * latents}
+    latents = default_rates.learning_rate(levels, inputs)
+    assert rates == {latents, default_rates.SCALE_RATE * latents}
     assert 1e-5 <= latents <= 1e-3
 
 
