@@ -67,7 +67,7 @@ class MaQDConfig(QuantizationConfigMixin):
             (pretrained decoders need it); "shared": it is treated like any other.
         layer_batch_norm: replace norms by Layer-Batch Normalization with its gate closed.
         norm_affine: "keep": gamma and beta stay in the norms, and a static norm's constant joins
-            gamma; "absorb": they move into the layers that read the norm (``folding`` says what
+            gamma; "fold": they move into the layers that read the norm (``folding`` says what
             that costs), and a static norm in front of rows with one scale leaves nothing behind.
         lbn_final_norm, lbn_qk_norm: include the final norm and the q/k norms; by default they
             stay per token, the final one anchors the scale of the logits.
@@ -100,7 +100,7 @@ class MaQDConfig(QuantizationConfigMixin):
     rotation: int | Literal["auto"] | None = "auto"
     first_token: FirstToken = "own"
     layer_batch_norm: bool = True
-    norm_affine: Literal["keep", "absorb"] = "keep"
+    norm_affine: Literal["keep", "fold"] = "keep"
     lbn_final_norm: bool = False
     lbn_qk_norm: bool = False
     lbn_pooling: Literal["mean", "geometric"] = "geometric"
@@ -123,8 +123,8 @@ class MaQDConfig(QuantizationConfigMixin):
             )
         if self.state not in ("qat", "packed"):
             raise ValueError(f"state={self.state!r}: 'qat' or 'packed'")
-        if self.norm_affine not in ("keep", "absorb"):
-            raise ValueError(f"norm_affine={self.norm_affine!r}: 'keep' or 'absorb'")
+        if self.norm_affine not in ("keep", "fold"):
+            raise ValueError(f"norm_affine={self.norm_affine!r}: 'keep' or 'fold'")
         if self.lbn_pooling not in ("mean", "geometric"):
             raise ValueError(f"lbn_pooling={self.lbn_pooling!r}: 'mean' or 'geometric'")
         if not 0 < self.lbn_momentum <= 1:

@@ -23,7 +23,7 @@ OTHER: dict[str, Any] = {  # every field away from its default
     "rotation": 64,
     "first_token": "shared",
     "layer_batch_norm": False,
-    "norm_affine": "absorb",
+    "norm_affine": "fold",
     "lbn_final_norm": True,
     "lbn_qk_norm": True,
     "lbn_pooling": "mean",

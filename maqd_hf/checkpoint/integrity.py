@@ -36,7 +36,7 @@ def _meaning(module: nn.Module) -> str:
         return f"embedding {module.levels}/{module.embedding_dim} {module.output_scale!r}"
     assert isinstance(module, LayerBatchNorm)
     norm = module.spec
-    flags = f"{norm.centered}/{norm.statistics}/{norm.first_token}/{norm.absorbed}"
+    flags = f"{norm.centered}/{norm.statistics}/{norm.first_token}/{norm.folded}"
     return f"norm {flags} {module.eps!r}"
 
 

@@ -35,12 +35,12 @@ from ..nn import (
 def describe(
     model: nn.Module,
     config: MaQDConfig,
-    absorbed_by: Mapping[str, Sequence[str]],
+    folded_into: Mapping[str, Sequence[str]],
     tied_to: Mapping[str, str],
 ) -> dict[str, dict[str, Any]]:
     """What ``build_modules`` needs to build the converted layers of ``model`` again.
 
-    ``absorbed_by`` (norm -> its consumers) and ``tied_to`` (head -> embedding) hold full names.
+    ``folded_into`` (norm -> its consumers) and ``tied_to`` (head -> embedding) hold full names.
     Linear layers say where they differ from the plain settings of ``config``.
     """
     names, modules = Names(model), {}
@@ -58,7 +58,7 @@ def describe(
                 entry["output_scale"] = module.output_scale
         elif isinstance(module, LayerBatchNorm):
             entry = {"kind": "norm", "eps": module.eps, **asdict(module.spec)}
-            entry["absorbed_by"] = [names.relative(n) for n in absorbed_by.get(name, ())]
+            entry["folded_into"] = [names.relative(n) for n in folded_into.get(name, ())]
         else:
             continue
         modules[names.relative(name)] = entry
@@ -168,7 +168,7 @@ def _build_norm(
     weight = getattr(old, "weight", None)
     if not isinstance(weight, torch.Tensor):
         raise ValueError("it should be a norm")
-    settings = {k: v for k, v in entry.items() if k not in ("kind", "eps", "absorbed_by", "crc32")}
+    settings = {k: v for k, v in entry.items() if k not in ("kind", "eps", "folded_into", "crc32")}
     spec = NormSpec(**settings)
     return LayerBatchNorm(weight.numel(), spec, entry["eps"], context, weight.device)
 

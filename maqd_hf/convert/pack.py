@@ -23,7 +23,7 @@ from ..nn import (
 )
 from ..nn.kinds import QUANTIZED
 from ..nn.packed import check_calibrated
-from .folding import absorb_scale, takes_scale
+from .folding import fold_scale, takes_scale
 from .report import ConversionReport, make_report
 
 
@@ -43,8 +43,8 @@ def pack_model(model: nn.Module) -> ConversionReport:
         raise ValueError("this model is packed already")
     _check_packable(model)
     names, entries = Names(model), config.modules or {}
-    absorbed_by = {
-        names.absolute(norm): [names.absolute(n) for n in entry["absorbed_by"]]
+    folded_into = {
+        names.absolute(norm): [names.absolute(n) for n in entry["folded_into"]]
         for norm, entry in entries.items()
         if entry["kind"] == "norm"
     }
@@ -65,8 +65,8 @@ def pack_model(model: nn.Module) -> ConversionReport:
         model.get_submodule(embedding).tie(model.get_submodule(head))  # type: ignore[operator]
         note_tied_tensors(model, embedding, head)
     for name, norm in modules_of(model, LayerBatchNorm):
-        _freeze_norm(norm, [model.get_submodule(n) for n in absorbed_by[name]])
-    modules = describe(model, config, absorbed_by, tied_to)
+        _freeze_norm(norm, [model.get_submodule(n) for n in folded_into[name]])
+    modules = describe(model, config, folded_into, tied_to)
     for relative, entry in modules.items():
         entry["crc32"] = checksum(model.get_submodule(names.absolute(relative)))
     config = replace(config, state="packed", modules=modules)
@@ -104,4 +104,4 @@ def _freeze_norm(norm: LayerBatchNorm, consumers: list[nn.Module]) -> None:
     norm.spec = replace(norm.spec, statistics="static")
     takers = bool(consumers) and all(takes_scale(layer) for layer in consumers)
     if norm.weight is not None or takers:
-        absorb_scale(norm, consumers)  # type: ignore[arg-type]
+        fold_scale(norm, consumers)  # type: ignore[arg-type]

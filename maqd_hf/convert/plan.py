@@ -38,8 +38,8 @@ class NormPlan:
     """The plan for one norm; ``not_gated`` says why it stays per token, if so."""
 
     kind: NormKind
-    absorbed_by: list[str] = field(default_factory=list)  # full names; empty: keeps its affine
-    not_absorbed: str = ""  # why not, where it was wanted
+    folded_into: list[str] = field(default_factory=list)  # full names; empty: keeps its affine
+    not_folded: str = ""  # why not, where it was wanted
     gated: bool = True
     not_gated: str = ""
 
@@ -241,7 +241,7 @@ def _plan_linears(config: MaQDConfig, names: Names, plan: ConversionPlan, found:
         plan.linears[name] = spec
 
 
-def _refuse_absorption(name: str, plan: ConversionPlan, trace: Trace) -> str:
+def _refuse_fold(name: str, plan: ConversionPlan, trace: Trace) -> str:
     """Why the norm ``name`` has to keep its affine; "" if its readers can take it."""
     use = trace.uses.get(name)
     if trace.failure or use is None:
@@ -267,9 +267,9 @@ def _plan_norms(config: MaQDConfig, names: Names, plan: ConversionPlan, found: _
     in_base = [n for n in found.trace.order or found.norms if not names.relative(n).startswith("/")]
     for name, kind in found.norms.items():
         norm = plan.norms[name] = NormPlan(kind)
-        if config.norm_affine == "absorb":
-            norm.not_absorbed = _refuse_absorption(name, plan, found.trace)
-            norm.absorbed_by = [] if norm.not_absorbed else list(found.trace.uses[name].consumers)
+        if config.norm_affine == "fold":
+            norm.not_folded = _refuse_fold(name, plan, found.trace)
+            norm.folded_into = [] if norm.not_folded else list(found.trace.uses[name].consumers)
         if _QK_NORM.search(name) and not config.lbn_qk_norm:
             norm.gated, norm.not_gated = False, "q/k norm (lbn_qk_norm switches it on)"
         elif in_base and name == in_base[-1] and not config.lbn_final_norm:

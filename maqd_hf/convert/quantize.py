@@ -24,7 +24,7 @@ from ..nn import (
     Start,
 )
 from ..nn.kinds import LINEARS, TRAINABLE
-from .folding import absorb_affine
+from .folding import fold_affine
 from .plan import ConversionPlan, NormPlan, plan_conversion
 from .report import ConversionReport, make_report
 
@@ -74,10 +74,10 @@ def quantize_model(
         searched = isinstance(layer, MaQDEmbedding) and start == "range"
         layer.reset_quantizer("search" if searched else start)
     attach_context(model, context)
-    absorbed_by = {name: norm.absorbed_by for name, norm in plan.norms.items()}
+    folded_into = {name: norm.folded_into for name, norm in plan.norms.items()}
     tied_to = {plan.head: plan.embedding} if plan.head and plan.embedding and plan.head_tied else {}
     config = config.settled()
-    config.modules = describe(model, config, absorbed_by, tied_to)
+    config.modules = describe(model, config, folded_into, tied_to)
     model.config.quantization_config = config  # type: ignore[union-attr]
     return make_report(model, config, plan)
 
@@ -131,7 +131,7 @@ def _convert_norm(
             new.weight.copy_(gamma)
         if new.bias is not None:
             new.bias.copy_(norm.bias)  # type: ignore[arg-type]
-    absorb_into = [model.get_submodule(n) for n in plan.absorbed_by]
-    if absorb_into:
-        absorb_affine(new, absorb_into)  # type: ignore[arg-type]
+    consumers = [model.get_submodule(n) for n in plan.folded_into]
+    if consumers:
+        fold_affine(new, consumers)  # type: ignore[arg-type]
     replace_module(model, name, new)

@@ -29,7 +29,7 @@ class ConversionReport:
     linears: dict[str, str] = field(default_factory=dict)
     embeddings: dict[str, str] = field(default_factory=dict)
     norms: dict[str, str] = field(default_factory=dict)
-    not_absorbed: dict[str, str] = field(default_factory=dict)
+    not_folded: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     size: ModelSize | None = None
     untraced: str = ""
@@ -51,7 +51,7 @@ class ConversionReport:
             ("layers", self.linears),
             ("embeddings", self.embeddings),
             ("norms", self.norms),
-            ("affine kept in the norm", self.not_absorbed),
+            ("affine kept in the norm", self.not_folded),
             ("left as they were", self.kept),
         ):
             lines += _section(title, table)
@@ -90,7 +90,9 @@ def _norm_text(norm: LayerBatchNorm, reason: str) -> str:
     statistics = {
         "token": "per token",
         "gated": "layer-batch norm, gate " + ("closed" if float(norm.gate) == 0 else "open"),
-        "static": "static, folded into its consumers" if norm.spec.folded else "static",
+        "static": "static, folded into its consumers"
+        if norm.spec.folded and not norm.spec.weight
+        else "static",
     }[norm.spec.statistics]
     return f"{statistics} ({reason})" if reason else statistics
 
@@ -108,8 +110,8 @@ def make_report(
     for name, norm in modules_of(model, LayerBatchNorm):
         norm_plan = plan.norms.get(name) if plan else None
         report.norms[name] = _norm_text(norm, norm_plan.not_gated if norm_plan else "")
-        if norm_plan and norm_plan.not_absorbed:
-            report.not_absorbed[name] = norm_plan.not_absorbed
+        if norm_plan and norm_plan.not_folded:
+            report.not_folded[name] = norm_plan.not_folded
     report.kept = dict(plan.kept) if plan else _untouched(model)
     return report
 

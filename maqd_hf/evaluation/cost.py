@@ -165,9 +165,9 @@ def _norm_cost(norm: LayerBatchNorm) -> tuple[str, Count, Count, Count]:
         return what, dynamic, dynamic, Count()
     left = Count(
         reductions=int(spec.centered),
-        multiplications=features * (affine + (not spec.absorbed)),
+        multiplications=features * (affine + (not spec.folded)),
     )
-    own = Count(1, 1, 0, features * (1 + spec.absorbed)) if spec.first_token == "own" else Count()
+    own = Count(1, 1, 0, features * (1 + spec.folded)) if spec.first_token == "own" else Count()
     what = "static" + (", the token's mean is left" if spec.centered else "")
     return what, left, dynamic, own
 

@@ -196,7 +196,7 @@ class IntegerMLP(nn.Module):
         self.down = IntegerLinear(down, 2.0**-fraction_bits, (1 << 31) - 1)
         width = up.in_features if self.centered else 1  # the mean is not divided out
         residual_bits = 31 + math.ceil(math.log2(2 * width))
-        factor = 1.0 if norm.spec.absorbed else math.exp(-float(norm.running_log_ms) / 2)
+        factor = 1.0 if norm.spec.folded else math.exp(-float(norm.running_log_ms) / 2)
         in_unit = torch.tensor(factor * 2.0**-fraction_bits / width, dtype=torch.float64)
         if norm.weight is not None:
             in_unit = in_unit * norm.weight.detach().double()

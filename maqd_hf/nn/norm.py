@@ -63,7 +63,7 @@ class NormSpec:
 
     Args:
         centered: subtract each token's mean first (LayerNorm) or not (RMSNorm).
-        weight, bias: whether an affine is left (False once absorbed by the consumers).
+        weight, bias: whether an affine is left (False once folded into the consumers).
         statistics: "token" (the original norm), "gated" (in training) or "static" (in inference),
             see the table of states in the module's docstring.
         first_token: "own": the first token of a sequence keeps its own statistic; "shared": it
@@ -72,7 +72,7 @@ class NormSpec:
         momentum: weight of a batch of ``MOMENTUM_BATCH`` samples in the running average. n samples
             weigh 1 - (1 - momentum) ** (n / MOMENTUM_BATCH): the average spans the same samples at
             every batch size.
-        absorbed: static only: the scalar lives in ``weight`` or in the consumers, here it is 1.
+        folded: static only: the scalar lives in ``weight`` or in the consumers, here it is 1.
     """
 
     centered: bool = False
@@ -82,12 +82,7 @@ class NormSpec:
     first_token: FirstToken = "shared"
     pooling: Literal["mean", "geometric"] = "mean"
     momentum: float = 0.05
-    absorbed: bool = False
-
-    @property
-    def folded(self) -> bool:
-        """Whether nothing is left to multiply with."""
-        return self.absorbed and not self.weight
+    folded: bool = False
 
 
 def _recomputing() -> bool:
@@ -161,14 +156,14 @@ class LayerBatchNorm(nn.Module):
         return self._native.get(tensors, self._make_native, self.spec)
 
     def _make_native(self) -> NativeNorm:
-        static, absorbed = self.spec.statistics == "static", self.spec.absorbed
+        static, folded = self.spec.statistics == "static", self.spec.folded
         log_ms = float(self.running_log_ms)
         return NativeNorm(
             self.features,
             self.eps,
             token=not static,
-            constant=math.exp(-log_ms / 2) if static and not absorbed else 1.0,
-            first_factor=math.exp(log_ms / 2) if static and absorbed else 1.0,
+            constant=math.exp(-log_ms / 2) if static and not folded else 1.0,
+            first_factor=math.exp(log_ms / 2) if static and folded else 1.0,
             own_first=static and self.spec.first_token == "own",
             centered=self.spec.centered,
             weight=self.weight,
@@ -215,12 +210,12 @@ class LayerBatchNorm(nn.Module):
     def _static(self, x: Tensor) -> Tensor:
         """``x`` (batch, ..., features) over the constant of a "static" norm."""
         static = self.running_log_ms
-        absorbed = static if self.spec.absorbed else torch.zeros_like(static)
+        folded = static if self.spec.folded else torch.zeros_like(static)
         _, first = self.context.masks_for(x)
         if self.spec.first_token == "own" and first is not None:
             token = token_log_ms(x, self.eps)
-            return normalize(x, torch.where(first, token, static) - absorbed)
-        if self.spec.absorbed:
+            return normalize(x, torch.where(first, token, static) - folded)
+        if self.spec.folded:
             return x
         return normalize(x, static.view([1] * (x.dim() - 1)))
 

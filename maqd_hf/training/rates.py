@@ -42,7 +42,7 @@ Shorter samples, twice the steps for as many tokens, gain nothing: ternary, star
 and trained on 32,768, 95.9 / 125.7 on samples of 128 and 95.7 / 127.5 on samples of 256.
 
 Gammas kept fixed in the runs of the first table: 35.39 / 53.20 (16 levels, 1e-4), no difference to
-speak of. With gammas absorbed by the weights, whose rows then differ a hundredfold in size, larger
+speak of. With gammas folded into the weights, whose rows then differ a hundredfold in size, larger
 rates did harm (WikiText-2 alone):
 
 ======  ======  ==============  ======  ==========

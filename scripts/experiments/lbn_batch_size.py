@@ -186,7 +186,7 @@ def set_norms(model: PreTrainedModel, family: str, norm: str) -> None:
             activation_levels=None,
             first_token="own" if family in ("gpt2", "llama") else "shared",
             lbn_pooling="mean",
-            norm_affine="absorb",  # a static norm then leaves nothing at all, the paper's claim
+            norm_affine="fold",  # a static norm then leaves nothing at all, the paper's claim
             lbn_final_norm=norm != "lbn, final float",
         )
         quantize_model(model, config)

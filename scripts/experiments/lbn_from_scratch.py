@@ -185,7 +185,7 @@ def train_row(row: Row, task: Task, steps: int, seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
     model = task.build()
     config = MaQDConfig(
-        weight_levels=None, activation_levels=None, norm_affine="absorb", **row.config
+        weight_levels=None, activation_levels=None, norm_affine="fold", **row.config
     )
     quantize_model(model, config)
     norms = gated_norms(model)

@@ -66,7 +66,7 @@ from scripts.qat_encoder import parse as encoder_arguments
 GRID: dict[str, Any] = {
     "weight_levels": 16,
     "activation_levels": 255,
-    "norm_affine": "absorb",  # with the next, a static norm then leaves nothing at all
+    "norm_affine": "fold",  # with the next, a static norm then leaves nothing at all
     "rotation": None,
 }
 

@@ -137,7 +137,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
         "embed_tokens is not what was saved",
     ),
     "norm": (
-        lambda c: c["modules"]["layers.1.input_layernorm"].update(absorbed=False),
+        lambda c: c["modules"]["layers.1.input_layernorm"].update(folded=False),
         "layers.1.input_layernorm is not what was saved",
     ),
     "another clip ratio": (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maqd_hf import MaQDConfig, pack_model, quantize_model
-from maqd_hf.convert.folding import absorb_affine, absorb_scale
+from maqd_hf.convert.folding import fold_affine, fold_scale
 from maqd_hf.models.finding import modules_of
 from maqd_hf.nn import (
     ActivationQuantizer,
@@ -29,7 +29,7 @@ FLOAT: dict[str, Any] = {"weight_levels": None, "activation_levels": None}
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("beta", [False, True])
-def test_absorb_affine_is_exact(bias: bool, beta: bool) -> None:
+def test_fold_affine_is_exact(bias: bool, beta: bool) -> None:
     norm = LayerBatchNorm(8, NormSpec(centered=True, bias=beta), dtype=torch.float64)
     spec = LinearSpec(weight_levels=None, activation_levels=None)
     layers = [MaQDLinear(8, 5, bias, spec, dtype=torch.float64) for _ in range(2)]
@@ -37,7 +37,7 @@ def test_absorb_affine_is_exact(bias: bool, beta: bool) -> None:
         nn.init.normal_(parameter)
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     before = [layer(norm(x)) for layer in layers]
-    absorb_affine(norm, layers)
+    fold_affine(norm, layers)
     assert norm.weight is None and norm.bias is None
     assert (norm.spec.weight, norm.spec.bias) == (False, False)
     for layer, expected in zip(layers, before, strict=True):
@@ -45,15 +45,15 @@ def test_absorb_affine_is_exact(bias: bool, beta: bool) -> None:
         assert (layer(norm(x)) - expected).abs().max() < 1e-12
 
 
-def test_absorb_scale_wants_a_static_norm_that_has_a_constant() -> None:
+def test_fold_scale_wants_a_static_norm_that_has_a_constant() -> None:
     spec = LinearSpec(activation_levels=None)
     packed = PackedLinear.from_qat(MaQDLinear(8, 5, True, spec))
-    for wrong in (NormSpec(weight=False), NormSpec(statistics="static", absorbed=True)):
+    for wrong in (NormSpec(weight=False), NormSpec(statistics="static", folded=True)):
         with pytest.raises(ValueError, match="only a static norm has a constant"):
-            absorb_scale(LayerBatchNorm(8, wrong), [packed])
+            fold_scale(LayerBatchNorm(8, wrong), [packed])
 
 
-NOT_ABSORBED = {  # what the report says, by the end of the norm's name; Mamba's norms all stay
+NOT_FOLDED = {  # what the report says, by the end of the norm's name; Mamba's norms all stay
     "llama-tied": {"norm": "model's output"},
     "llama-untied": {"norm": "model's output"},
     "mistral": {"norm": "model's output"},
@@ -80,25 +80,25 @@ NOT_ABSORBED = {  # what the report says, by the end of the norm's name; Mamba's
 
 
 def test_every_family_with_norms_of_ours_is_here() -> None:
-    assert set(FAMILIES) - set(NOT_ABSORBED) == {"mamba"}
+    assert set(FAMILIES) - set(NOT_FOLDED) == {"mamba"}
 
 
-@pytest.mark.parametrize("family", NOT_ABSORBED)
+@pytest.mark.parametrize("family", NOT_FOLDED)
 def test_the_affine_goes_into_the_consumers_or_the_refusal_is_named(family: str) -> None:
     model = tiny(family)
-    report = quantize_model(model, MaQDConfig(**FLOAT, norm_affine="absorb"))
+    report = quantize_model(model, MaQDConfig(**FLOAT, norm_affine="fold"))
     norms = dict(modules_of(model, LayerBatchNorm))
     assert set(norms) == set(report.norms) and len(norms) >= 4
     for name, norm in norms.items():
-        if name in report.not_absorbed:
+        if name in report.not_folded:
             assert norm.weight is not None
         else:
             assert norm.weight is None and norm.bias is None
-    for name, reason in report.not_absorbed.items():
-        expected = NOT_ABSORBED[family][name.rpartition(".")[2]]
+    for name, reason in report.not_folded.items():
+        expected = NOT_FOLDED[family][name.rpartition(".")[2]]
         assert expected in reason, f"{name}: {reason}"
-    leaves = {name.rpartition(".")[2] for name in report.not_absorbed}
-    assert leaves == set(NOT_ABSORBED[family])
+    leaves = {name.rpartition(".")[2] for name in report.not_folded}
+    assert leaves == set(NOT_FOLDED[family])
 
 
 def test_the_final_norm_keeps_its_affine_because_the_base_model_returns_it() -> None:
@@ -106,9 +106,9 @@ def test_the_final_norm_keeps_its_affine_because_the_base_model_returns_it() -> 
     inputs = example(model)
     with torch.no_grad():
         before = model.model(**inputs).last_hidden_state
-        report = quantize_model(model, **FLOAT, norm_affine="absorb")
+        report = quantize_model(model, **FLOAT, norm_affine="fold")
         after = model.model(**inputs).last_hidden_state
-    assert "the model's output" in report.not_absorbed["model.norm"]
+    assert "the model's output" in report.not_folded["model.norm"]
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
@@ -130,8 +130,8 @@ def test_a_consumer_called_twice_or_by_keyword_is_seen() -> None:
             layer.mlp = Block(layer.mlp, again)
         inputs = example(model)
         before = output(model, inputs)
-        report = quantize_model(model, MaQDConfig(**FLOAT, norm_affine="absorb"))
-        reason = report.not_absorbed.get("model.layers.0.post_attention_layernorm")
+        report = quantize_model(model, MaQDConfig(**FLOAT, norm_affine="fold"))
+        reason = report.not_folded.get("model.layers.0.post_attention_layernorm")
         assert (reason is not None and "is called 2 times" in reason) if again else reason is None
         torch.testing.assert_close(output(model, inputs), before, rtol=1e-5, atol=1e-5)
 
@@ -168,10 +168,10 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("norm_affine", ["keep", "absorb"])
+@pytest.mark.parametrize("norm_affine", ["keep", "fold"])
 @pytest.mark.parametrize("first_token", ["own", "shared"])
 @pytest.mark.parametrize("activations", ACTIVATIONS)
-@pytest.mark.parametrize("family", NOT_ABSORBED)
+@pytest.mark.parametrize("family", NOT_FOLDED)
 def test_folded_at_packing_output_before_is_output_after(
     family: str, activations: str, first_token: str, norm_affine: str
 ) -> None:
@@ -202,16 +202,16 @@ def test_folded_at_packing_output_before_is_output_after(
         assert error.mean() < 0.1 * (output(exact, inputs) - before).abs().mean()
         assert error.median() < 1e-5 * before.abs().max()
     folded = [n for n, text in report.norms.items() if "folded" in text]
-    assert not folded or norm_affine == "absorb"
+    assert not folded or norm_affine == "fold"
     for name, norm in modules_of(model, LayerBatchNorm):
-        assert (norm.spec.absorbed and norm.weight is None) == (name in folded)
+        assert (norm.spec.folded and norm.weight is None) == (name in folded)
         if name in static and norm.weight is not None:
-            assert norm.spec.absorbed  # its constant went into gamma
+            assert norm.spec.folded  # its constant went into gamma
 
 
 def test_a_folded_rms_norm_passes_its_input_through() -> None:
     model = tiny("llama-tied")
-    quantize_model(model, activation_levels=None, first_token="shared", norm_affine="absorb")
+    quantize_model(model, activation_levels=None, first_token="shared", norm_affine="fold")
     settle(model)
     pack_model(model)
     norm = model.model.layers[1].input_layernorm
@@ -225,7 +225,7 @@ def test_norms_whose_consumers_do_not_all_pack_stay_static() -> None:
     quantize_model(
         model,
         activation_levels=None,
-        norm_affine="absorb",
+        norm_affine="fold",
         overrides={"*.up_proj": {"weight_levels": None}},
     )
     settle(model)
@@ -241,7 +241,7 @@ def test_norms_whose_consumers_do_not_all_pack_stay_static() -> None:
 def test_scales_of_groups_take_no_constant(activations: str) -> None:
     """Rounded to 16 bits the product would differ by 1e-3; the norm keeps it, to float rounding."""
     model = tiny("llama-tied")
-    settings = ACTIVATIONS[activations] | {"norm_affine": "absorb"}
+    settings = ACTIVATIONS[activations] | {"norm_affine": "fold"}
     quantize_model(model, weight_levels=15, group_size=8, **settings)
     settle(model)
     inputs = example(model, batch=3)
@@ -251,7 +251,7 @@ def test_scales_of_groups_take_no_constant(activations: str) -> None:
     torch.testing.assert_close(output(model, inputs), before, rtol=1e-5, atol=1e-5)
     norm, layer = model.model.layers[0].input_layernorm, model.model.layers[0].self_attn.q_proj
     with pytest.raises(ValueError, match="one scale a row"):
-        absorb_scale(norm, [layer])
+        fold_scale(norm, [layer])
 
 
 def test_static_affines_of_post_norm_models_do_not_look_at_the_token() -> None:

@@ -204,7 +204,7 @@ def test_biases_a_plain_layer_lacks_are_left_and_named(tmp_path: Path) -> None:
     for layer in model.gpt_neox.layers:
         nn.init.normal_(layer.input_layernorm.bias)
     inputs = example(model)
-    quantize_model(model, **WEIGHT_ONLY, norm_affine="absorb")
+    quantize_model(model, **WEIGHT_ONLY, norm_affine="fold")
     before = output(model, inputs)
     left = dequantize_model(model)
     assert left == [f"gpt_neox.layers.{i}.attention.query_key_value" for i in range(2)]

@@ -204,7 +204,7 @@ def test_a_linear_of_another_class_is_converted_where_it_computes_the_same(
 def test_every_family_can_be_traced(family: str, dtype: torch.dtype) -> None:
     model = tiny(family).to(dtype)
     model(**example_inputs(model))
-    plan = plan_conversion(model, MaQDConfig(norm_affine="absorb"))
+    plan = plan_conversion(model, MaQDConfig(norm_affine="fold"))
     assert not plan.untraced
     assert len(plan.linears) >= 8
 

@@ -286,9 +286,9 @@ def test_a_model_that_cannot_be_traced_keeps_its_affines_and_says_why() -> None:
     model.__class__ = Stubborn
     inputs = {**example(model), "special": torch.tensor(1)}
     before = output(model, inputs)
-    report = quantize_model(model, MaQDConfig(**FLOAT, norm_affine="absorb"))
-    assert set(report.not_absorbed) == set(report.norms)
-    assert all("could not be traced (TypeError" in why for why in report.not_absorbed.values())
+    report = quantize_model(model, MaQDConfig(**FLOAT, norm_affine="fold"))
+    assert set(report.not_folded) == set(report.norms)
+    assert all("could not be traced (TypeError" in why for why in report.not_folded.values())
     assert "could not be traced (TypeError" in report.untraced and report.untraced in str(report)
     assert "untraced" in report.to_dict() and not quantize_model(tiny("llama-tied")).untraced
     assert "final norm" in report.norms["model.norm"]
@@ -373,11 +373,11 @@ def test_layers_that_share_a_weight_are_left_and_named() -> None:
     second.mlp.down_proj = first.mlp.down_proj
     inputs = example(model)
     before = output(model, inputs)
-    report = quantize_model(model, MaQDConfig(**FLOAT, norm_affine="absorb"))
+    report = quantize_model(model, MaQDConfig(**FLOAT, norm_affine="fold"))
     assert "shares its weight with" in report.kept["model.layers.0.mlp.up_proj"]
     assert "shares its weight with" in report.kept["model.layers.0.mlp.down_proj"]
     torch.testing.assert_close(output(model, inputs), before, rtol=1e-5, atol=1e-5)
-    assert "not converted" in report.not_absorbed["model.layers.0.post_attention_layernorm"]
+    assert "not converted" in report.not_folded["model.layers.0.post_attention_layernorm"]
 
 
 def test_config_and_settings_together_are_refused() -> None:

@@ -48,7 +48,7 @@ def test_every_layer_is_named_once(family: str) -> None:
 def test_text_and_json_name_every_module() -> None:
     model = tiny("gemma3")
     settings = {"activation_scaling": "token", "exclude": ["layers.1.mlp.*"]}
-    settings |= {"norm_affine": "absorb"}
+    settings |= {"norm_affine": "fold"}
     report = quantize_model(model, weight_levels=3, group_size=16, embedding_levels=15, **settings)
     text = str(report)
     for part in (

@@ -98,7 +98,7 @@ def packed_block(family: str, **settings: Any) -> tuple[nn.Module, dict[str, nn.
 
 
 @pytest.mark.parametrize("family", FUNCTIONS)
-@pytest.mark.parametrize("norm_affine", ["keep", "absorb"])
+@pytest.mark.parametrize("norm_affine", ["keep", "fold"])
 @pytest.mark.parametrize(("levels", "group"), [(3, None), (16, None), (16, 8)])
 def test_a_block_gives_the_codes_of_the_packed_one(
     family: str, levels: int, group: int | None, norm_affine: str
@@ -106,8 +106,8 @@ def test_a_block_gives_the_codes_of_the_packed_one(
     model, parts = packed_block(
         family, weight_levels=levels, group_size=group, norm_affine=norm_affine
     )
-    assert parts["norm"].spec.absorbed == (group is None or norm_affine == "keep")
-    assert (parts["norm"].weight is None) == (norm_affine == "absorb")
+    assert parts["norm"].spec.folded == (group is None or norm_affine == "keep")
+    assert (parts["norm"].weight is None) == (norm_affine == "fold")
     seen: dict[str, Tensor] = {}
     for name, module in parts.items():
         keep = lambda _m, args, out, name=name: seen.update({name: args[0], f"{name}.out": out})  # noqa: E731

@@ -277,7 +277,7 @@ def test_samples_of_first_tokens_or_padding_alone_do_not_poison(
 
 @pytest.mark.parametrize("first_token", ["own", "shared"])
 @pytest.mark.parametrize("spec", [RMS, LAYER], ids=["rms", "layer"])
-def test_static_equals_the_open_gate_in_eval_and_absorbed_differs_by_the_scalar(
+def test_static_equals_the_open_gate_in_eval_and_folded_differs_by_the_scalar(
     spec: NormSpec, first_token: Literal["own", "shared"]
 ) -> None:
     gated = norm_of(replace(spec, first_token=first_token, weight=False, bias=False))
@@ -289,7 +289,7 @@ def test_static_equals_the_open_gate_in_eval_and_absorbed_differs_by_the_scalar(
     static.spec = replace(gated.spec, statistics="static")
     torch.testing.assert_close(static(x), expected)
     torch.testing.assert_close(static.train()(x), expected)  # static is static in training too
-    static.spec = replace(static.spec, absorbed=True)
+    static.spec = replace(static.spec, folded=True)
     scalar = torch.exp(-static.running_log_ms / 2)
     torch.testing.assert_close(static(x) * scalar, expected)
     assert abs(scalar.item() - 1) > 0.1
@@ -299,7 +299,7 @@ def test_static_equals_the_open_gate_in_eval_and_absorbed_differs_by_the_scalar(
     torch.testing.assert_close(rest, centered)
 
 
-@pytest.mark.parametrize("absorbed", [False, True])
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("statistics", ["token", "static"])
 @pytest.mark.parametrize("first_token", ["own", "shared"])
 @pytest.mark.parametrize("spec", [RMS, LAYER, replace(RMS, weight=False)], ids=str)
@@ -310,12 +310,12 @@ def test_the_compiled_norm_is_the_same(
     spec: NormSpec,
     first_token: Literal["own", "shared"],
     statistics: Literal["token", "static"],
-    absorbed: bool,
+    folded: bool,
     isa: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    static = absorbed and statistics == "static"
-    spec = replace(spec, statistics=statistics, first_token=first_token, absorbed=static)
+    static = folded and statistics == "static"
+    spec = replace(spec, statistics=statistics, first_token=first_token, folded=static)
     norm = norm_of(spec, features=37)
     norm.running_log_ms.fill_(1.3)
     norm.context.first = torch.tensor([[True, False, False], [False, True, False]])

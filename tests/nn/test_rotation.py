@@ -77,7 +77,7 @@ def test_the_largest_power_of_two_that_divides_the_width_is_taken() -> None:
             LinearSpec(rotation=wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("affine", ["keep", "absorb"])
+@pytest.mark.parametrize("affine", ["keep", "fold"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_float_function_stays(family: str, affine: str) -> None:
     model = tiny(family)
