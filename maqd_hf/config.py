@@ -15,7 +15,11 @@ from .functional import check_levels
 from .nn import ActivationScaling, FirstToken, LinearSpec, NormSpec
 
 QUANT_METHOD = "maqd"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, FORMAT_VERSION)
+
+# Words of version 1 that have another spelling since; `norm_affine` still takes its old one.
+_RESPELLED = {"absorb": "fold", "absorbed": "folded", "absorbed_by": "folded_into"}
 
 # What "auto" means for fine grids (and in files from before there was such a setting), and for
 # coarse ones.
@@ -29,6 +33,10 @@ def _patterns(value: Any, what: str) -> list[str]:
     if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
         raise ValueError(f"{what}={value!r}: give a list of glob patterns, e.g. ['*.down_proj']")
     return list(value)
+
+
+def _respell(entry: dict[str, Any]) -> dict[str, Any]:
+    return {_RESPELLED.get(key, key): value for key, value in entry.items()}
 
 
 def _settle(settings: dict[str, Any]) -> LinearSpec:
@@ -81,6 +89,7 @@ class MaQDConfig(QuantizationConfigMixin):
             match wins, e.g. ``{"*.down_proj": {"weight_levels": 255}}``. A head tied to the
             embedding takes its grid from it and only the settings of activations from here.
         state, modules, format_version: written by the library, not by users.
+        digest: what the files held when they were saved (``checkpoint.digest``); in files only.
 
     A pattern that matches nothing in the model raises when the model is converted. What the
     defaults are worth, one changed at a time: ``scripts/experiments/ablations.py``.
@@ -110,19 +119,21 @@ class MaQDConfig(QuantizationConfigMixin):
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     state: Literal["qat", "packed"] = "qat"
     modules: dict[str, dict[str, Any]] | None = None
+    digest: dict[str, Any] | None = field(default=None, compare=False, repr=False)
     format_version: int = FORMAT_VERSION
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method={self.quant_method!r}: MaQDConfig is {QUANT_METHOD!r}")
-        if self.format_version != FORMAT_VERSION:
+        if self.format_version not in _READABLE_VERSIONS:
             raise ValueError(
                 f"checkpoint format_version={self.format_version}, this maqd_hf reads "
-                f"{FORMAT_VERSION}; install the maqd_hf release that wrote it"
+                f"{_READABLE_VERSIONS}; install the maqd_hf release that wrote it"
             )
         if self.state not in ("qat", "packed"):
             raise ValueError(f"state={self.state!r}: 'qat' or 'packed'")
+        self.norm_affine = _RESPELLED.get(self.norm_affine, self.norm_affine)  # type: ignore[assignment]
         if self.norm_affine not in ("keep", "fold"):
             raise ValueError(f"norm_affine={self.norm_affine!r}: 'keep' or 'fold'")
         if self.lbn_pooling not in ("mean", "geometric"):
@@ -204,16 +215,17 @@ class MaQDConfig(QuantizationConfigMixin):
 
         transformers writes JSON objects with sorted keys, and the order of overrides matters.
         """
-        overrides = [[pattern, settings] for pattern, settings in self.overrides.items()]
-        return copy.deepcopy({f.name: getattr(self, f.name) for f in fields(self)}) | {
-            "overrides": copy.deepcopy(overrides)
-        }
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        content["overrides"] = [[pattern, changes] for pattern, changes in self.overrides.items()]
+        if self.digest is None:
+            del content["digest"]
+        return copy.deepcopy(content)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The fields that differ from the defaults, and what identifies the format."""
         default = type(self)().to_dict()
         keep = {"quant_method", "state", "format_version"}
-        return {k: v for k, v in self.to_dict().items() if k in keep or v != default[k]}
+        return {k: v for k, v in self.to_dict().items() if k in keep or v != default.get(k)}
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """JSON text, of the differences from the defaults unless ``use_diff`` is False."""
@@ -224,7 +236,7 @@ class MaQDConfig(QuantizationConfigMixin):
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """From JSON; unknown fields raise, they would change the model silently."""
+        """From JSON of any readable version; unknown fields raise, they would change the model."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(config_dict) - known)
         if unknown:
@@ -232,7 +244,10 @@ class MaQDConfig(QuantizationConfigMixin):
                 f"quantization_config has unknown fields {unknown}: it was written by another "
                 f"maqd_hf release or edited; known are {sorted(known)}"
             )
-        config = cls(**copy.deepcopy(config_dict))
+        content = copy.deepcopy(config_dict)
+        if content.get("format_version") == 1 and content.get("modules"):
+            content["modules"] = {n: _respell(entry) for n, entry in content["modules"].items()}
+        config = cls(**content)
         return (config, kwargs) if return_unused_kwargs else config
 
 

@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from .checkpoint.integrity import check_loaded, check_shapes
-from .checkpoint.layout import build_modules
-from .config import QUANT_METHOD, MaQDConfig
+from .checkpoint.files import seal
+from .checkpoint.integrity import FileCheck, check_loaded, check_new, check_shapes
+from .checkpoint.layout import build_modules, refresh
+from .checkpoint.saving import recover
+from .checkpoint.version1 import VersionOneCheck
+from .config import FORMAT_VERSION, QUANT_METHOD, MaQDConfig
 from .convert.dequantize import dequantize_model
 from .convert.quantize import quantize_model
 from .decoding.forward import attach_native
@@ -40,6 +47,7 @@ class MaQDHfQuantizer(HfQuantizer):
         self._new_heads: list[str] = []
         self._shapes: dict[str, torch.Size] = {}
         self._frozen: list[str] = []
+        self._check: FileCheck | VersionOneCheck = FileCheck(None)
 
     @property
     def _state(self) -> str:
@@ -63,7 +71,10 @@ class MaQDHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._shapes = _shapes(model)
             return model
+        self._check = self._open_check(kwargs.get("checkpoint_files"))
+        self._check.check_architecture()
         self._new_heads = build_modules(model, self.quantization_config)
+        self._check.check_settings()
         for _, layer in modules_of(model, PackedLinear):
             layer.widen_scale()  # checked as it was saved, which was once in float32
         strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
@@ -90,7 +101,9 @@ class MaQDHfQuantizer(HfQuantizer):
                 bias._is_hf_initialized = True
         for name in self._frozen:  # loading makes every float tensor trainable
             model.get_parameter(name).requires_grad_(False)
-        check_loaded(model, self.quantization_config)
+        check_loaded(model)
+        self._check.check_tensors(model)
+        check_new(model)
         for _, layer in modules_of(model, PackedLinear):
             layer.narrow_scale()
         if self._state == "qat":
@@ -98,6 +111,15 @@ class MaQDHfQuantizer(HfQuantizer):
         else:
             attach_native(model)
         return model
+
+    def _open_check(self, files: list[str] | None) -> FileCheck | VersionOneCheck:
+        """The check of these files; ``quantization_config`` is then one of a model in memory."""
+        config, old = self.quantization_config, self.quantization_config.format_version == 1
+        check = VersionOneCheck(config) if old else FileCheck(files)
+        for folder in {Path(file).parent for file in files or ()}:
+            recover(folder)
+        config.digest, config.format_version = None, FORMAT_VERSION
+        return check
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         left = dequantize_model(model, dtype)
@@ -148,7 +170,60 @@ def _detach(model: Any) -> None:
             module.config._is_quantized = False
 
 
+# ------------------------------------------------------------------------------------- patches
+# transformers asks a quantizer before it saves, a trained model has none, and neither sees the
+# files that were written. So two methods of PreTrainedModel are wrapped; other models pass through.
+
+
+def _is_converted(model: Any) -> bool:
+    return isinstance(getattr(model.config, "quantization_config", None), MaQDConfig)
+
+
+def _sealed(save: Callable[..., Any]) -> Callable[..., Any]:
+    """``save_pretrained`` that writes a digest of what it wrote into ``config.json``."""
+
+    @wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        converted = _is_converted(self)
+        if converted:
+            refresh(self, self.config.quantization_config)
+        result = save(self, save_directory, *args, **kwargs)
+        main = kwargs.get("is_main_process", args[0] if args else True)
+        on_this_rank = getattr(self, "should_save_on_this_rank", bool)
+        if converted and on_this_rank(main):
+            seal(save_directory, kwargs.get("variant"))
+        return result
+
+    return save_pretrained
+
+
+def _uploads_sealed(upload: Callable[..., Any]) -> Callable[..., Any]:
+    """``_upload_modified_files``, which ``save_pretrained(push_to_hub=True)`` calls at its end."""
+
+    @wraps(upload)
+    def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_converted(self):
+            seal(working_dir)
+        return upload(self, working_dir, *args, **kwargs)
+
+    return _upload_modified_files
+
+
+_WRAPPERS = {"save_pretrained": _sealed, "_upload_modified_files": _uploads_sealed}
+
+
+def _patch(name: str, wrapper: Callable[..., Any]) -> None:
+    """Wrap a method of ``PreTrainedModel``, once however often it is asked for."""
+    method = getattr(PreTrainedModel, name)
+    if not getattr(method, "_knows_maqd", False):
+        wrapped = wrapper(method)
+        wrapped._knows_maqd = True
+        setattr(PreTrainedModel, name, wrapped)
+
+
 def register() -> None:
-    """Make ``from_pretrained`` know quant_method "maqd"; safe to call twice."""
+    """Make transformers load and save quant_method "maqd"; safe to call twice."""
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = MaQDHfQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = MaQDConfig
+    for name, wrapper in _WRAPPERS.items():
+        _patch(name, wrapper)

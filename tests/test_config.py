@@ -35,7 +35,7 @@ OTHER: dict[str, Any] = {  # every field away from its default
     "modules": {"layers.0.up_proj": {"weight_levels": 3}},
 }
 USER_FIELDS = [
-    f.name for f in fields(MaQDConfig) if f.name not in ("format_version", "quant_method")
+    f.name for f in fields(MaQDConfig) if f.name not in ("digest", "format_version", "quant_method")
 ]
 
 

@@ -23,17 +23,15 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from maqd_hf import MaQDConfig, pack_model, quantize_model, register
-from maqd_hf.checkpoint.integrity import checksum
+from maqd_hf.checkpoint.version1 import checksum
 from maqd_hf.functional import scale_dtype
 from maqd_hf.models.finding import modules_of
 from maqd_hf.models.names import Names
 from maqd_hf.nn import (
     LayerBatchNorm,
-    MaQDEmbedding,
-    MaQDLinear,
-    PackedEmbedding,
     PackedLinear,
 )
+from maqd_hf.nn.kinds import OURS
 from tests.support.families import (
     DECODERS,
     FAMILIES,
@@ -44,7 +42,6 @@ from tests.support.families import (
     to_bfloat16,
 )
 
-OURS = (LayerBatchNorm, MaQDEmbedding, MaQDLinear, PackedEmbedding, PackedLinear)
 SETTINGS: dict[str, Any] = {"weight_levels": 7, "activation_scaling": "token"}
 NO_TOKENS = ("vit", "t5-encoder")  # embeddings of these are not converted
 
@@ -261,7 +258,7 @@ def test_the_config_in_the_checkpoint_says_everything(tmp_path: Path) -> None:
     assert (content["quant_method"], content["state"], content["format_version"]) == (
         "maqd",
         "packed",
-        1,
+        2,
     )
     again = hf.LlamaForCausalLM.from_pretrained(tmp_path)
     assert again.model.layers[0].self_attn.v_proj.spec.weight_levels == 9

@@ -1,58 +1,61 @@
 """Is what was loaded what was saved? A wrong weight must stop the load, not spoil the answers.
 
-transformers fills what a checkpoint lacks with uninitialised memory, and a flipped bit gives a
-model that is only slightly wrong. So every tensor of our layers must have come from the file, and
-each packed layer's CRC-32 (of its tensors and of the settings that give them a meaning) stands in
-``config.json``.
+transformers fills what a checkpoint lacks with uninitialised memory or with new weights, and a
+flipped bit gives a model that is only slightly wrong. ``FileCheck`` compares the files with their
+``digest`` while a model is built and loaded from them; ``check_loaded`` looks at the model itself:
+every tensor of our layers came from the file, and nothing else is new that should not be.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from ..config import MaQDConfig
 from ..kernels import release
 from ..models.finding import modules_of
 from ..models.names import Names
-from ..nn import LayerBatchNorm, MaQDEmbedding, MaQDLinear, PackedEmbedding, PackedLinear
-from ..nn.kinds import OURS
+from ..nn.kinds import OURS, PACKED
+from .digest import check_fields, check_tensors, read_digest
+from .files import read_config
+
+logger = logging.get_logger(__name__)
 
 
-def _meaning(module: nn.Module) -> str:
-    """The settings without which the tensors would mean something else, as text."""
-    if isinstance(module, (PackedLinear, MaQDLinear)):
-        spec = module.spec
-        grid = f"{spec.weight_levels}/{spec.group_size}/{module.in_features}"
-        inputs = f"{spec.activation_levels}/{spec.activation_scaling}/{spec.first_token}"
-        turned = f" {spec.rotation}" if spec.rotation else ""
-        ratio = spec.activation_clip_ratio
-        clipped = f" clip {ratio!r}" if ratio != 1 else ""
-        return f"linear {grid} {inputs}{turned}{clipped}"
-    if isinstance(module, (PackedEmbedding, MaQDEmbedding)):
-        return f"embedding {module.levels}/{module.embedding_dim} {module.output_scale!r}"
-    assert isinstance(module, LayerBatchNorm)
-    norm = module.spec
-    flags = f"{norm.centered}/{norm.statistics}/{norm.first_token}/{norm.folded}"
-    return f"norm {flags} {module.eps!r}"
+class FileCheck:
+    """The check of a checkpoint's files, in the steps in which a loader gets to know them.
 
+    Args:
+        files: the weight files; ``config.json`` is read from their folder. None: the tensors were
+            given as a ``state_dict`` and there is nothing to compare.
 
-def _bytes(tensor: Tensor) -> memoryview:
-    tensor = tensor.detach()
-    exact = tensor if tensor.dtype == torch.int32 else tensor.float()  # a tied bias may be bfloat16
-    return exact.cpu().contiguous().numpy().data.cast("B")
+    Each step raises ``DigestError`` that names the field, module or tensor that differs.
+    """
 
+    def __init__(self, files: Sequence[str | Path] | None) -> None:
+        self._files = [Path(file) for file in files or ()]
+        self._config = read_config(self._files[0].parent) if self._files else {}
+        self._digest = read_digest(self._config) if self._files else {}
 
-def checksum(module: nn.Module) -> int:
-    """CRC-32 of one of our layers: its settings and its tensors, in the order of their names."""
-    crc = zlib.crc32(_meaning(module).encode())
-    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
-        if tensor.numel():
-            crc = zlib.crc32(_bytes(tensor), zlib.crc32(name.encode(), crc))
-    return crc
+    def check_architecture(self) -> None:
+        """Before anything is built from them: the fields of the architecture."""
+        if self._files:
+            check_fields(self._config, self._digest, ours=False)
+
+    def check_settings(self) -> None:
+        """Before tensors are loaded: our own settings and the list of modules."""
+        if self._files:
+            check_fields(self._config, self._digest, ours=True)
+
+    def check_tensors(self, model: nn.Module) -> None:
+        """After loading, when the weight files are known to be whole."""
+        if self._files:
+            check_tensors(self._files, self._digest)
 
 
 def check_shapes(model: nn.Module, expected: Mapping[str, torch.Size]) -> None:
@@ -69,32 +72,27 @@ def check_shapes(model: nn.Module, expected: Mapping[str, torch.Size]) -> None:
             )
 
 
-def check_loaded(model: nn.Module, config: MaQDConfig) -> None:
-    """Raise ``ValueError`` unless all tensors of our layers came from the file as they were saved.
+def check_loaded(model: nn.Module) -> None:
+    """Raise ``ValueError`` unless all tensors of our layers came from the file, and are finite.
 
     Offloaded layers (on meta) cannot be looked at and are skipped.
     """
-    names = Names(model)
     for name, module in modules_of(model, *OURS):
         tensors = module.state_dict(keep_vars=True)
         if any(tensor.is_meta for tensor in tensors.values()):
             continue
         for tensor_name, tensor in tensors.items():
             _check_tensor(f"{name}.{tensor_name}", tensor)
-        expected = (config.modules or {}).get(names.relative(name), {}).get("crc32")
-        found = checksum(module)
-        if expected is not None and found != expected:
-            raise ValueError(
-                f"{name} is not what was saved (CRC-32 {found:08x}, config.json says "
-                f"{expected:08x}): the file was damaged, or config.json was edited; download or "
-                "save the checkpoint again"
-            )
-        if isinstance(module, (PackedLinear, PackedEmbedding)):
+        if isinstance(module, PACKED):
             release(module.weight)  # the file's pages are needed one layer at a time
 
 
+def _came_from_file(tensor: Tensor) -> bool:
+    return tensor.is_meta or bool(getattr(tensor, "_is_hf_initialized", False))
+
+
 def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not getattr(tensor, "_is_hf_initialized", False):
+    if not _came_from_file(tensor):
         raise ValueError(
             f"{name} is missing from the checkpoint: its config.json and its safetensors do not "
             "belong together, or the file was cut; download or save it again"
@@ -102,3 +100,34 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     uncalibrated = name.endswith("activation.log_step")  # NaN there says "not calibrated yet"
     if tensor.is_floating_point() and not uncalibrated and not bool(tensor.isfinite().all()):
         raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged")
+
+
+def check_new(model: PreTrainedModel) -> None:
+    """Raise ``ValueError`` if transformers invented a tensor that the checkpoint should have had.
+
+    Whoever loads into another class than the one that was saved asks for what only that class has,
+    a head or a pooler; one line in the log names it. Nothing is new in the class that was saved,
+    and nothing in the numbered layers of the base model in any.
+    """
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    new = [
+        name
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not _came_from_file(tensor) and not any(p.search(name) for p in ignored)
+    ]
+    saved = model.config.architectures or []
+    asked_for = type(model).__name__ not in saved
+    names = Names(model)
+    for name in new:
+        in_layer = re.match(r"[^/].*\.\d+\.", names.relative(name))
+        if in_layer or not asked_for:
+            raise ValueError(
+                f"{name} is missing from the checkpoint, which {saved} saved: only a head or "
+                "pooler that another class adds may be new in a converted model; download or save "
+                "it again, or load it into the class that it has"
+            )
+    if new:
+        logger.warning(
+            f"{type(model).__name__} has tensors that {saved} did not save; they are new and have "
+            f"to be trained: {new}"
+        )

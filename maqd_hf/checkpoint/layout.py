@@ -1,7 +1,9 @@
 """Putting converted layers into a model, and what a checkpoint says about them.
 
 ``describe`` writes what was converted into ``config.modules``; ``build_modules`` puts the same
-layers into an empty model when a checkpoint is loaded. The two are each other's inverse.
+layers into an empty model when a checkpoint is loaded. The two are each other's inverse. What the
+modules themselves do not know, which layers a norm is folded into and which head is tied, stands
+only there: ``relations`` reads it, and ``refresh`` carries it over when modules were taken away.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import MaQDConfig
-from ..models.finding import find_module
+from ..models.finding import find_module, modules_of
 from ..models.names import Names
 from ..models.surgery import attach_context, replace_module, tie_head
 from ..nn import (
@@ -28,6 +30,7 @@ from ..nn import (
     PackedEmbedding,
     PackedLinear,
 )
+from ..nn.kinds import LINEARS, OURS, TABLES
 
 # ------------------------------------------------------------------------- model -> config.modules
 
@@ -47,12 +50,12 @@ def describe(
     usual = asdict(config.plain_linear_spec())
     for name, module in model.named_modules():
         entry: dict[str, Any]
-        if isinstance(module, (MaQDLinear, PackedLinear)):
+        if isinstance(module, LINEARS):
             entry = {k: v for k, v in asdict(module.spec).items() if v != usual[k]}
             entry |= {"kind": "linear", "bias": module.bias is not None}
             if name in tied_to:
                 entry["tied_to"] = names.relative(tied_to[name])
-        elif isinstance(module, (MaQDEmbedding, PackedEmbedding)):
+        elif isinstance(module, TABLES):
             entry = {"kind": "embedding", "levels": module.levels}
             if module.output_scale != 1:
                 entry["output_scale"] = module.output_scale
@@ -63,6 +66,34 @@ def describe(
             continue
         modules[names.relative(name)] = entry
     return modules
+
+
+def relations(model: nn.Module, config: MaQDConfig) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """What ``config.modules`` says of the modules that ``model`` still has, by full names.
+
+    Norm -> the layers it is folded into, and tied head -> embedding.
+    """
+    names, have = Names(model), dict(model.named_modules())
+    folded_into, tied_to = {}, {}
+    for relative, entry in (config.modules or {}).items():
+        name = names.absolute(relative)
+        if entry["kind"] == "norm":
+            consumers = [names.absolute(n) for n in entry["folded_into"]]
+            folded_into[name] = consumers if all(n in have for n in consumers) else []
+        head, table = have.get(name), have.get(names.absolute(entry.get("tied_to", name)))
+        if "tied_to" in entry and head and table and head.weight is table.weight:
+            tied_to[name] = names.absolute(entry["tied_to"])
+    return folded_into, tied_to
+
+
+def refresh(model: nn.Module, config: MaQDConfig) -> None:
+    """Make ``config.modules`` say what ``model`` holds now, as after layers were dropped.
+
+    Wrappers (FSDP, ``torch.compile``) put modules named ``_...`` between ours: the list then stays.
+    """
+    wrapped = any("._" in f".{name}" for name, _ in modules_of(model, *OURS))
+    if config.modules is not None and not wrapped:
+        config.modules = describe(model, config, *relations(model, config))
 
 
 # ------------------------------------------------------------------------- config.modules -> model

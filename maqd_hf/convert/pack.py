@@ -7,12 +7,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..checkpoint.integrity import checksum
-from ..checkpoint.layout import describe
+from ..checkpoint.layout import describe, relations
 from ..config import quantization_config
 from ..decoding.forward import attach_native
 from ..models.finding import modules_of
-from ..models.names import Names
 from ..models.surgery import note_tied_tensors, replace_module
 from ..nn import (
     LayerBatchNorm,
@@ -42,17 +40,7 @@ def pack_model(model: nn.Module) -> ConversionReport:
     if config.state != "qat":
         raise ValueError("this model is packed already")
     _check_packable(model)
-    names, entries = Names(model), config.modules or {}
-    folded_into = {
-        names.absolute(norm): [names.absolute(n) for n in entry["folded_into"]]
-        for norm, entry in entries.items()
-        if entry["kind"] == "norm"
-    }
-    tied_to = {
-        names.absolute(head): names.absolute(entry["tied_to"])
-        for head, entry in entries.items()
-        if "tied_to" in entry
-    }
+    folded_into, tied_to = relations(model, config)
     for name, layer in modules_of(model, MaQDLinear):
         if layer.spec.weight_levels is not None:
             packed = PackedLinear.from_qat(layer)
@@ -65,10 +53,8 @@ def pack_model(model: nn.Module) -> ConversionReport:
         model.get_submodule(embedding).tie(model.get_submodule(head))  # type: ignore[operator]
         note_tied_tensors(model, embedding, head)
     for name, norm in modules_of(model, LayerBatchNorm):
-        _freeze_norm(norm, [model.get_submodule(n) for n in folded_into[name]])
+        _freeze_norm(norm, [model.get_submodule(n) for n in folded_into.get(name, ())])
     modules = describe(model, config, folded_into, tied_to)
-    for relative, entry in modules.items():
-        entry["crc32"] = checksum(model.get_submodule(names.absolute(relative)))
     config = replace(config, state="packed", modules=modules)
     model.config.quantization_config = config  # type: ignore[union-attr]
     model.eval()

@@ -57,7 +57,7 @@ class Row:
     activations: int | None = None
     scaling: ActivationScaling = "token"
     start: Literal["range", "search", "gptq"] = "gptq"
-    norm_affine: Literal["keep", "absorb"] = "keep"
+    norm_affine: Literal["keep", "fold"] = "keep"
     rotation: int | Literal["auto"] | None = "auto"
     smoothing: bool = True
     surrogate: str = "clip"
@@ -85,7 +85,7 @@ def _start_rows() -> list[Row]:
     for levels in (16, 8, 4, 3):
         rows.append(Row(f"round to nearest M={levels} g64", "MaQD", levels, 64, 255, start="range"))
         rows.append(Row(f"MaQD start M={levels} g64", "MaQD", levels, 64, 255))
-    absorbed = Row("", "MaQD", 16, 64, 255, norm_affine="absorb", rotation=None, smoothing=False)
+    absorbed = Row("", "MaQD", 16, 64, 255, norm_affine="fold", rotation=None, smoothing=False)
     rows += [
         replace(absorbed, name="round to nearest M=16 g64, gamma absorbed", start="range"),
         replace(absorbed, name="MaQD start M=16 g64, gamma absorbed"),

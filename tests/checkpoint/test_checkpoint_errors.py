@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from maqd_hf import pack_model, quantize_model, save_model
-from maqd_hf.checkpoint.integrity import checksum
+from maqd_hf.checkpoint.version1 import checksum
 from maqd_hf.models.finding import modules_of
 from maqd_hf.nn import LinearSpec, MaQDLinear, PackedLinear
 from tests.support.families import example, output, tiny
@@ -161,7 +161,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
         r"'norm'.*bits",
     ),
     "unknown field": (lambda c: c.update(bits=4), r"unknown fields \['bits'\]"),
-    "another format": (lambda c: c.update(format_version=2), "format_version=2.*install"),
+    "another format": (lambda c: c.update(format_version=3), "format_version=3.*install"),
     "no modules": (lambda c: c.pop("modules"), "lists no converted modules"),
     "another state": (lambda c: c.update(state="frozen"), "state='frozen'"),
 }
