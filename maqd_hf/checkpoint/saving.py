@@ -83,6 +83,8 @@ def _save(model: Any, folder: Path, extras: tuple[Any, ...], max_shard_size: int
 
 def _make_folder(folder: Path) -> list[Path]:
     """Make ``folder`` and its parents; returns those that were not there, the innermost first."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError("it is a file; give the path of a folder")
     missing = [path for path in [folder, *folder.parents] if not path.exists()]
     for path in reversed(missing):
         path.mkdir(exist_ok=True)

@@ -84,6 +84,7 @@ def run_child(work: Callable[[], None], kill_at: int | None, after: float | None
     """
     child = os.fork()
     if child == 0:
+        logging.disable_progress_bar()  # killed with a bar's lock in hand it would stop the parent
         if kill_at is not None:
             count_calls(lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == kill_at else None)
         try:

@@ -1,9 +1,8 @@
-"""A damaged or edited checkpoint never becomes a model; a failed save never damages one."""
+"""A damaged or edited checkpoint never becomes a model."""
 
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from maqd_hf import pack_model, quantize_model, save_model
+from maqd_hf import pack_model, quantize_model
 from maqd_hf.checkpoint.version1 import checksum
 from maqd_hf.models.finding import modules_of
 from maqd_hf.nn import LinearSpec, MaQDLinear, PackedLinear
@@ -222,65 +221,3 @@ def test_checking_134_million_weights_takes_less_than_a_third_of_a_second() -> N
     start = time.process_time()
     checksum(layer)
     assert time.process_time() - start < 0.3
-
-
-# --------------------------------------------------------------------------------------- saving
-
-
-def same_files(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
-
-
-def test_save_model_replaces_the_weights_and_nothing_else(tmp_path: Path, good: Path) -> None:
-    model, path = load(good), tmp_path / "deep" / "model"
-    save_model(model, path, max_shard_size="8KB")
-    (path / "README.md").write_text("mine")
-    assert len(list(path.glob("*.safetensors"))) > 1
-    assert save_model(model, str(path)) == path
-    names = {file.name for file in path.iterdir()}
-    assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-    assert list(path.parent.iterdir()) == [path]
-    again = load(path)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor)
-
-
-def test_save_model_saves_what_else_is_given(tmp_path: Path, good: Path) -> None:
-    class Tokenizer:
-        def save_pretrained(self, path: Path) -> None:
-            (Path(path) / "tokenizer.json").write_text("{}")
-
-    save_model(load(good), tmp_path / "m", Tokenizer())
-    assert (tmp_path / "m" / "tokenizer.json").exists()
-
-
-def test_a_full_disk_leaves_the_old_checkpoint_alone(copied: Path, tmp_path: Path) -> None:
-    """RLIMIT_FSIZE makes every write beyond 4 kB fail, as a full disk would."""
-    before, model = same_files(copied), load(copied)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(OSError, match="was not saved and is as it was before"):
-            save_model(model, copied)
-        with pytest.raises(OSError, match="was not saved"):
-            save_model(model, tmp_path / "new")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert same_files(copied) == before
-    assert {p.name for p in tmp_path.iterdir()} == {"copy"}
-    load(copied)
-
-
-def test_an_interrupt_leaves_the_old_checkpoint_alone(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, model = same_files(copied), load(copied)
-
-    def interrupted(path: Path, **kwargs: Any) -> None:
-        (Path(path) / "model.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model, "save_pretrained", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_model(model, copied)
-    assert same_files(copied) == before and list(copied.parent.iterdir()) == [copied]
