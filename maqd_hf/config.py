@@ -142,6 +142,9 @@ class MaQDConfig(QuantizationConfigMixin):
             raise ValueError(f"lbn_momentum={self.lbn_momentum} must be in (0, 1]")
         if self.embedding_levels is not None:
             check_levels(self.embedding_levels, "embedding_levels")
+        entries = {} if self.modules is None else self.modules
+        if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
+            raise ValueError("modules: give a dict of module name -> settings, or None")
         self.targets = None if self.targets is None else _patterns(self.targets, "targets")
         self.exclude = _patterns(self.exclude, "exclude")
         for name, value in _FINE.items():

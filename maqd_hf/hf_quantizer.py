@@ -29,6 +29,7 @@ from .checkpoint.version1 import VersionOneCheck
 from .config import FORMAT_VERSION, QUANT_METHOD, MaQDConfig
 from .convert.dequantize import dequantize_model
 from .convert.quantize import quantize_model
+from .convert.resize import resize_tokens, resizes
 from .decoding.forward import attach_native
 from .models.finding import modules_of
 from .nn import PackedLinear
