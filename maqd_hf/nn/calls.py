@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from torch.utils import _pytree
 T = TypeVar("T")
 
 NO_BACKWARD = -1
-_KEPT = 64  # calls that are known even if nothing of their outputs is left
+KEPT = 64  # of the last calls are known even if nothing of their outputs is left
 
 
 def running_backward() -> int:
@@ -32,32 +33,45 @@ def running_backward() -> int:
     return NO_BACKWARD if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
-class Call(Generic[T]):
-    """One call: who was called, what was ``given``, and which autograd nodes were made for it.
+@dataclass
+class Nodes:
+    """Autograd nodes that one thread made in a row; ``stop`` is None while it goes on. Nobody but
+    the thread changes it."""
 
-    ``nodes`` are ranges [thread, first number, number after the last]; one that has no end yet is
-    None there. ``backward`` is the one inside which the call was made.
+    thread: object
+    start: int
+    stop: int | None = None
+
+    def __contains__(self, number: int) -> bool:
+        return self.start <= number and (self.stop is None or number < self.stop)
+
+
+class Call(Generic[T]):
+    """One call: who was called, what was ``given``, and which ``nodes`` were made for it.
+
+    ``backward`` is the one inside which the call was made.
     """
 
     def __init__(self, entrance: object, given: T) -> None:
         self.entrance, self.given, self.backward = entrance, given, running_backward()
-        self.nodes: list[tuple[int, int, int | None]] = []
+        self.nodes: list[Nodes] = []
 
-    def made(self, number: int) -> dict[int, int]:
-        """Threads in which a node of this number was made for this call, each with the range's
-        start."""
-        return {
-            thread: start
-            for thread, start, stop in self.nodes
-            if start <= number and (stop is None or number < stop)
-        }
+    def add(self, more: Nodes) -> None:
+        """These nodes of the running thread were made for this call too."""
+        last = next((nodes for nodes in reversed(self.nodes) if nodes.thread is more.thread), None)
+        if last is not None and last.stop == more.start:
+            last.stop = more.stop
+        elif more.start != more.stop:
+            self.nodes.append(more)
 
 
 class _PerThread(threading.local):
-    """``stack``: calls under way; ``seen``: the number of the next node when one of our layers ran
-    last; ``again``: the node that asked for a layer last, and whose it is."""
+    """``thread`` stands for the thread, whose ident may be another's later. ``stack``: calls under
+    way. ``seen``: the number of the next node when one of our layers ran last. ``again``: the node
+    that asked for a layer last, and whose it is."""
 
     def __init__(self) -> None:
+        self.thread = object()
         self.stack: list[Call[Any]] = []
         self.seen = 0
         self.again: tuple[tuple[int, int] | None, list[Call[Any]]] = (None, [])
@@ -80,7 +94,7 @@ class Calls(Generic[T]):
         self._entered = False  # ever; before, a layer stands alone
         self._here = _PerThread()
         self._known: dict[int, weakref.ref[Call[T]]] = {}  # by id
-        self._recent: deque[Call[T]] = deque(maxlen=_KEPT)
+        self._recent: deque[Call[T]] = deque(maxlen=KEPT)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -91,8 +105,8 @@ class Calls(Generic[T]):
         self._here.stack.append(call)
         self._entered = True
         if not torch.compiler.is_compiling():
-            number = self._here.seen = torch.autograd._get_sequence_nr()
-            call.nodes.append((threading.get_ident(), number, None))
+            start = self._here.seen = torch.autograd._get_sequence_nr()
+            call.nodes.append(Nodes(self._here.thread, start))
             self._remember(call)
 
     def _remember(self, call: Call[T]) -> None:
@@ -107,22 +121,23 @@ class Calls(Generic[T]):
             return
         while True:
             call = stack.pop()
+            ended, call.entrance = call.entrance, None  # who was called may go before its graph
             if not torch.compiler.is_compiling():
                 self._end(call, output)
-            if call.entrance is entrance:
+            if ended is entrance:
                 return
 
     def _end(self, call: Call[T], output: Any) -> None:
-        stop = self._here.seen = torch.autograd._get_sequence_nr()
-        thread, start, _ = call.nodes[0]
-        call.nodes[0] = (thread, start, stop)
-        if start == stop:  # no backward will come
+        nodes = call.nodes[0]
+        nodes.stop = self._here.seen = torch.autograd._get_sequence_nr()
+        if nodes.start == nodes.stop:  # no backward will come
             self._known.pop(id(call), None)
             return
         self._recent.append(call)
         for tensor in _pytree.tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                tensor.grad_fn.metadata[f"call {id(call)}"] = call
+                metadata: Any = tensor.grad_fn.metadata  # lives as long as the graph behind it
+                metadata[f"call {id(call)}"] = call
 
     @contextmanager
     def entered(self, given: T) -> Iterator[None]:
@@ -168,19 +183,16 @@ class Calls(Generic[T]):
         found = self._here.again[1]
         if len(found) == 1:
             # These nodes are of the same call: a checkpoint inside this one asks by them.
-            start, stop = self._here.seen, torch.autograd._get_sequence_nr()
-            if start < stop:
-                found[0].nodes.append((threading.get_ident(), start, stop))
+            here, now = self._here, torch.autograd._get_sequence_nr()
+            found[0].add(Nodes(here.thread, here.seen, now))
         return found
 
     def _makers(self, number: int) -> list[Call[T]]:
         """The innermost call of each thread that made a node of this number."""
-        makers: dict[int, tuple[int, Call[T]]] = {}
-        for ref in self._known.copy().values():  # other threads add and remove meanwhile
-            call = ref()
-            if call is None:
-                continue
-            for thread, start in call.made(number).items():
-                if thread not in makers or start >= makers[thread][0]:
-                    makers[thread] = (start, call)
+        makers: dict[object, tuple[int, Call[T]]] = {}
+        known = self._known.copy().values()  # other threads change it meanwhile
+        for call in [call for ref in known if (call := ref()) is not None]:
+            for nodes in call.nodes:
+                if number in nodes and nodes.start >= makers.get(nodes.thread, (0,))[0]:
+                    makers[nodes.thread] = (nodes.start, call)
         return list({id(call): call for _, call in makers.values()}.values())

@@ -193,9 +193,9 @@ def _agreed(calls: list[Masks], x: Tensor) -> Masks:
     if all(_same(a, b) for other in others for a, b in zip(masks, other, strict=True)):
         return masks
     raise RuntimeError(
-        "gradient checkpointing runs a layer again, and forwards of several threads, with different "
-        "padding or beginnings of texts, could have been its first run: call forward and backward "
-        "of a model in one thread, or give every thread a copy of the model"
+        "gradient checkpointing runs a layer again, and forwards in several threads, of which one "
+        "has other padding or first tokens than another, could have been its first run: train a "
+        "model in one thread, or give every thread a copy of the model"
     )
 
 
