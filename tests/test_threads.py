@@ -242,13 +242,13 @@ def test_forwards_before_a_backward_keep_their_masks(
 ) -> None:
     start = converted(family)
     calls = forms(start)
-    for several in ([0], [1, 2], [2, 1], [3, 1], [4, 0, 1]):
+    for several in ([0], [1, 2], [2, 1], [4, 0, 1]):
         chosen = [calls[which] for which in several]
         assert_checkpointing_changes_nothing(start, WAYS[way], reentrant, chosen)
 
 
 @REENTRANT
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["by transformers", "one in another"])
 @pytest.mark.parametrize("backward", [one_by_one, elsewhere, twice])
 def test_backward_may_come_in_parts_again_and_from_another_thread(
     way: str, reentrant: bool, backward: Callable[[list[Tensor]], None]
