@@ -38,14 +38,14 @@ class Derived(Generic[T]):
     A copy or a pickle of it is empty: values for the library hold pointers, which mean nothing
     elsewhere. Threads that find it empty each make the value, from the same tensors.
 
-        >>> import copy, torch
-        >>> tensor, made = torch.zeros(2), Derived()
-        >>> made.get([tensor], lambda: "first"), made.get([tensor], lambda: "second")
-        ('first', 'first')
-        >>> copy.deepcopy(made).get([tensor], lambda: "of the copy")
-        'of the copy'
-        >>> made.get([tensor.add_(1)], lambda: "second")
-        'second'
+    >>> import copy, torch
+    >>> tensor, made = torch.zeros(2), Derived()
+    >>> made.get([tensor], lambda: "first"), made.get([tensor], lambda: "second")
+    ('first', 'first')
+    >>> copy.deepcopy(made).get([tensor], lambda: "of the copy")
+    'of the copy'
+    >>> made.get([tensor.add_(1)], lambda: "second")
+    'second'
     """
 
     def __init__(self) -> None:

@@ -4,8 +4,9 @@ import threading
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from maqd_hf.nn import Masks
 from tests.support.families import VOCABULARY
 
 THREADS = 4
@@ -19,6 +20,12 @@ def padded(rows: list[int], length: int, left: bool) -> Tensor:
     """(rows, length): so many tokens each, the rest padding on one side."""
     mask = torch.tensor([[1] * count + [0] * (length - count) for count in rows])
     return mask.flip(1) if left else mask
+
+
+def masked(layer: nn.Module, x: Tensor, masks: Masks) -> Tensor:
+    """``layer(x)`` in a call with these masks."""
+    with layer.context.given(masks):
+        return layer(x)
 
 
 def in_threads(work: Callable[[int], None], barrier: threading.Barrier | None = None) -> None:
