@@ -35,7 +35,14 @@ def _patterns(value: Any, what: str) -> list[str]:
     return list(value)
 
 
-def _respell(entry: dict[str, Any]) -> dict[str, Any]:
+def _respell(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of ``modules`` of version 1 in today's words."""
+    later = sorted(set(entry) & set(_RESPELLED.values()))
+    if later:
+        raise ValueError(
+            f"format_version=1 does not know {later} of {name}: it was edited, and the file is of "
+            f"format_version {FORMAT_VERSION}; download or save the checkpoint again"
+        )
     return {_RESPELLED.get(key, key): value for key, value in entry.items()}
 
 
@@ -247,10 +254,9 @@ class MaQDConfig(QuantizationConfigMixin):
                 f"quantization_config has unknown fields {unknown}: it was written by another "
                 f"maqd_hf release or edited; known are {sorted(known)}"
             )
-        content = copy.deepcopy(config_dict)
-        if content.get("format_version") == 1 and content.get("modules"):
-            content["modules"] = {n: _respell(entry) for n, entry in content["modules"].items()}
-        config = cls(**content)
+        config = cls(**copy.deepcopy(config_dict))
+        if config.format_version == 1 and config.modules:
+            config.modules = {n: _respell(n, entry) for n, entry in config.modules.items()}
         return (config, kwargs) if return_unused_kwargs else config
 
 

@@ -173,7 +173,8 @@ def _detach(model: Any) -> None:
 
 # ------------------------------------------------------------------------------------- patches
 # transformers asks a quantizer before it saves, a trained model has none, and neither sees the
-# files that were written. So two methods of PreTrainedModel are wrapped; other models pass through.
+# files that were written; nobody is asked when tokens are added. So these methods of
+# PreTrainedModel are wrapped; other models pass through.
 
 
 def _is_converted(model: Any) -> bool:
@@ -210,7 +211,33 @@ def _uploads_sealed(upload: Callable[..., Any]) -> Callable[..., Any]:
     return _upload_modified_files
 
 
-_WRAPPERS = {"save_pretrained": _sealed, "_upload_modified_files": _uploads_sealed}
+def _resizes_ours(resize: Callable[..., Any]) -> Callable[..., Any]:
+    """``resize_token_embeddings`` that keeps quantised tables and heads on their grids."""
+
+    @wraps(resize)
+    def resize_token_embeddings(
+        self: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        if not (_is_converted(self) and resizes(self)):
+            return resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        table = self.get_input_embeddings()
+        rows = table.num_embeddings if new_num_tokens is None else new_num_tokens
+        rows += -rows % (pad_to_multiple_of or 1)
+        if rows != table.num_embeddings:
+            resize_tokens(self, rows, mean_resizing)
+        return table
+
+    return resize_token_embeddings
+
+
+_WRAPPERS = {
+    "save_pretrained": _sealed,
+    "_upload_modified_files": _uploads_sealed,
+    "resize_token_embeddings": _resizes_ours,
+}
 
 
 def _patch(name: str, wrapper: Callable[..., Any]) -> None:

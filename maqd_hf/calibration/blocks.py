@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..nn import ActivationQuantizer, LayerBatchNorm, MaQDLinear, rotate
+from ..nn import ActivationQuantizer, LayerBatchNorm, MaQDLinear, Masks, rotate
 from ..nn.precision import fast_bf16
 
 Batch = dict[str, Tensor]
@@ -234,7 +234,7 @@ class Segment:
             for m in model.modules()
             if isinstance(m, LayerBatchNorm | ActivationQuantizer)
         }
-        self.masks: list[list[tuple[Tensor | None, Tensor | None]]] = []
+        self.masks: list[list[Masks]] = []
 
     def capture(self, batches: list[Batch]) -> None:
         """Run the model as it is now up to the last call and keep the arguments of the calls.
@@ -252,6 +252,7 @@ class Segment:
                     return
                 if index == 0:
                     self.hidden.append(_hidden(args, kwargs))
+                    self.masks.append([context.masks for context in self.contexts])
                 rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
                 self.calls[index].rest.append((args[1:], rest))
                 if index == len(self.calls) - 1:
@@ -260,7 +261,6 @@ class Segment:
             passing = self._pass_through if self.plain else nullcontext
             with watching(find_blocks(self.model), see), passing(), suppress(_Stop):
                 run_model(self.model, batch)
-            self.masks.append([(c.valid, c.first) for c in self.contexts])
 
     @contextmanager
     def _pass_through(self) -> Iterator[None]:
@@ -276,10 +276,11 @@ class Segment:
 
     def run(self, call: Call, index: int, hidden: Tensor) -> Tensor:
         """The output of ``call`` for batch ``index`` with these hidden states."""
-        for context, (valid, first) in zip(self.contexts, self.masks[index], strict=True):
-            context.valid, context.first = valid, first
         args, kwargs = call.rest[index]
-        return _first_tensor(call.block(hidden, *args, **kwargs))
+        with ExitStack() as stack:
+            for context, masks in zip(self.contexts, self.masks[index], strict=True):
+                stack.enter_context(context.given(masks))
+            return _first_tensor(call.block(hidden, *args, **kwargs))
 
     def input_of(self, layer: nn.Module, call: Call, index: int) -> Tensor | None:
         """The input of ``layer`` in ``call`` for batch ``index``; None if it is not reached."""

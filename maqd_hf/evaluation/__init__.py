@@ -6,7 +6,7 @@ Imports ``config``, ``models``, ``decoding`` and below.
 - ``classification``: the classes that a sequence classifier gives to texts;
 - ``cost``: the operations of a token around the matrix products;
 - ``integer_block``: half a block of a packed model, run in integers alone;
-- ``model_card``, ``run_report``, ``versions``: the card of a run, its plot and closing table, and the
+- ``model_card``, ``run_report``, ``versions``: the card of a run, its plot and closing table, the
   packages it was made with.
 """
 

@@ -35,7 +35,7 @@ def _entrances(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def attach_context(model: nn.Module, context: BatchContext) -> None:
-    """Fill ``context`` at every forward of ``model``."""
+    """Tell ``context`` of every forward of ``model``."""
     for module in _entrances(model).values():
         context.attach(module)
 
@@ -43,11 +43,14 @@ def attach_context(model: nn.Module, context: BatchContext) -> None:
 def remove_context(model: nn.Module) -> None:
     """Undo ``attach_context``."""
     for module in _entrances(model).values():
-        hooks = module._forward_pre_hooks
-        for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), BatchContext):
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for hooks, flags in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_always_called),
+        ):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), BatchContext):
+                    del hooks[key]
+                    flags.pop(key, None)
 
 
 def tie_head(

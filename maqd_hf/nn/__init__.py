@@ -6,6 +6,7 @@ Imports ``kernels`` and below, and no transformers.
   ``ActivationQuantizer``, ``LayerBatchNorm``;
 - ``packed``: ``PackedLinear`` and ``PackedEmbedding``: where trained weights become words of codes;
 - ``spec``: the settings of a layer; ``kinds``: tuples of our classes;
+- ``calls``: which call of the model a layer runs in;
 - ``context``: which tokens of the batch are padding and which are first;
 - ``step_search``: the step of least error for given rows;
 - ``stamp``: values derived from tensors, and whether they still hold; ``precision``: dtypes;
@@ -13,7 +14,7 @@ Imports ``kernels`` and below, and no transformers.
 """
 
 from .activation import ActivationQuantizer, own_rows, rotate
-from .context import BatchContext, FirstToken
+from .context import BatchContext, FirstToken, Masks
 from .embedding import MaQDEmbedding
 from .linear import MaQDLinear, Start
 from .norm import LayerBatchNorm, NormSpec
@@ -32,6 +33,7 @@ __all__ = [
     "LinearSpec",
     "MaQDEmbedding",
     "MaQDLinear",
+    "Masks",
     "NormSpec",
     "PackedEmbedding",
     "PackedLinear",

@@ -1,18 +1,26 @@
 """What a layer needs to know of the batch it cannot see: which tokens are padding, which are first.
 
-A norm or an activation quantiser receives hidden states alone. ``BatchContext`` is filled by a
-forward pre-hook on the base model and read by every converted layer below it. It stays filled until
-the next forward, because gradient checkpointing runs layers again during backward.
+A norm or an activation quantiser receives hidden states alone. The entrance of the model, where ids
+and mask come in, hands their masks to a ``BatchContext``, which every converted layer below reads.
+They belong to one call of the model: another thread, another call before the backward of this one
+or a call inside it has masks of its own (``calls`` says whose a layer is).
+
+Running statistics of norms belong to the model all the same: evaluate in as many threads as you
+like, train in one.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from .calls import Calls
 
 S = TypeVar("S", bound=Hashable)
 
@@ -48,17 +56,40 @@ def past_tokens(kwargs: Mapping[str, Any]) -> Any:
         return int(cache.has_previous_state())
 
 
-class BatchContext:
-    """Token masks of the current forward, each (batch, tokens) bool or None (= unknown).
+class Masks(NamedTuple):
+    """What is known of the tokens of a call, each (batch, tokens) bool or None (= unknown).
 
     ``valid``: False on padding. ``first``: True on the first token of each sequence, which is
-    nowhere when the forward continues a key/value cache.
+    nowhere when the call continues a key/value cache.
+    """
+
+    valid: Tensor | None = None
+    first: Tensor | None = None
+
+    def fitted(self, x: Tensor) -> Masks:
+        """Each as ``BatchContext.masks_for`` describes it."""
+        return Masks(_fit(self.valid, x), _fit(self.first, x))
+
+
+class _Made(threading.local):
+    """Results of ``BatchContext.once``: transform -> (its input, the circumstances, the result)."""
+
+    def __init__(self) -> None:
+        self.last: dict[Callable[..., Tensor], tuple[weakref.ref[Tensor], Any, Tensor]] = {}
+
+
+class BatchContext:
+    """The token masks of the call that a layer runs in; one such object for all layers of a model.
+
+    Outside all calls nothing is known.
     """
 
     def __init__(self) -> None:
-        self.valid: Tensor | None = None
-        self.first: Tensor | None = None
-        self._last: dict[Callable[..., Tensor], tuple[weakref.ref[Tensor], Any, Tensor]] = {}
+        self._calls: Calls[Masks] = Calls()
+        self._made = _Made()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
     def once(self, x: Tensor, setting: S, transform: Callable[[Tensor, S], Tensor]) -> Tensor:
         """``transform(x, setting)``, computed once where several layers follow one another on the
@@ -66,35 +97,57 @@ class BatchContext:
         # A compiler finds common expressions itself; what changes an inference tensor is not seen.
         if torch.compiler.is_compiling() or x.is_inference():
             return transform(x, setting)
-        modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), _saving()
         key = (x._version, setting, modes)
-        last = self._last.get(transform)
+        made = self._made.last
+        last = made.get(transform)
         if last is None or last[0]() is not x or last[1] != key:
-            last = self._last[transform] = (weakref.ref(x), key, transform(x, setting))
+            last = made[transform] = (weakref.ref(x), key, transform(x, setting))
         return last[2]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": {}}
-
     def attach(self, base_model: nn.Module) -> None:
-        """Fill this context at every forward of ``base_model`` (the module that gets the mask)."""
-        base_model.register_forward_pre_hook(self._capture, with_kwargs=True)
+        """Every forward of ``base_model`` (the module that gets the mask) is a call."""
+        base_model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        base_model.register_forward_hook(self._leave, always_call=True)
 
-    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._calls.enter(module, self._masks_of(args, kwargs))
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._calls.leave(module, output)
+        if not torch.compiler.is_compiling():
+            self._made.last.clear()
+
+    @contextmanager
+    def given(self, masks: Masks) -> Iterator[None]:
+        """Within this context layers run in a call with these masks.
+
+        >>> context = BatchContext()
+        >>> with context.given(Masks(first=torch.tensor([[True, False]]))):
+        ...     context.masks.first
+        tensor([[ True, False]])
+        >>> context.masks
+        Masks(valid=None, first=None)
+        """
+        with self._calls.entered(masks):
+            yield
+
+    @classmethod
+    def _masks_of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Masks:
+        """Masks of a call by the arguments of the model's ``forward``."""
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
-            self.valid = self.first = None
-            return
+            return Masks()
         batch, length = tokens.shape[:2]
         if not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch):
             mask = None
-        self.valid = None if mask is None else mask[:, -length:].bool()
+        valid = None if mask is None else mask[:, -length:].bool()
         if mask is None:
             mask = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
-        self.first = self.first_tokens(mask.bool(), length, kwargs)
+        return Masks(valid, cls.first_tokens(mask.bool(), length, kwargs))
 
     @staticmethod
     def first_tokens(mask: Tensor, length: int, kwargs: dict[str, Any]) -> Tensor:
@@ -110,22 +163,62 @@ class BatchContext:
         uncovered = max(past_tokens(kwargs) + length - mask.shape[1], 0)  # cached, taken as text
         return (mask.cumsum(dim=1)[:, -length:] + uncovered == 1) & valid
 
-    def masks_for(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    @property
+    def masks(self) -> Masks:
+        """Those of the call that this thread is in."""
+        found = self._calls.current()
+        return found[-1] if found else Masks()
+
+    def masks_for(self, x: Tensor) -> Masks:
         """``(valid, first)``, each of shape ``x.shape[:-1]``, where they describe ``x``, else None.
 
         ``x`` is (B, T, D), or per head (B, T, H, D) or (B, H, T, D); with as many heads as tokens
         the last two cannot be told apart, and nothing is known.
-        """
-        return self._fit(self.valid, x), self._fit(self.first, x)
 
-    @staticmethod
-    def _fit(mask: Tensor | None, x: Tensor) -> Tensor | None:
-        if mask is None or x.dim() not in (3, 4) or x.shape[0] != mask.shape[0]:
-            return None
-        tokens = mask.shape[1]
-        if x.dim() == 3:
-            return mask if x.shape[1] == tokens else None
-        if (x.shape[1] == tokens) == (x.shape[2] == tokens):
-            return None
-        spread = mask.unsqueeze(2) if x.shape[1] == tokens else mask.unsqueeze(1)
-        return spread.expand(x.shape[:-1])
+        ``RuntimeError``: a backward runs a layer again, and forwards of several threads with
+        different masks could have asked for it.
+        """
+        found = self._calls.current()
+        if not found:
+            return Masks()
+        if len(found) > 1:
+            return _agreed(found, x)
+        return found[0].fitted(x)
+
+
+def _agreed(calls: list[Masks], x: Tensor) -> Masks:
+    """The masks for ``x``, of one of these calls, or of several that say the same."""
+    near = [c for c in calls if c.first is not None and c.first.device == x.device]
+    masks, *others = (call.fitted(x) for call in near or calls)
+    if all(_same(a, b) for other in others for a, b in zip(masks, other, strict=True)):
+        return masks
+    raise RuntimeError(
+        "gradient checkpointing runs a layer again, and forwards in several threads, of which one "
+        "has other padding or first tokens than another, could have been its first run: train a "
+        "model in one thread, or give every thread a copy of the model"
+    )
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _saving() -> object:
+    """By what the tensors of a backward are saved: a stretch that is checkpointed has its own, in
+    its first run and whenever it is run again, and may not use what was made outside it."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.8
+    hooks = None if top is None else top(True)
+    return None if hooks is None else weakref.ref(hooks[0])
+
+
+def _fit(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    if mask is None or x.dim() not in (3, 4) or x.shape[0] != mask.shape[0]:
+        return None
+    tokens = mask.shape[1]
+    mask = mask.to(x.device)  # a model can be spread over devices
+    if x.dim() == 3:
+        return mask if x.shape[1] == tokens else None
+    if (x.shape[1] == tokens) == (x.shape[2] == tokens):
+        return None
+    spread = mask.unsqueeze(2) if x.shape[1] == tokens else mask.unsqueeze(1)
+    return spread.expand(x.shape[:-1])

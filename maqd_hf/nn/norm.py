@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from ..functional import normalize, pooled_log_ms, token_log_ms, widen
 from ..kernels import serves
 from ..kernels.norm import NativeNorm
+from .calls import NO_BACKWARD, running_backward
 from .context import BatchContext, FirstToken
 from .precision import Apply, without_narrowing
 from .stamp import CountedModule, Derived
@@ -83,13 +84,6 @@ class NormSpec:
     pooling: Literal["mean", "geometric"] = "mean"
     momentum: float = 0.05
     folded: bool = False
-
-
-def _recomputing() -> bool:
-    """Whether autograd is running a forward again for gradient checkpointing."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1
 
 
 class LayerBatchNorm(CountedModule):
@@ -225,7 +219,7 @@ class LayerBatchNorm(CountedModule):
 
         ``counted`` (batch, ...) marks the tokens that count: a sample without one does not.
         """
-        if _recomputing():
+        if running_backward() != NO_BACKWARD:  # gradient checkpointing: it was observed before
             return
         new = pooled.detach().to(self.running_log_ms.dtype).flatten()
         counts = new.isfinite()  # one bad batch must not spoil the average for good

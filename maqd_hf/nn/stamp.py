@@ -129,7 +129,7 @@ class Derived(Generic[T]):
     """A value that a module makes from its tensors, made again whenever one of them has changed.
 
     A copy or a pickle of it is empty: values for the library hold pointers, which mean nothing
-    elsewhere.
+    elsewhere. Threads that find it empty each make the value, from the same tensors.
 
     >>> import copy, torch
     >>> tensor, made = torch.zeros(2), Derived()

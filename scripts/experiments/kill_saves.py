@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,9 @@ class Version:
 def make_version(mark: int, packed: bool) -> Version:
     """A tiny Llama of its own weights; ``mark`` also stands in its generation settings."""
     torch.manual_seed(mark)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
     model.generation_config = GenerationConfig(max_new_tokens=mark)
     quantize_model(model, weight_levels=16, activation_scaling="token", embedding_levels=255)
     if packed:
@@ -147,7 +149,7 @@ def kill_saves(folder: Path, packed: bool, shard_size: str, kills: int, seed: in
         at_call = counts.total() % 2 == 0
         kill_at = dice.randint(1, calls) if at_call else None
         after = None if at_call else dice.uniform(0, seconds)
-        if not run_child(lambda new=new: save(new, folder, shard_size), kill_at, after):
+        if not run_child(partial(save, new, folder, shard_size), kill_at, after):
             present = 1 - present  # it was done sooner
             continue
         if versions[present].is_in(folder):

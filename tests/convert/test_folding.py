@@ -273,7 +273,9 @@ def test_padding_and_first_tokens_reach_the_norms_of_every_decoder() -> None:
         ids = torch.randint(2, VOCABULARY, (2, 8))
         mask = torch.ones_like(ids)
         mask[:, :3] = 0
+        norm, seen = modules_of(model, LayerBatchNorm)[0][1], []
+        norm.register_forward_hook(lambda norm, *_, seen=seen: seen.append(norm.context.masks))
         output(model, {"input_ids": ids, "attention_mask": mask})
-        context = modules_of(model, LayerBatchNorm)[0][1].context
-        assert context.valid is not None and context.valid.tolist() == mask.bool().tolist(), family
-        assert context.first is not None and context.first.sum(1).tolist() == [1, 1], family
+        valid, first = seen[0]
+        assert valid is not None and valid.tolist() == mask.bool().tolist(), family
+        assert first is not None and first.sum(1).tolist() == [1, 1], family

@@ -20,8 +20,9 @@ from torch._subclasses import FakeTensorMode
 from maqd_hf import kernels
 from maqd_hf.functional import grid_center, quantize, token_step
 from maqd_hf.kernels import gpu
-from maqd_hf.nn import LinearSpec, MaQDLinear, PackedLinear
+from maqd_hf.nn import LinearSpec, MaQDLinear, Masks, PackedLinear
 from maqd_hf.packing import pack_codes
+from tests.support.calls import masked
 
 LEVELS = [2, 3, 4, 5, 7, 8, 15, 16, 17, 128, 130, 255, 256]
 CUDA = torch.device("cuda", 0)
@@ -362,15 +363,15 @@ def test_sums_of_the_largest_codes(device):
 def test_a_layer_runs_on_it(first_token, scaling, device, monkeypatch):
     """Through `forward`: steps per token, static and mixed; shapes, views, changes and copies."""
     layer = packed(96, 24, 5, 255, scaling, first_token=first_token, group_size=32).to(device)
-    layer.context.first = torch.tensor([[True, False, False]] * 2, device=device)
+    masks = Masks(first=torch.tensor([[True, False, False]] * 2, device=device))
     x = torch.randn(2, 3, 192, device=device)[..., ::2]
-    with torch.no_grad(), monkeypatch.context() as patch:
+    with torch.no_grad(), monkeypatch.context() as patch, layer.context.given(masks):
         expected = layer(x)
         patch.delenv("MAQD_KERNEL")
         patch.setattr(kernels, "weight_type", lambda _: gpu.GpuWeight)
         before = layer(x)
         assert (before - expected).norm() / expected.norm() < TOLERANCE
-        assert torch.equal(copy.deepcopy(layer)(x), before)
+        assert torch.equal(masked(copy.deepcopy(layer), x, masks), before)
         assert layer(x[:0]).shape == (0, 3, 24)
         for tensor in (layer.weight_scale, layer.weight_offset, layer.bias):
             tensor.mul_(2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2LMHeadModel, LlamaForCausalLM
 
-from maqd_hf.nn import BatchContext, LayerBatchNorm, LinearSpec, MaQDLinear, NormSpec
+from maqd_hf.nn import BatchContext, LayerBatchNorm, LinearSpec, MaQDLinear, Masks, NormSpec
 from maqd_hf.nn.context import CACHE_NAMES
 from tests.support.families import tiny
 
@@ -29,6 +29,7 @@ class Base(nn.Module):
         self.linear = MaQDLinear(8, 8, spec=linear, context=self.context)
         self.linear.activation.set_step(0.2)
         self.context.attach(self)
+        self.seen = Masks()
 
     def forward(
         self,
@@ -38,16 +39,15 @@ class Base(nn.Module):
         **kwargs: object,
     ) -> Tensor:
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        self.seen = self.context.masks
         return self.linear(self.norm(x))
 
 
 def seen_by(*args: object, **kwargs: object) -> tuple[list | None, list | None]:
     base = Base()
     base(*args, **kwargs)
-    valid, first = base.context.valid, base.context.first
-    return (None if valid is None else valid.int().tolist()), (
-        None if first is None else first.int().tolist()
-    )
+    valid, first = (None if mask is None else mask.int().tolist() for mask in base.seen)
+    return valid, first
 
 
 def cache_of(length: int) -> DynamicCache:
@@ -115,34 +115,38 @@ def test_a_mask_of_another_kind_says_nothing_about_padding(mask: Tensor | None) 
 
 
 def test_masks_are_given_out_only_where_they_fit() -> None:
-    context = BatchContext()
-    context.valid, context.first = LEFT.bool(), torch.zeros(2, 4, dtype=torch.bool)
-    assert context.masks_for(torch.zeros(2, 4, 8)) == (context.valid, context.first)
-    for shape in [(8, 8), (2, 5, 8), (1, 4, 8), (2, 5, 3, 8), (2, 4, 4, 8), (2, 4, 1, 1, 8)]:
-        assert context.masks_for(torch.zeros(shape)) == (None, None)
-    for shape in [(2, 4, 3, 8), (2, 3, 4, 8)]:  # per head
-        valid, _ = context.masks_for(torch.zeros(shape))
-        by_token = valid if shape[1] == 4 else valid.transpose(1, 2)
-        assert by_token.shape == (2, 4, 3)
-        assert torch.equal(by_token[..., 0], context.valid)
+    context, masks = BatchContext(), Masks(LEFT.bool(), torch.zeros(2, 4, dtype=torch.bool))
+    with context.given(masks):
+        for got, mask in zip(context.masks_for(torch.zeros(2, 4, 8)), masks, strict=True):
+            assert torch.equal(got, mask)
+        for shape in [(8, 8), (2, 5, 8), (1, 4, 8), (2, 5, 3, 8), (2, 4, 4, 8), (2, 4, 1, 1, 8)]:
+            assert context.masks_for(torch.zeros(shape)) == (None, None)
+        for shape in [(2, 4, 3, 8), (2, 3, 4, 8)]:  # per head
+            valid, _ = context.masks_for(torch.zeros(shape))
+            by_token = valid if shape[1] == 4 else valid.transpose(1, 2)
+            assert by_token.shape == (2, 4, 3)
+            assert torch.equal(by_token[..., 0], masks.valid)
 
 
-def test_every_forward_replaces_the_masks_of_the_last() -> None:
+def test_every_forward_has_masks_of_its_own_and_after_it_nothing_is_known() -> None:
     base = Base()
     base(IDS, LEFT)
+    assert base.seen.valid is not None and base.context.masks == (None, None)
     base(IDS)
-    assert base.context.valid is None
+    assert base.seen.valid is None
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copied_model_has_a_shared_context_of_its_own_that_works(how: str) -> None:
     base = Base()
     base(IDS, LEFT)
-    other = copy.deepcopy(base) if how == "deepcopy" else pickle.loads(pickle.dumps(base))
+    with base.context.given(base.seen):  # a copy is in no call
+        other = copy.deepcopy(base) if how == "deepcopy" else pickle.loads(pickle.dumps(base))
+        assert other.context.masks == (None, None)
     assert other.context is other.norm.context is other.linear.activation.context
     assert other.context is not base.context
     other.eval()(IDS)
-    assert other.context.valid is None and base.context.valid is not None
+    assert other.seen.valid is None and base.seen.valid is not None
     base.eval()
     for mask in (LEFT, None):
         assert torch.equal(other(IDS, mask), base(IDS, mask))
@@ -158,7 +162,8 @@ def test_compiled_with_its_hook_equals_eager() -> None:
 def firsts_during_generation(base: nn.Module, model: nn.Module, mask: Tensor) -> list[Tensor]:
     context, seen = BatchContext(), []
     context.attach(base)
-    base.register_forward_hook(lambda *_: seen.append(context.first.int()))
+    last = [module for module in base.children() if not isinstance(module, nn.ModuleList)][-1]
+    last.register_forward_hook(lambda *_: seen.append(context.masks.first.int()))
     ids = torch.randint(3, 50, mask.shape)
     model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None)
     return seen

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from maqd_hf.functional import scaled_round_clip, stored_scale, token_step
-from maqd_hf.nn import ActivationQuantizer, BatchContext, LinearSpec, MaQDLinear
+from maqd_hf.nn import ActivationQuantizer, BatchContext, LinearSpec, MaQDLinear, Masks
 from tests.support import reference
 
 WEIGHT_ONLY = LinearSpec(activation_levels=None)
@@ -329,17 +329,17 @@ def test_first_token_keeps_a_step_of_its_own() -> None:
     layer = calibrated(MaQDLinear(8, 4, spec=spec, context=context), 1.0)
     x = torch.randn(2, 4, 8) * 20
     x[:, 0] *= 1000  # massive: 127 is the top of the static grid
-    context.first = torch.zeros(2, 4, dtype=torch.bool)
-    context.first[:, 0] = True
-    y = layer.activation(x)
+    first = torch.zeros(2, 4, dtype=torch.bool)
+    first[:, 0] = True
+    with context.given(Masks(first=first)):
+        y = layer.activation(x)
     own = scaled_round_clip(x, 255, token_step(x, 255))
     shared = scaled_round_clip(x, 255, 1.0)
     assert torch.equal(y[:, 0], own[:, 0]) and torch.equal(y[:, 1:], shared[:, 1:])
-    context.first = None  # decoding with an unknown context: static for all
-    assert torch.equal(layer.activation(x), shared)
+    assert torch.equal(layer.activation(x), shared)  # outside a call, nothing known: static for all
     layer.activation.spec = replace(spec, first_token="shared")
-    context.first = torch.ones(2, 4, dtype=torch.bool)
-    assert torch.equal(layer.activation(x), shared)
+    with context.given(Masks(first=torch.ones(2, 4, dtype=torch.bool))):
+        assert torch.equal(layer.activation(x), shared)
 
 
 # --------------------------------------------------------------------------------------- training

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from maqd_hf.nn import BatchContext, LayerBatchNorm, NormSpec
+from maqd_hf.nn import BatchContext, LayerBatchNorm, Masks, NormSpec
 from maqd_hf.nn.norm import MOMENTUM_BATCH
 from tests.support import reference
+from tests.support.calls import masked
 
 RMS, LAYER = NormSpec(), NormSpec(centered=True, bias=True)
+UNKNOWN = Masks()
 STATISTICS = ("running_log_ms", "batches_seen", "gate")
 
 
@@ -31,7 +33,7 @@ def norm_of(spec: NormSpec, gate: float = 1.0, features: int = 8) -> LayerBatchN
     return norm
 
 
-def expected_training_output(norm: LayerBatchNorm, x: Tensor) -> Tensor:
+def expected_training_output(norm: LayerBatchNorm, x: Tensor, masks: Masks = UNKNOWN) -> Tensor:
     spec = norm.spec
     y = reference.layer_batch_norm(
         x,
@@ -39,8 +41,8 @@ def expected_training_output(norm: LayerBatchNorm, x: Tensor) -> Tensor:
         gate=norm.gate.item(),
         centered=spec.centered,
         geometric=spec.pooling == "geometric",
-        valid=norm.context.valid,
-        first=norm.context.first if spec.first_token == "own" else None,
+        valid=masks.valid,
+        first=masks.first if spec.first_token == "own" else None,
     )
     y = y if norm.weight is None else y * norm.weight
     return y if norm.bias is None else y + norm.bias
@@ -94,23 +96,24 @@ def test_bfloat16_is_computed_wide_and_rounded_once(offset: float) -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "geometric"])
 @pytest.mark.parametrize("first_token", ["own", "shared"])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("gate", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("spec", [RMS, LAYER], ids=["rms", "layer"])
 def test_training_equals_the_loops_with_gradient(
-    spec: NormSpec, gate: float, masked: bool, first_token: str, pooling: str
+    spec: NormSpec, gate: float, padded: bool, first_token: str, pooling: str
 ) -> None:
     spec = replace(spec, first_token=first_token, pooling=pooling)  # type: ignore[arg-type]
     norm = norm_of(spec, gate).double()
     x = torch.randn(4, 6, 8, dtype=torch.float64) * torch.rand(4, 6, 1, dtype=torch.float64) * 9
-    norm.context.first = torch.zeros(4, 6, dtype=torch.bool)
-    norm.context.first[:, 0] = True
-    if masked:
+    first = torch.zeros(4, 6, dtype=torch.bool)
+    first[:, 0] = True
+    masks = Masks(None, first)
+    if padded:
         lengths = torch.tensor([6, 1, 3, 0])  # a whole one, one with its first token only, none
-        norm.context.valid = torch.arange(6) < lengths.unsqueeze(1)
-        norm.context.first &= norm.context.valid
+        valid = torch.arange(6) < lengths.unsqueeze(1)
+        masks = Masks(valid, first & valid)
     x.requires_grad_()
-    got, expected = norm(x), expected_training_output(norm, x)
+    got, expected = masked(norm, x, masks), expected_training_output(norm, x, masks)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     incoming = torch.randn_like(x)
     leaves = [x, *norm.parameters()]
@@ -154,10 +157,9 @@ def test_padding_changes_nothing(
     longer = torch.cat([junk, x] if side == "left" else [x, junk], dim=1)
     mask = torch.zeros(2, 8, dtype=torch.bool)
     mask[:, real] = True
-    plain.context.first = torch.tensor([[True] + [False] * 4] * 2)
-    padded.context.valid = mask
-    padded.context.first = mask & (mask.cumsum(1) == 1)
-    torch.testing.assert_close(padded(longer)[:, real], plain(x))
+    expected = masked(plain, x, Masks(first=torch.tensor([[True] + [False] * 4] * 2)))
+    got = masked(padded, longer, Masks(mask, mask & (mask.cumsum(1) == 1)))
+    torch.testing.assert_close(got[:, real], expected)
     torch.testing.assert_close(padded.running_log_ms, plain.running_log_ms)
 
 
@@ -251,24 +253,23 @@ def test_samples_of_first_tokens_or_padding_alone_do_not_poison(
     norm = norm_of(replace(RMS, first_token="own", pooling=pooling))
     norm(torch.randn(2, 3, 8))
     before = {name: getattr(norm, name).clone() for name in STATISTICS}
-    norm.context.first = torch.ones(2, 1, dtype=torch.bool)
-    out = norm(torch.randn(2, 1, 8) * 1000)
+    first = torch.ones(2, 1, dtype=torch.bool)
+    out = masked(norm, torch.randn(2, 1, 8) * 1000, Masks(first=first))
     torch.testing.assert_close(out.square().mean(-1).detach(), out.new_ones(2, 1), rtol=2, atol=2)
     for name in STATISTICS:
         assert torch.equal(getattr(norm, name), before[name])
     # one sample with text, one with its first token and padding: only the first one counts
     x = torch.randn(2, 4, 8)
-    norm.context.valid = torch.tensor([[True] * 4, [True] + [False] * 3])
-    norm.context.first = torch.tensor([[True] + [False] * 3] * 2)
-    y = norm(x)
+    valid = torch.tensor([[True] * 4, [True] + [False] * 3])
+    first = torch.tensor([[True] + [False] * 3] * 2)
+    y = masked(norm, x, Masks(valid, first))
     assert (
         float(y.detach().abs().max()) < 100
     )  # padding too stays harmless to the layers that follow
     alone = norm_of(norm.spec)
     alone.running_log_ms.copy_(before["running_log_ms"])
     alone.batches_seen.copy_(before["batches_seen"])
-    alone.context.first = norm.context.first[:1]
-    alone(x[:1])
+    masked(alone, x[:1], Masks(first=first[:1]))
     torch.testing.assert_close(norm.running_log_ms, alone.running_log_ms)
 
 
@@ -281,20 +282,19 @@ def test_static_equals_the_open_gate_in_eval_and_folded_differs_by_the_scalar(
     spec: NormSpec, first_token: Literal["own", "shared"]
 ) -> None:
     gated = norm_of(replace(spec, first_token=first_token, weight=False, bias=False))
-    gated.context.first = torch.tensor([[True, False, False]] * 2)
-    gated(torch.randn(2, 3, 8) * 5)
+    masks = Masks(first=torch.tensor([[True, False, False]] * 2))
+    masked(gated, torch.randn(2, 3, 8) * 5, masks)
     x = torch.randn(2, 3, 8) * 5
-    expected = gated.eval()(x)
+    expected = masked(gated.eval(), x, masks)
     static = copy.deepcopy(gated)
     static.spec = replace(gated.spec, statistics="static")
-    torch.testing.assert_close(static(x), expected)
-    torch.testing.assert_close(static.train()(x), expected)  # static is static in training too
+    torch.testing.assert_close(masked(static, x, masks), expected)
+    torch.testing.assert_close(masked(static.train(), x, masks), expected)  # in training too
     static.spec = replace(static.spec, folded=True)
     scalar = torch.exp(-static.running_log_ms / 2)
-    torch.testing.assert_close(static(x) * scalar, expected)
+    torch.testing.assert_close(masked(static, x, masks) * scalar, expected)
     assert abs(scalar.item() - 1) > 0.1
-    static.context.first = None  # decoding
-    rest = static(x)
+    rest = static(x)  # nothing known of the tokens
     centered = x - x.mean(-1, keepdim=True) if spec.centered else x
     torch.testing.assert_close(rest, centered)
 
@@ -318,13 +318,13 @@ def test_the_compiled_norm_is_the_same(
     spec = replace(spec, statistics=statistics, first_token=first_token, folded=static)
     norm = norm_of(spec, features=37)
     norm.running_log_ms.fill_(1.3)
-    norm.context.first = torch.tensor([[True, False, False], [False, True, False]])
+    masks = Masks(first=torch.tensor([[True, False, False], [False, True, False]]))
     x = torch.randn(*shape, 37) * 3 + 1
     for _ in range(2):  # a change is noticed
-        found = norm(x)
+        found = masked(norm, x, masks)
         with monkeypatch.context() as patch:
             patch.setenv("MAQD_KERNEL", "reference")
-            torch.testing.assert_close(found, norm(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, masked(norm, x, masks), rtol=1e-5, atol=1e-5)
         norm.running_log_ms.add_(1)
         if norm.weight is not None:
             norm.weight.mul_(-1)
@@ -370,40 +370,40 @@ def test_casting_a_model_narrows_no_statistic(dtype: torch.dtype) -> None:
 
 def test_a_copy_has_the_state_and_gives_the_same() -> None:
     norm = norm_of(replace(RMS, first_token="own"))
-    norm.context.first = torch.tensor([[True, False]])
+    masks = Masks(first=torch.tensor([[True, False]]))
     x = torch.randn(1, 2, 8)
-    norm(x)
+    masked(norm, x, masks)
     assert set(STATISTICS) < set(norm.state_dict())
-    expected = norm.eval()(x)
+    expected = masked(norm.eval(), x, masks)
     for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
-        assert torch.equal(other(x), expected)
+        assert torch.equal(masked(other, x, masks), expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_equals_eager(training: bool) -> None:
     eager = norm_of(replace(LAYER, first_token="own"), 0.5).train(training)
-    eager.context.first = torch.tensor([[True, False, False]] * 2)
+    masks = Masks(first=torch.tensor([[True, False, False]] * 2))
     eager.running_log_ms.fill_(0.3)
     other = copy.deepcopy(eager)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 8)
-    torch.testing.assert_close(compiled(x), eager(x))
+    with other.context.given(masks):
+        torch.testing.assert_close(compiled(x), masked(eager, x, masks))
     torch.testing.assert_close(other.running_log_ms, eager.running_log_ms)
 
 
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_padding_does_not_count_per_head_either(heads_first: bool) -> None:
     """q/k norms see (B, T, H, D) or (B, H, T, D)."""
-    context = BatchContext()
-    norm = LayerBatchNorm(4, NormSpec(weight=False), context=context).train()
+    norm = LayerBatchNorm(4, NormSpec(weight=False)).train()
     norm.gate.fill_(1)
     x = torch.randn(2, 5, 3, 4)
-    context.valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    noisy = torch.where(context.valid[:, :, None, None], x, 100 * torch.randn_like(x))
+    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    noisy = torch.where(valid[:, :, None, None], x, 100 * torch.randn_like(x))
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        y = norm(x.transpose(1, 2) if heads_first else x)
-        return (y.transpose(1, 2) if heads_first else y)[context.valid]
+        y = masked(norm, x.transpose(1, 2) if heads_first else x, Masks(valid))
+        return (y.transpose(1, 2) if heads_first else y)[valid]
 
     assert torch.allclose(run(x), run(noisy), rtol=1e-6)
 

@@ -14,6 +14,7 @@ from maqd_hf.nn import (
     LinearSpec,
     MaQDEmbedding,
     MaQDLinear,
+    Masks,
     PackedEmbedding,
     PackedLinear,
 )
@@ -121,9 +122,10 @@ def test_first_token_and_later_masks_are_seen_by_both(first_token: str) -> None:
     x = torch.randn(2, 4, 24) * 5
     x[:, 0] *= 1000
     plain = packed(x)
-    layer.activation.context.first = torch.tensor([[True, False, False, False]] * 2)
-    assert_agree(layer, packed, x)
-    assert torch.equal(packed(x), plain) == (first_token == "shared")
+    masks = Masks(first=torch.tensor([[True, False, False, False]] * 2))
+    with layer.activation.context.given(masks):
+        assert_agree(layer, packed, x)
+        assert torch.equal(packed(x), plain) == (first_token == "shared")
 
 
 @pytest.mark.parametrize(
