@@ -88,8 +88,3 @@ def unpack_codes(words: Tensor, levels: int, columns: int) -> Tensor:
             out[..., position] = rest - high * levels
             rest = high
     return out.flatten(-2)[..., :columns]
-
-
-def largest_valid_word(levels: int) -> int:
-    """The largest unsigned word ``pack_codes`` can make: a larger one in a file is corruption."""
-    return int(levels ** codes_per_word(levels)) - 1

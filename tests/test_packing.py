@@ -7,7 +7,6 @@ import torch
 
 from maqd_hf.packing import (
     codes_per_word,
-    largest_valid_word,
     pack_codes,
     unpack_codes,
     words_per_row,
@@ -41,7 +40,7 @@ def test_a_word_holds_as_many_codes_as_fit_and_the_largest_word_is_all_top_codes
     assert levels**digits <= 2**32 < levels ** (digits + 1)
     top = torch.full((1, digits), levels - 1)
     word = int(pack_codes(top, levels)) & 0xFFFFFFFF
-    assert word == largest_valid_word(levels)
+    assert word == levels ** codes_per_word(levels) - 1
     assert torch.equal(unpack_codes(pack_codes(top, levels), levels, digits).long(), top)
 
 

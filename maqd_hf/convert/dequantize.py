@@ -19,11 +19,9 @@ from ..nn import (
     LayerBatchNorm,
     LinearSpec,
     MaQDLinear,
-    PackedEmbedding,
-    PackedLinear,
     rotate,
 )
-from ..nn.kinds import QUANTIZED
+from ..nn.kinds import LINEARS, PACKED, QUANTIZED
 
 # ------------------------------------------------------------------------------ back to float
 
@@ -77,9 +75,9 @@ def _float_skeleton(model: nn.Module) -> nn.Module:
 
 def _plain_layer(original: nn.Module, layer: Any) -> nn.Module:
     """The float layer of ``layer``'s weight: ``original`` filled, or a float ``MaQDLinear``."""
-    packed = isinstance(layer, (PackedLinear, PackedEmbedding))
+    packed = isinstance(layer, PACKED)
     weight = (layer.dequantized_weight() if packed else layer.quantized_weight()).clone()
-    if isinstance(layer, (PackedLinear, MaQDLinear)):
+    if isinstance(layer, LINEARS):
         weight = rotate(weight, layer.rotation)
     bias = getattr(layer, "bias", None)
     if bias is not None and getattr(original, "bias", None) is None:

@@ -127,27 +127,5 @@ class MaQDEmbedding(nn.Embedding):
             table.reset_quantizer(start)
         return table
 
-    def to_embedding(self) -> nn.Embedding:
-        """A plain ``nn.Embedding`` with the quantised rows.
-
-        Raises:
-            ValueError: ``output_scale`` is not 1, which a plain embedding cannot multiply by.
-        """
-        if self.output_scale != 1:
-            raise ValueError(
-                f"nn.Embedding cannot multiply by output_scale={self.output_scale}: copy "
-                "quantized_weight() into the model's own embedding class instead"
-            )
-        table = nn.Embedding(
-            self.num_embeddings,
-            self.embedding_dim,
-            self.padding_idx,
-            device="meta",
-            dtype=self.weight.dtype,
-        ).to_empty(device=self.weight.device)
-        with torch.no_grad():
-            table.weight.copy_(self.quantized_weight())
-        return table
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, levels={self.levels}"

@@ -218,17 +218,6 @@ class MaQDLinear(nn.Linear):
             layer.reset_quantizer(start)
         return layer
 
-    def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the quantised weight; the input is no longer quantised."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, "meta", self.weight.dtype
-        ).to_empty(device=self.weight.device)
-        with torch.no_grad():
-            linear.weight.copy_(rotate(self.quantized_weight(), self.rotation))
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-        return linear
-
     def extra_repr(self) -> str:
         spec = self.spec
         grid = f"weight_levels={spec.weight_levels}, group_size={spec.group_size}"

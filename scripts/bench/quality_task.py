@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -107,7 +107,7 @@ def _start_rows() -> list[Row]:
     return rows
 
 
-def _trained_rows(rates: dict[int, tuple[float, ...]]) -> list[Row]:
+def _trained_rows(rates: Mapping[int, tuple[float, ...]]) -> list[Row]:
     """MaQD and other rules, distilled at ``rates`` by levels."""
     rows = [
         Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=rates[levels])
@@ -130,7 +130,7 @@ def _trained_rows(rates: dict[int, tuple[float, ...]]) -> list[Row]:
     ]
 
 
-def _peer_rows(rates: dict[int, tuple[float, ...]]) -> list[Row]:
+def _peer_rows(rates: Mapping[int, tuple[float, ...]]) -> list[Row]:
     """Other packages, of which those with QAT are trained at ``rates`` by levels."""
     rows = []
     for peer, widths in PEERS.items():
