@@ -98,8 +98,11 @@ class Job:
         settings = settings_of(self.job, self.training)
         try:
             self.run.open(settings, WITHOUT_A_SAY, self.job.overwrite)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise SystemExit(str(error)) from error
+        except OSError as error:
+            message = f"{self.run.folder} cannot be written ({error}): choose another --output_dir"
+            raise SystemExit(message) from error
 
     def load(self) -> None:
         """Float model, tokenizer and text."""

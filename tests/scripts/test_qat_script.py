@@ -273,3 +273,9 @@ def test_a_failed_start_does_not_block_the_next(job, tmp_path):
         script.main(job(model=tmp_path / "nowhere", weight_levels=4))
     (tmp_path / "run" / "metrics.json.part").write_text('{"secon')
     assert script.main(job(max_steps=1))["training"]["steps"] == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(job):
+    """No user writes below /proc; so it is with others' folders for a user without rights."""
+    with pytest.raises(SystemExit, match=r"^/proc/run cannot be written .*--output_dir"):
+        import_module("scripts.qat_llm").main(job(output_dir="/proc/run"))
