@@ -5,7 +5,7 @@ Without arguments: SmolLM2-135M-Instruct and 101 Wikipedia articles, both from o
 inputs have a step of their own: one learned step a layer (``--activation_scaling static``), which
 leaves nothing to compute, starts and ends a perplexity of one higher.
 
-How the time is shared between calibration and training is measured in docs/notebook/training.md.
+How the time is shared between calibration and training is measured in docs/notebook.md.
 
     python scripts/qat_llm.py
     python scripts/qat_llm.py --model someone/some-llm --dataset someone/some-text --weight_levels 4

@@ -16,7 +16,7 @@ through the same loss with whole logits.
 
 A classifier's logits are a few numbers a text: ``hidden_distance`` adds what the teacher's last
 hidden states say, at every token. In a language model they add nothing: 71.9 / 101.8 with them and
-72.1 / 101.7 without (docs/notebook/training.md, "Hidden states in the loss of a language model").
+72.1 / 101.7 without (docs/notebook.md, "Hidden states in the loss of a language model").
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ tokens: 65.6 / 90.7 at ten times, 66.2 / 92.1 at the latents' own, 66.9 / 92.9 w
 =======
 Not in the paper, which trains from scratch. SmolLM2-135M, 16,384 tokens of distillation, perplexity
 of WikiText-2 / IMDB: 4 levels 91.8 / 181.0 at 5e-4 and 94.8 / 183.1 at 2e-4
-(docs/notebook/training.md, "Rates by the number of levels").
+(docs/notebook.md, "Rates by the number of levels").
 """
 
 from __future__ import annotations
