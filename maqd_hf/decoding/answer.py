@@ -65,9 +65,9 @@ def _head(plan: Plan, states: Tensor, first: Tensor | None) -> Tensor:
 def disagreement(model: Any, plan: Plan) -> str | None:
     """None where the library answers a few tokens as the model's own forward does, else how not.
 
-    Codes of activations tip over where one forward rounds up and the other down, and what follows
-    differs then. How far that goes is seen by the model's own answer to inputs that differ by a
-    rounding error.
+    Codes of activations tip over where one forward rounds up and the other down, and that token
+    differs then. So the best token behind the first (which sees no other) counts, and how far
+    rounding goes is seen by the model's own answer to inputs that differ by a rounding error.
     """
     embedding: Any = plan.anatomy.embedding
     ids = torch.arange(1, _TRIED + 1, device="cpu").unsqueeze(0) * 7919
@@ -79,12 +79,12 @@ def disagreement(model: Any, plan: Plan) -> str | None:
     except Exception as error:  # whatever it is, the caller is to get it from the model itself
         return f"trying it ended in {type(error).__name__}: {error}"
     if native.shape != own.shape:
-        return f"its logits {tuple(native.shape)} are {tuple(own.shape)} of the model's own forward"
-    far, noise = _apart(native, own), _apart(moved, own)
+        return f"the library's logits {tuple(native.shape)} are {tuple(own.shape)} of the model's own forward"
+    far, noise = float(_apart(native, own).min()), float(_apart(moved, own).max())
     allowed = 10 * noise + (1e-3 if plan.dtype == torch.float32 else 0.1)
     if not far <= allowed and own.isfinite().all():
         return (
-            f"its logits are {far:.1e} from those of the model's own forward, where rounding "
+            f"the library's logits are {far:.1e} from those of the model's own forward, where rounding "
             f"explains {allowed:.1e}"
         )
     return None
@@ -102,6 +102,7 @@ def _moved(embeds: Tensor) -> Tensor:
     return embeds * (1 + 8 * torch.finfo(embeds.dtype).eps * signs)
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
-    """How far ``a`` is from ``b``, relative to ``b``."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """How far logits ``a`` are from ``b``, relative to these, at every token behind the first."""
+    a, b = a[:, 1:].double(), b[:, 1:].double()
+    return (a - b).norm(dim=-1) / b.norm(dim=-1)

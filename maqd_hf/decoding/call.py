@@ -18,6 +18,7 @@ from ..nn import BatchContext
 from ..nn.context import CACHE_NAMES
 from .cache import cache_problem, capacity
 from .families import UnsupportedError
+from .identity import is_captured
 from .plan import Plan
 
 _FLAGS = ("output_attentions", "output_hidden_states")  # False asks for nothing
@@ -98,10 +99,12 @@ def read_call(
         _want(problem is None, problem or "")
     past = store.past if store else 0 if cache is None else int(cache.get_seq_length())
     limit = store.limit if store else capacity(cache)
-    mask = _mask(rest.pop("attention_mask", None), plan, config, (batch, tokens, past, limit))
+    given_mask = rest.pop("attention_mask", None)
+    mask = _mask(given_mask, plan, config, (batch, tokens, past, limit))
     positions = _positions(rest.pop("position_ids", None), plan, batch, tokens)
     if positions is None:
-        _want(mask is None or not plan.anatomy.counts_padding, "padding without position_ids")
+        counted = mask is not None or (given_mask is not None and given_mask.dim() != 2)
+        _want(not (counted and plan.anatomy.counts_padding), "padding without position_ids")
         _want(past + tokens <= plan.positions, f"more than {plan.positions} positions")
     elif mask is None and cache is None and not use_cache:
         together = tokens == 1 or bool((positions.diff(dim=-1) == 1).all())
@@ -125,6 +128,7 @@ def check_modes() -> None:
     not notice them."""
     _want(not torch.is_autocast_enabled("cpu"), "under autocast")
     _want(_get_current_dispatch_mode() is None, "under a mode that intercepts operators")
+    _want(not is_captured(), "inside a model that collects hidden states")
 
 
 def _inputs(ids: Any, embeds: Any, plan: Plan) -> Tensor:

@@ -107,7 +107,7 @@ def _window(config: Any) -> int:
 def _llama(model: Any, windows: Callable[[Any, int], list[int]] = _no_windows) -> Anatomy:
     base = model.model
     blocks: list[Block] = []
-    constants: Constants = [("num_hidden_layers", base.config.num_hidden_layers, len(base.layers))]
+    constants: Constants = []
     for index, window in enumerate(windows(base.config, len(base.layers))):
         block = base.layers[index]
         attention, mlp = block.self_attn, block.mlp

@@ -150,16 +150,17 @@ class NativeForward:
         if torch.compiler.is_compiling():
             traced = self._traced({**dict(zip(self._names, args, strict=False)), **kwargs})
             return traced or type(self.model).forward(self.model, *args, **kwargs)
+        given = kwargs
         if args:
             bound = self.__signature__.bind_partial(*args, **kwargs).arguments
-            kwargs = {**bound.pop("kwargs", {}), **bound}
+            given = {**bound.pop("kwargs", {}), **bound}
         try:
             check_modes()
-            plan = self._plan(_is_step(kwargs))
-            call = read_call(kwargs, plan, self.model.config)
+            plan = self._plan(_is_step(given))
+            call = read_call(given, plan, self.model.config)
         except UnsupportedError as problem:
             logger.warning_once(f"maqd_hf: the model's own forward runs, not the native: {problem}")
-            return type(self.model).forward(self.model, **kwargs)
+            return type(self.model).forward(self.model, *args, **kwargs)
         return _output(*answer(plan, call, self.model.config, self.kv_cache))
 
     def _plan(self, step: bool) -> Plan:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -20,6 +21,11 @@ from torch.nn.modules import module as torch_modules
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # before transformers 5.2
+    output_capturing = None  # type: ignore[assignment]
 
 from ..nn import BatchContext
 from .families import Family, UnsupportedError
@@ -87,12 +93,27 @@ def _check_instance(module: nn.Module, where: str, model: nn.Module) -> None:
     if module is model:
         methods = [name for name in methods if name != "forward"]  # where the native step stands
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    ours = all(isinstance(getattr(hook, "__self__", None), BatchContext) for hook in hooks)
-    if methods or "_hf_hook" in names or not (ours or module is model):
+    idle = all(map(_is_idle, hooks))
+    if methods or "_hf_hook" in names or not (idle or module is model):
         raise UnsupportedError(f"{where} has hooks or a forward of its own")
     config = vars(module).get("config", model.config)
     if config is not model.config:
         raise UnsupportedError(f"{where} has a config of its own")
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook has nothing to do in a native step: that of this package tells the layers
+    what the library is told directly, and those of transformers wait for a call that wants hidden
+    states (``is_captured``)."""
+    if isinstance(getattr(hook, "__self__", None), BatchContext):
+        return True
+    code = getattr(hook, "__code__", None)
+    return code is not None and code.co_filename == getattr(output_capturing, "__file__", None)
+
+
+def is_captured() -> bool:
+    """Whether an outer model collects hidden states or attentions at this moment."""
+    return output_capturing is not None and output_capturing._active_collector.get() is not None
 
 
 def _check_attention(config: Any, family: Family) -> None:
@@ -115,11 +136,16 @@ def _is_function(value: object) -> bool:
 
 def _check_origin(function: Any, name: str, family: Family) -> None:
     """``UnsupportedError`` unless the installed packages define ``function`` and what it wraps."""
-    folders = {name.partition(".")[0] for name in (family.module, "transformers", "torch", _OURS)}
-    roots = [f"{Path(str(sys.modules[folder].__file__)).parent}{os.sep}" for folder in folders]
     for code in _chain(function):
-        if not any(code.co_filename.startswith(root) for root in roots):
+        if not code.co_filename.startswith(_folders(family.module)):
             raise UnsupportedError(f"{name} was replaced by code of {code.co_filename}")
+
+
+@cache
+def _folders(module: str) -> tuple[str, ...]:
+    """Where the code of a family may come from: its own package, transformers, torch and ours."""
+    names = {name.partition(".")[0] for name in (module, "transformers", "torch", _OURS)}
+    return tuple(f"{Path(str(sys.modules[name].__file__)).parent}{os.sep}" for name in names)
 
 
 def _chain(function: Any) -> Iterator[CodeType]:

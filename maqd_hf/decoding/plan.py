@@ -70,7 +70,7 @@ def make_plan(model: Any) -> Plan:
     for name, module in model.named_modules():
         if module.training != model.training:
             raise UnsupportedError(f"{name} is not in the mode (training or not) of the model")
-    decoder = _decoder(anatomy)
+    decoder = _decoder(anatomy, model.config)
     learned = decoder.learned
     positions = math.inf if learned is None else len(learned)
     return Plan(decoder, anatomy, _dtype(anatomy.embedding), positions, _own_first(decoder))
@@ -93,7 +93,7 @@ def _check_config(config: Any) -> None:
         raise UnsupportedError("config.return_dict=False")
 
 
-def _decoder(anatomy: Anatomy) -> NativeDecoder:
+def _decoder(anatomy: Anatomy, config: Any) -> NativeDecoder:
     steps = []
     for index, block in enumerate(anatomy.blocks):
         where = f"block {index}"
@@ -123,7 +123,7 @@ def _decoder(anatomy: Anatomy) -> NativeDecoder:
         head=head,
         **_rotary(anatomy.rotary, head_dim),
     )
-    for name, found, wanted in _shapes(decoder, anatomy):
+    for name, found, wanted in _shapes(decoder, anatomy, config):
         if found != wanted:
             raise UnsupportedError(f"{name} is {found}, where the rest of the model wants {wanted}")
     return decoder
@@ -152,12 +152,15 @@ def _heads(anatomy: Anatomy, steps: Sequence[BlockPlan]) -> tuple[int, int, int]
     return heads, kv_heads, head_dim
 
 
-def _shapes(decoder: NativeDecoder, anatomy: Anatomy) -> Iterator[tuple[str, object, object]]:
+def _shapes(
+    decoder: NativeDecoder, anatomy: Anatomy, config: Any
+) -> Iterator[tuple[str, object, object]]:
     """Everything that must agree, as (name, value found, value wanted)."""
     heads, kv_heads, head_dim = decoder.heads, decoder.kv_heads, decoder.head_dim
     hidden, inner = decoder.hidden, decoder.blocks[0].linears["up"].weight.rows
     queries, keys = heads * head_dim, kv_heads * head_dim
     yield from anatomy.constants
+    yield "config.num_hidden_layers", config.num_hidden_layers, len(decoder.blocks)
     for index, (block, step) in enumerate(zip(anatomy.blocks, decoder.blocks, strict=True)):
         attention = cast(Any, block.attention)
         yield f"layer_idx of block {index}", attention.layer_idx, index

@@ -62,11 +62,14 @@ class Snapshot:
         tables = [table for module in modules for table in _tables(module)]
         self._all = _Structure(modules, [*tables, *global_hooks()])
         stock = [module for module in modules if not isinstance(module, CountedModule)]
-        children = [module._modules for module in stock if module._modules]
-        self._stock = _Structure(stock, children, names_read(model, found))
+        filled = [table for module in stock for table in _tables(module)[:3] if table]
+        self._stock = _Structure(stock, filled, names_read(model, found))
         self._tensors = self._all.tensors
         self._stamp = Stamp(self._tensors)
-        self._copied = [t for t in self._tensors if _is_copied(t)] + _statistics(modules)
+        alone = [tensor for tensor in self._tensors if not _is_counted(tensor)]
+        self._placed = [tensor for tensor in alone if tensor.dtype == torch.float32]
+        self._places = [*map(Tensor.data_ptr, self._placed)]
+        self._copied = [t for t in alone if _is_copied(t)] + _statistics(modules)
         self._versions = [*map(_version, self._copied)]
 
     def fits(self, step: bool = False) -> bool:
@@ -81,7 +84,11 @@ class Snapshot:
                 return False
             events = self._counted()
             if step and events == self._events:
-                return [*map(_version, self._copied)] == self._versions and self._stock.fits()
+                return (
+                    [*map(_version, self._copied)] == self._versions
+                    and [*map(Tensor.data_ptr, self._placed)] == self._places
+                    and self._stock.fits()
+                )
             if not (self._all.fits() and self._stamp.fits(self._tensors)):
                 return False
         except (KeyError, RuntimeError, TypeError, ValueError):
@@ -169,12 +176,13 @@ def _tables(module: nn.Module) -> list[dict[Any, Any]]:
     ]
 
 
+def _is_counted(tensor: Tensor) -> bool:
+    return isinstance(tensor, FrozenParameter) and tensor.counter is not None
+
+
 def _is_copied(tensor: Tensor) -> bool:
-    """Whether the library would read a copy of ``tensor``, whose edits nobody counts: else it reads
-    the tensor itself."""
-    if tensor.is_inference() or (
-        isinstance(tensor, FrozenParameter) and tensor.counter is not None
-    ):
+    """Whether the library would read a copy of ``tensor``: else it reads the tensor itself."""
+    if tensor.is_inference():
         return False
     return tensor.dtype != torch.float32 or not tensor.is_contiguous()
 

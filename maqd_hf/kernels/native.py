@@ -18,6 +18,7 @@ from .abi import TableStruct, WeightStruct
 from .loader import FLOATS, arena, call, isa_number, loaded, pointer, release
 from .reference import half_a_code
 
+_LARGEST_INPUT = 128  # codes of inputs are signed bytes
 _ROWS = 16  # rows of a block, as in internal.h
 # Multiplications below which a second thread costs more than it brings: 19.2 ms a token with this
 # bound, 21.5 with half of it (notebook: "Products below a million multiplications").
@@ -73,6 +74,8 @@ def storage_for(levels: int, rows: int, columns: int, groups: int) -> Storage | 
 
 def fits(columns: int, groups: int, levels: int) -> bool:
     """Whether the layout covers this shape: groups must consist of whole units."""
+    if columns // groups * (levels - 1) * _LARGEST_INPUT >= 1 << 31:
+        return False  # a sum might leave its 32 bits
     if groups == 1:  # asked at every product, and no other question then
         return levels <= STORAGES["8"].levels
     return storage_for(levels, 1, columns, groups) is not None
