@@ -6,7 +6,8 @@ import copy
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -33,6 +34,42 @@ def _patterns(value: Any, what: str) -> list[str]:
     if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
         raise ValueError(f"{what}={value!r}: give a list of glob patterns, e.g. ['*.down_proj']")
     return list(value)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of the annotated type ``kind``; whole numbers pass for floats.
+
+    >>> _fits(4, int | None), _fits(True, int | None), _fits([4], list[str]), _fits(1, float)
+    (True, False, False, True)
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin in (Union, UnionType):
+        return any(_fits(value, choice) for choice in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        whole = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        return whole and all(_fits(item, inner[1]) for item in value.values())
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _check_types(cls: type, content: dict[str, Any]) -> None:
+    """Raise ``ValueError`` that names a field of a file whose type is not that of the class."""
+    for name, kind in get_type_hints(cls).items():
+        if name == "overrides":  # a list of pairs in files
+            kind = kind | list[list[str | dict[str, Any]]]
+        if name in content and not _fits(content[name], kind):
+            shown = str(kind).replace("typing.", "").replace("<class ", "").replace(">", "")
+            raise ValueError(
+                f"config.json: quantization_config.{name}={content[name]!r:.200} must be of type "
+                f"{shown}: it was edited or damaged; download or save the checkpoint again"
+            )
 
 
 def _respell(name: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -254,6 +291,7 @@ class MaQDConfig(QuantizationConfigMixin):
                 f"quantization_config has unknown fields {unknown}: it was written by another "
                 f"maqd_hf release or edited; known are {sorted(known)}"
             )
+        _check_types(cls, config_dict)
         config = cls(**copy.deepcopy(config_dict))
         if config.format_version == 1 and config.modules:
             config.modules = {n: _respell(n, entry) for n, entry in config.modules.items()}

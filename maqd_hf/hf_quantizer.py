@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .checkpoint.files import seal
-from .checkpoint.integrity import FileCheck, check_loaded, check_new, check_shapes
+from .checkpoint.integrity import FileCheck, Forms, check_forms, check_loaded, check_new, forms
 from .checkpoint.layout import build_modules, refresh
 from .checkpoint.saving import recover
 from .checkpoint.version1 import VersionOneCheck
@@ -46,7 +46,7 @@ class MaQDHfQuantizer(HfQuantizer):
         # transformers keeps one config object per call; ours is written to on conversion
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._new_heads: list[str] = []
-        self._shapes: dict[str, torch.Size] = {}
+        self._forms: Forms = {}
         self._frozen: list[str] = []
         self._check: FileCheck | VersionOneCheck = FileCheck(None)
 
@@ -70,7 +70,7 @@ class MaQDHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
-            self._shapes = _shapes(model)
+            self._forms = forms(model)
             return model
         self._check = self._open_check(kwargs.get("checkpoint_files"))
         self._check.check_architecture()
@@ -83,13 +83,13 @@ class MaQDHfQuantizer(HfQuantizer):
         model._keep_in_fp32_modules_strict = strict
         if isinstance(getattr(model, "dtype_plan", None), dict):  # transformers 5.0
             model.dtype_plan.update(dict.fromkeys(strict, torch.float32))
-        self._shapes = _shapes(model)
+        self._forms = forms(model)
         parameters = model.named_parameters(remove_duplicate=False)
         self._frozen = [name for name, p in parameters if not p.requires_grad]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        check_shapes(model, self._shapes)
+        check_forms(model, self._forms)
         if not self.pre_quantized:
             del model.config.quantization_config
             quantize_model(model, self.quantization_config)
@@ -154,10 +154,6 @@ def _float32_tensors(name: str, module: nn.Module) -> str:
     tensors = module.state_dict(keep_vars=True)
     floats = [key for key in tensors if tensors[key].is_floating_point() and key != "output_like"]
     return rf"(?:^|\.){re.escape(name)}\.(?:{'|'.join(map(re.escape, floats))})$"
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def _detach(model: Any) -> None:

@@ -228,6 +228,6 @@ def _of_module(tensor: str) -> str:
 
 def _differs(what: str) -> DigestError:
     return DigestError(
-        f"digest mismatch: {what}; the file was damaged or edited, or belongs to another save: "
-        "download or save the checkpoint again"
+        f"digest mismatch: {what}; config.json or a file beside it was damaged or edited, or "
+        "belongs to another save: download or save the checkpoint again"
     )

@@ -9,10 +9,9 @@ every tensor of our layers came from the file, and nothing else is new that shou
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -58,17 +57,34 @@ class FileCheck:
             check_tensors(self._files, self._digest)
 
 
-def check_shapes(model: nn.Module, expected: Mapping[str, torch.Size]) -> None:
-    """Raise ``ValueError`` if a tensor has not the shape its layer was built with.
+Forms = dict[str, tuple[tuple[int, ...], bool]]
 
-    transformers 5.0 takes tensors of any shape once a quantizer is present.
+
+def forms(model: nn.Module) -> Forms:
+    """Shape of every tensor of ``model``, and whether it holds floats."""
+    tensors = model.state_dict(keep_vars=True)
+    return {name: (tuple(t.shape), t.is_floating_point()) for name, t in tensors.items()}
+
+
+def check_forms(model: nn.Module, expected: Forms) -> None:
+    """Raise ``ValueError`` if a tensor has not the ``forms`` its layer was built with.
+
+    transformers takes tensors of any shape and type once a quantizer is present.
     """
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.shape != expected.get(name, tensor.shape):
+    for name, (shape, floats) in forms(model).items():
+        wanted, wants_floats = expected.get(name, (shape, floats))
+        if shape != wanted:
             raise ValueError(
-                f"shape mismatch: {name} is {tuple(tensor.shape)} in the checkpoint and "
-                f"{tuple(expected[name])} in {type(model).__name__}: its config.json and its "
-                "safetensors do not belong together; download or save it again"
+                f"shape mismatch: {name} is {shape} in the checkpoint and {wanted} in "
+                f"{type(model).__name__}: its config.json and its safetensors do not belong "
+                "together; download or save it again"
+            )
+        if floats != wants_floats:
+            raise ValueError(
+                f"type mismatch: {name} holds {'floats' if floats else 'integers'} in the "
+                f"checkpoint and {'floats' if wants_floats else 'integers'} in "
+                f"{type(model).__name__}: the header of its .safetensors was edited; download or "
+                "save it again"
             )
 
 

@@ -8,7 +8,8 @@ only there: ``relations`` reads it, and ``refresh`` carries it over when modules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -119,23 +120,31 @@ def build_modules(model: nn.Module, config: MaQDConfig) -> list[str]:
                 f"the checkpoint lists a converted module {relative!r} that {type(model).__name__} "
                 "does not have: config.json does not fit this model class, or was edited"
             )
-        try:
-            if "tied_to" not in entry:
+        if "tied_to" not in entry:
+            with _fitting(relative, entry, old):
                 new = _BUILDERS[entry["kind"]](old, dict(entry), config, context)
                 replace_module(model, names.absolute(relative), new)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"config.json describes {relative!r} as {entry}, which does not fit a "
-                f"{type(old).__name__} ({type(error).__name__}: {error}): it was edited, or "
-                "written by another maqd_hf release"
-            ) from None
     for relative, entry in modules.items():
         if "tied_to" in entry:
-            source = names.absolute(entry["tied_to"])
-            tie_head(model, source, names.absolute(relative), _spec(entry, config), context)
+            with _fitting(relative, entry, have[names.absolute(relative)]):
+                source = names.absolute(entry["tied_to"])
+                tie_head(model, source, names.absolute(relative), _spec(entry, config), context)
     config.modules = modules
     attach_context(model, context)
     return [names.absolute(head) for head in new_heads]
+
+
+@contextmanager
+def _fitting(relative: str, entry: dict[str, Any], old: nn.Module) -> Iterator[None]:
+    """Say which entry of ``config.modules`` it was that did not fit the module ``old``."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"config.json describes {relative!r} as {entry!s:.300}, which does not fit a "
+            f"{type(old).__name__} ({type(error).__name__}: {error}): it was edited, or "
+            "written by another maqd_hf release"
+        ) from None
 
 
 def _heads_to_tie(
