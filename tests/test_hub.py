@@ -186,7 +186,7 @@ def packed_logits(client: RunClient, tmp_path_factory: pytest.TempPathFactory) -
         import sys
         import maqd_hf
         from maqd_hf import MaQDConfig, pack_model, quantize_model
-        from maqd_hf.model_card import model_card
+        from maqd_hf.evaluation.model_card import model_card
 
         model, tokenizer = tiny_llama(), tiny_tokenizer()
         config = MaQDConfig(weight_levels=16, activation_levels=255, activation_scaling="token")
@@ -195,6 +195,8 @@ def packed_logits(client: RunClient, tmp_path_factory: pytest.TempPathFactory) -
         torch.save(logits(model), sys.argv[1])
         repo_id = model.push_to_hub("packed", commit_message="packed").repo_url.repo_id
         tokenizer.push_to_hub(repo_id)
+        model.save_pretrained("saved", push_to_hub=True, repo_id="saved-and-pushed")
+        tokenizer.push_to_hub("saved-and-pushed")
         card = model_card(
             repo_id,
             base_model="tester/plain",
@@ -210,7 +212,8 @@ def packed_logits(client: RunClient, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_packed_model_returns_bit_for_bit(client: RunClient, packed_logits: Path) -> None:
-    succeed(client("import maqd_hf\n" + LOAD_AND_COMPARE, packed_logits, PACKED))
+    repo_ids = [PACKED, f"{USER}/saved-and-pushed"]
+    succeed(client("import maqd_hf\n" + LOAD_AND_COMPARE, packed_logits, *repo_ids))
 
 
 def test_the_card_on_the_hub_is_ours(hub: LoopbackHub, packed_logits: Path) -> None:

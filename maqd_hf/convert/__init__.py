@@ -8,6 +8,7 @@ Imports ``checkpoint``, ``decoding`` and below.
 - ``dequantize``: back to a plain float model;
 - ``resize``: tokens added to and taken from quantised tables and heads;
 - ``folding``: a norm's affine and static scalar moved to where they cost nothing;
+- ``resize``: tokens added to a quantised table, or taken from it;
 - ``report``, ``size``: what was done, and what it weighs.
 """
 
