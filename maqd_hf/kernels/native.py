@@ -21,7 +21,8 @@ from .reference import half_a_code
 _LARGEST_INPUT = 128  # codes of inputs are signed bytes
 _ROWS = 16  # rows of a block, as in internal.h
 # Multiplications below which a second thread costs more than it brings: 19.2 ms a token with this
-# bound, 21.5 with half of it (notebook: "Products below a million multiplications").
+# bound, 21.5 with half of it (notebook: "Products below a million multiplications stay on one
+# thread").
 _PARALLEL = 1 << 20
 _PIECE = 1 << 20  # words that are repacked, and then released, at a time
 
@@ -57,7 +58,8 @@ STORAGES = {
 }
 _TRIT_COLUMNS = 1 << 15  # beyond them a sum of trits might not fit its accumulator
 # Trits save a fifth of the bytes for twice the products, which pays where no cache holds the model:
-# 0.82 of the time of 2 bits a token at 1 B parameters (notebook: "Five ternary digits a byte").
+# 0.82 of the time of 2 bits a token at 1 B parameters (notebook: "Five ternary digits a byte, for
+# matrices no cache holds").
 # So large a matrix belongs to such a model.
 _TRITS_FROM = 1 << 22  # weights of a matrix
 

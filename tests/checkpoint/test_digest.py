@@ -313,7 +313,8 @@ def test_after_layers_were_dropped_the_file_describes_what_is_there(
 def test_a_layer_made_float_again_is_saved_as_one(tmp_path: Path) -> None:
     model = converted("qat")
     mlp = model.model.layers[0].mlp
-    mlp.up_proj = mlp.up_proj.to_linear()
+    layer = mlp.up_proj
+    mlp.up_proj = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     model.save_pretrained(tmp_path)
     assert type(load(tmp_path).model.layers[0].mlp.up_proj) is nn.Linear
 
