@@ -79,13 +79,13 @@ def disagreement(model: Any, plan: Plan) -> str | None:
     except Exception as error:  # whatever it is, the caller is to get it from the model itself
         return f"trying it ended in {type(error).__name__}: {error}"
     if native.shape != own.shape:
-        return f"the library's logits {tuple(native.shape)} are {tuple(own.shape)} of the model's own forward"
+        return f"the library gives logits {tuple(native.shape)}, the model {tuple(own.shape)}"
     far, noise = float(_apart(native, own).min()), float(_apart(moved, own).max())
     allowed = 10 * noise + (1e-3 if plan.dtype == torch.float32 else 0.1)
     if not far <= allowed and own.isfinite().all():
         return (
-            f"the library's logits are {far:.1e} from those of the model's own forward, where rounding "
-            f"explains {allowed:.1e}"
+            f"the library's logits are {far:.1e} from those of the model's own forward, where "
+            f"rounding explains {allowed:.1e}"
         )
     return None
 
