@@ -79,7 +79,7 @@ def disagreement(model: Any, plan: Plan) -> str | None:
     except Exception as error:  # whatever it is, the caller is to get it from the model itself
         return f"trying it ended in {type(error).__name__}: {error}"
     if native.shape != own.shape:
-        return f"the library has logits {tuple(native.shape)}, not {tuple(own.shape)}"
+        return f"the library gives logits {tuple(native.shape)}, the model {tuple(own.shape)}"
     far, noise = float(_apart(native, own).min()), float(_apart(moved, own).max())
     allowed = 10 * noise + (1e-3 if plan.dtype == torch.float32 else 0.1)
     if not far <= allowed and own.isfinite().all():
