@@ -62,16 +62,17 @@ def move_in(folder: Path, staging: Path) -> None:
         file.rename(folder / _to_own(file.name, number))
     _flush_folder(folder)
     config = read_config(staging)
-    config[WEIGHTS_FIELD] = _to_own(_INDEX if index.exists() else _SINGLE, number)
+    own = config[WEIGHTS_FIELD] = _to_own(_INDEX if index.exists() else _SINGLE, number)
     write_durably(folder / CONFIG, config_text(config))
     _flush_folder(folder)
-    _complete(folder)
+    _complete(folder, own)
 
 
 def tidy(folder: Path) -> None:
     """Complete or undo what an interrupted save left in ``folder``; its writer must be gone."""
-    if is_switched(folder):
-        _complete(folder)
+    own = _own_name(folder)
+    if own is not None:
+        _complete(folder, own)
     for left in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"{_OWN}*")]:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
@@ -113,10 +114,8 @@ def _number(own: str) -> str:
     return own.removeprefix(_OWN).partition(".")[0].partition("-")[0]
 
 
-def _complete(folder: Path) -> None:
-    """Step 4. Each of its actions may have been done already."""
-    own = _own_name(folder)
-    assert own is not None
+def _complete(folder: Path, own: str) -> None:
+    """Step 4, for the weights called ``own``. Each of its actions may have been done already."""
     complete_extras(folder)
     prefix = f"{_OWN}{_number(own)}"
     own_files = sorted(file.name for file in folder.glob(f"{prefix}*"))
