@@ -26,7 +26,7 @@ ROOMS = (
     {"config", "models", "decoding"},
     {"checkpoint", "calibration", "evaluation"},
     {"convert", "training"},
-    {"export", "hf_quantizer"},
+    {"export", "hf_quantizer", "trainer"},
     {""},  # maqd_hf/__init__.py
     {"metrics"},
 )
