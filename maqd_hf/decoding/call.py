@@ -92,7 +92,7 @@ def read_call(
     _want(len(caches) < 2, "two caches")
     cache = caches[0] if caches else None
     use_cache = rest.pop("use_cache", config.use_cache)
-    _want(isinstance(use_cache, bool), f"use_cache={use_cache!r}")
+    _want(isinstance(use_cache, bool), "use_cache={!r}", use_cache)
     _want(use_cache or cache is None, "use_cache=False with a cache")
     if cache is not None:
         problem = cache_problem(cache, plan.decoder, batch, tokens)
@@ -105,7 +105,7 @@ def read_call(
     if positions is None:
         counted = mask is not None or (given_mask is not None and given_mask.dim() != 2)
         _want(not (counted and plan.anatomy.counts_padding), "padding without position_ids")
-        _want(past + tokens <= plan.positions, f"more than {plan.positions} positions")
+        _want(past + tokens <= plan.positions, "more than {} positions", plan.positions)
     elif mask is None and cache is None and not use_cache:
         together = tokens == 1 or bool((positions.diff(dim=-1) == 1).all())
         _want(together, "documents told apart by position_ids")
@@ -113,9 +113,10 @@ def read_call(
     return Call(inputs, mask, positions, cache, use_cache, _keep(given), past)
 
 
-def _want(fine: bool, problem: str) -> None:
+def _want(fine: bool, problem: str, *about: object) -> None:
+    """``UnsupportedError`` unless ``fine``; the message is put together only then."""
     if not fine:
-        raise UnsupportedError(problem)
+        raise UnsupportedError(problem.format(*about))
 
 
 def _plain(value: Any) -> bool:
@@ -134,13 +135,13 @@ def check_modes() -> None:
 def _inputs(ids: Any, embeds: Any, plan: Plan) -> Tensor:
     _want((ids is None) != (embeds is None), "neither input_ids nor inputs_embeds, or both")
     inputs: Any = embeds if ids is None else ids
-    _want(_plain(inputs), f"inputs that are no plain tensor on the CPU, but {type(inputs)}")
+    _want(_plain(inputs), "inputs that are no plain tensor on the CPU, but {}", type(inputs))
     if ids is None:
         fits = inputs.dim() == 3 and inputs.shape[2] == plan.decoder.hidden
         fits = fits and inputs.dtype == plan.dtype
     else:
         fits = inputs.dim() == 2 and inputs.dtype in _COUNTS
-    _want(fits and inputs.numel() > 0, f"inputs {tuple(inputs.shape)} of {inputs.dtype}")
+    _want(fits and inputs.numel() > 0, "inputs {} of {}", inputs.shape, inputs.dtype)
     found: Tensor = inputs
     return found
 
@@ -153,7 +154,7 @@ def _positions(positions: Any, plan: Plan, batch: int, tokens: int) -> Tensor | 
     _want(fits, "position_ids that are not (batch, tokens) whole numbers")
     if plan.decoder.learned is not None:
         least, most = (int(bound) for bound in positions.aminmax())
-        _want(least >= 0 and most < plan.positions, f"positions {least} to {most}")
+        _want(least >= 0 and most < plan.positions, "positions {} to {}", least, most)
     found: Tensor = positions
     return found
 
@@ -166,9 +167,9 @@ def _check_rest(rest: dict[str, Any], past: int, tokens: int) -> None:
     if counted is not None:
         end = past + tokens
         same = _plain(counted) and counted.tolist() == list(range(past, end))
-        _want(same, f"cache_position that does not count from {past} to {end}")
+        _want(same, "cache_position that does not count from {} to {}", past, end)
     asked = sorted(name for name, value in rest.items() if name not in _FLAGS or value is not False)
-    _want(not asked, f"called with {', '.join(asked)}")
+    _want(not asked, "called with {}", ", ".join(asked))
 
 
 def _keep(given: dict[str, Any]) -> slice | Tensor:
@@ -178,7 +179,7 @@ def _keep(given: dict[str, Any]) -> slice | Tensor:
             _plain(keep) and keep.dim() == 1 and keep.dtype in _COUNTS, "logits_to_keep of tensors"
         )
         return keep
-    _want(keep is None or (type(keep) is int and keep >= 0), f"logits_to_keep={keep!r}")
+    _want(keep is None or (type(keep) is int and keep >= 0), "logits_to_keep={!r}", keep)
     return slice(-(keep or 0), None)
 
 
@@ -193,7 +194,7 @@ def _mask(mask: Any, plan: Plan, config: Any, sizes: _Sizes) -> Tensor | None:
     if mask is None:
         return None
     batch, tokens, past, _ = sizes
-    _want(_plain(mask), f"an attention mask of type {type(mask).__name__}")
+    _want(_plain(mask), "an attention mask of type {}", type(mask))
     if mask.dim() == 4:
         mask = _mask_of_positions(mask, plan, config, sizes)
     _want(mask.shape == (batch, past + tokens), "an attention mask that is not (batch, positions)")
@@ -210,16 +211,14 @@ def _mask_of_positions(mask: Tensor, plan: Plan, config: Any, sizes: _Sizes) -> 
     batch, tokens, past, limit = sizes
     end = past + tokens
     wanted = (batch, 1, tokens, limit or end)
-    _want(
-        mask.shape == wanted, f"an attention mask {tuple(mask.shape)}, where {wanted} is the rule"
-    )
+    _want(mask.shape == wanted, "an attention mask {}, where {} is the rule", mask.shape, wanted)
     windows = [block.window for block in plan.decoder.blocks]
     _want(not any(0 < window < end for window in windows), "a mask of its own for sliding windows")
     if mask.dtype == torch.bool:
         _want(config._attn_implementation == "sdpa", "a bool mask that eager attention adds")
         seen = mask[:, 0]
     else:
-        _want(mask.dtype == plan.dtype, f"an attention mask of {mask.dtype}")
+        _want(mask.dtype == plan.dtype, "an attention mask of {}", mask.dtype)
         seen = mask[:, 0] == 0
         hidden = mask[:, 0] <= torch.finfo(mask.dtype).min
         _want(bool((seen | hidden).all()), "an attention mask with finite biases")

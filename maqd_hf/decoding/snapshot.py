@@ -67,7 +67,8 @@ class Snapshot:
         self._tensors = self._all.tensors
         self._stamp = Stamp(self._tensors)
         alone = [tensor for tensor in self._tensors if not _is_counted(tensor)]
-        self._placed = [tensor for tensor in alone if tensor.dtype == torch.float32]
+        unread = {id(b) for norm in ours for b in norm.buffers()}
+        self._placed = [t for t in alone if t.dtype == torch.float32 and id(t) not in unread]
         self._places = [*map(Tensor.data_ptr, self._placed)]
         self._copied = [t for t in alone if _is_copied(t)] + _statistics(modules)
         self._versions = [*map(_version, self._copied)]
