@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -66,13 +67,18 @@ class Call(Generic[T]):
 
 
 class _PerThread(threading.local):
-    """``thread`` stands for the thread, whose ident may be another's later. ``stack``: calls under
-    way. ``seen``: the number of the next node when one of our layers ran last. ``again``: the node
-    that asked for a layer last, and whose it is."""
+    """What a thread knows of the calls of one model.
+
+    ``thread`` stands for it: its ident may be another's later. ``stack``: calls under way.
+    ``given``: what a compiled layer is to find, changed in place, as compilers see that. ``seen``:
+    the number of the next node when one of our layers ran last. ``again``: the node that asked for
+    a layer last, and the calls it may be of.
+    """
 
     def __init__(self) -> None:
         self.thread = object()
         self.stack: list[Call[Any]] = []
+        self.given: list[Any] = []
         self.seen = 0
         self.again: tuple[tuple[int, int] | None, list[Call[Any]]] = (None, [])
 
@@ -91,7 +97,6 @@ class Calls(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._entered = False  # ever; before, a layer stands alone
         self._here = _PerThread()
         self._known: dict[int, weakref.ref[Call[T]]] = {}  # by id
         self._recent: deque[Call[T]] = deque(maxlen=KEPT)
@@ -103,7 +108,7 @@ class Calls(Generic[T]):
         """A call of ``entrance`` begins; ``leave`` ends it, whatever happens between."""
         call = Call(entrance, given)
         self._here.stack.append(call)
-        self._entered = True
+        self._settle()
         if not torch.compiler.is_compiling():
             start = self._here.seen = torch.autograd._get_sequence_nr()
             call.nodes.append(Nodes(self._here.thread, start))
@@ -124,8 +129,12 @@ class Calls(Generic[T]):
             ended, call.entrance = call.entrance, None  # who was called may go before its graph
             if not torch.compiler.is_compiling():
                 self._end(call, output)
+            self._settle()
             if ended is entrance:
                 return
+
+    def _settle(self) -> None:
+        self._here.given[:] = [call.given for call in self._here.stack[-1:]]
 
     def _end(self, call: Call[T], output: Any) -> None:
         nodes = call.nodes[0]
@@ -136,8 +145,13 @@ class Calls(Generic[T]):
         self._recent.append(call)
         for tensor in _pytree.tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                metadata: Any = tensor.grad_fn.metadata  # lives as long as the graph behind it
-                metadata[f"call {id(call)}"] = call
+                tensor.grad_fn.register_prehook(partial(self._backward_arrives, call))
+
+    def _backward_arrives(self, call: Call[T], *_: Any) -> None:
+        """At an output of ``call``, which lives as long as this hook; what was called earlier comes
+        later. A compiled layer cannot ask for the node, and finds the call so."""
+        self._here.given[:] = [call.given]
+        torch.autograd.Variable._execution_engine.queue_callback(self._settle)
 
     @contextmanager
     def entered(self, given: T) -> Iterator[None]:
@@ -155,22 +169,15 @@ class Calls(Generic[T]):
         Empty outside all calls. Several, if a backward runs the layer again and more than one
         thread made a node of that number.
         """
-        stack = self._here.stack
         if torch.compiler.is_compiling():
-            if not stack and self._entered and torch.is_grad_enabled():
-                return self._current_uncompiled()  # maybe run again, which a graph cannot ask
-            return [call.given for call in stack[-1:]]
-        backward = running_backward()
+            return list(self._here.given)
+        stack, backward = self._here.stack, running_backward()
         if stack and stack[-1].backward == backward:
             found = stack[-1:]
         else:
             found = [] if backward == NO_BACKWARD else self._run_again(backward)
         self._here.seen = torch.autograd._get_sequence_nr()
         return [call.given for call in found]
-
-    @torch.compiler.disable
-    def _current_uncompiled(self) -> list[T]:
-        return self.current()
 
     def _run_again(self, backward: int) -> list[Call[T]]:
         """Whose layer this backward runs again."""

@@ -93,11 +93,15 @@ class BatchContext:
 
     def once(self, x: Tensor, setting: S, transform: Callable[[Tensor, S], Tensor]) -> Tensor:
         """``transform(x, setting)``, computed once where several layers follow one another on the
-        same ``x``, as q, k and v do."""
+        same ``x``, as q, k and v do.
+
+        ``transform`` keeps no tensor for its backward: a checkpointed stretch may find the result
+        made in its first run and have to make it when it is run again, and must keep as many.
+        """
         # A compiler finds common expressions itself; what changes an inference tensor is not seen.
         if torch.compiler.is_compiling() or x.is_inference():
             return transform(x, setting)
-        modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), _saving()
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
         key = (x._version, setting, modes)
         made = self._made.last
         last = made.get(transform)
@@ -201,14 +205,6 @@ def _agreed(calls: list[Masks], x: Tensor) -> Masks:
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
-
-
-def _saving() -> object:
-    """By what the tensors of a backward are saved: a stretch that is checkpointed has its own, in
-    its first run and whenever it is run again, and may not use what was made outside it."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.8
-    hooks = None if top is None else top(True)
-    return None if hooks is None else weakref.ref(hooks[0])
 
 
 def _fit(mask: Tensor | None, x: Tensor) -> Tensor | None:

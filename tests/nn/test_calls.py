@@ -18,10 +18,27 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
+from maqd_hf.kernels.fake_quantize import round_tokens
+from maqd_hf.kernels.hadamard import hadamard
 from maqd_hf.nn import BatchContext, LayerBatchNorm, LinearSpec, MaQDLinear, Masks, NormSpec
 from maqd_hf.nn.calls import KEPT
 from tests.support.calls import THREADS, ids_of, in_threads, padded
 from tests.support.families import VOCABULARY
+
+
+class Block(nn.Module):
+    """A norm and a quantised layer that look at the masks."""
+
+    def __init__(self, context: BatchContext) -> None:
+        super().__init__()
+        self.norm = LayerBatchNorm(8, NormSpec(first_token="own"), context=context)
+        self.norm.gate.fill_(0.5)
+        spec = LinearSpec(4, 255, first_token="own")
+        self.linear = MaQDLinear(8, 8, spec=spec, context=context)
+        self.linear.activation.set_step(0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
 
 
 class Small(nn.Module):
@@ -31,22 +48,18 @@ class Small(nn.Module):
         super().__init__()
         self.context = BatchContext()
         self.embed = nn.Embedding(VOCABULARY, 8)
-        self.norm = LayerBatchNorm(8, NormSpec(first_token="own"), context=self.context)
-        self.norm.gate.fill_(0.5)
-        spec = LinearSpec(4, 255, first_token="own")
-        self.linear = MaQDLinear(8, 8, spec=spec, context=self.context)
-        self.linear.activation.set_step(0.02)
+        self.block = Block(self.context)
         self.inside: Callable[[], object] = lambda: None
-        self.checkpointed = False
+        self.checkpointed = self.reentrant = False
         self.context.attach(self)
-
-    def block(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.embed(input_ids)
         self.inside()
-        y = checkpoint(self.block, x, use_reentrant=False) if self.checkpointed else self.block(x)
+        if self.checkpointed:
+            y = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        else:
+            y = self.block(x)
         return (x + y).square().sum()
 
 
@@ -76,7 +89,7 @@ def test_a_call_inside_a_call_leaves_the_outer_one_its_masks() -> None:
 def test_a_call_that_an_exception_ends_is_over(error: type[BaseException]) -> None:
     model = Small().eval()
     inner = copy.deepcopy(model)
-    inner.norm.context = inner.context = model.context  # a base model inside a model with a head
+    inner.block.norm.context = inner.context = model.context  # a base model in a model
     inner._forward_pre_hooks.clear()
     inner._forward_hooks.clear()
     model.context.attach(inner)
@@ -159,7 +172,7 @@ def test_a_model_goes_with_its_last_reference() -> None:
 def test_forwards_whose_outputs_nobody_kept_are_known() -> None:
     """Losses on hidden states that a hook took."""
     model, taken = Small().eval(), []
-    model.linear.register_forward_hook(lambda module, args, output: taken.append(output))
+    model.block.linear.register_forward_hook(lambda module, args, output: taken.append(output))
 
     def run() -> Tensor:
         taken.clear()
@@ -195,6 +208,19 @@ def losses_of_threads(model: Small, masks: list[Tensor | None]) -> list[Tensor]:
     return losses
 
 
+@pytest.mark.parametrize("isa", ["reference", "best"])
+def test_what_layers_share_keeps_no_tensor_for_its_backward(
+    isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be made inside a checkpointed stretch or have been made before it."""
+    if isa == "best":
+        monkeypatch.delenv("MAQD_KERNEL")
+    x, kept = torch.randn(2, 3, 16, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda packed: packed):
+        results = hadamard(x, 16), round_tokens(x, 15, 0.8), round_tokens(x, 255)
+    assert all(y.requires_grad for y in results) and not kept
+
+
 def test_forwards_of_threads_that_cannot_be_told_apart_are_refused() -> None:
     """Every thread numbers its nodes from 0: the forwards have the same numbers."""
     model = Small().eval()
@@ -210,37 +236,30 @@ def test_forwards_of_threads_that_cannot_be_told_apart_are_refused() -> None:
 # ----------------------------------------------------------------- compilers, exporters, wrappers
 
 
-class Block(nn.Module):
-    """The block of a ``Small`` as a module, for those who replace modules."""
-
-    def __init__(self, model: Small) -> None:
-        super().__init__()
-        self.norm, self.linear = model.norm, model.linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x))
-
-
-def with_compiled_block(model: Small, fullgraph: bool) -> Small:
+def with_compiled_block(model: Small) -> Small:
     model = copy.deepcopy(model)
-    model.block = torch.compile(Block(model), backend="aot_eager", fullgraph=fullgraph)
+    model.block = torch.compile(model.block, backend="aot_eager", fullgraph=True)
     return model
 
 
 def test_a_compiled_block_reads_the_masks_of_the_call_it_is_in() -> None:
     model = Small().eval()
-    compiled = with_compiled_block(model, fullgraph=True)
+    compiled = with_compiled_block(model)
     for mask in (LEFT, None, LEFT.flip(1)):
         torch.testing.assert_close(compiled(IDS, mask), model(IDS, mask))
 
 
-def test_a_compiled_block_that_is_run_again_has_the_masks_of_its_forward() -> None:
+@pytest.mark.parametrize("reentrant", [False, True], ids=["new", "reentrant"])
+def test_a_compiled_block_that_is_run_again_has_the_masks_of_its_forward(reentrant: bool) -> None:
     model = Small().eval()
-    wanted = small_gradient(model, [model(IDS, LEFT), model(IDS), model(IDS, LEFT.flip(1))])
-    compiled = with_compiled_block(model, fullgraph=False)
-    compiled.checkpointed = True
-    losses = [compiled(IDS, LEFT), compiled(IDS), compiled(IDS, LEFT.flip(1))]
-    torch.testing.assert_close(small_gradient(compiled, losses), wanted)
+    compiled = with_compiled_block(model)
+    compiled.checkpointed, compiled.reentrant = True, reentrant
+    for run in (model, compiled):
+        torch.stack([run(IDS, mask) for mask in (LEFT, None, LEFT.flip(1))]).sum().backward()
+    torch.testing.assert_close(compiled.embed.weight.grad, model.embed.weight.grad)
+    alone = torch.randn(2, 6, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.block(alone), model.block(alone))
 
 
 def test_exported_and_traced_models_have_masks() -> None:
@@ -279,7 +298,7 @@ def test_hooks_of_accelerate_change_nothing() -> None:
     """They stand between the entrance and the layers, and may move a layer to another device."""
     model = Small().eval()
     wanted = model(IDS, LEFT)
-    for module in (model, model.linear):
+    for module in (model, model.block.linear):
         add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
     assert torch.equal(model(IDS, LEFT), wanted)
     with model.context.given(Masks(LEFT.bool(), LEFT.bool())):
@@ -292,7 +311,7 @@ def test_wrappers_of_distributed_training_change_nothing(tmp_path: Path) -> None
     model, several = Small().eval(), (LEFT, None, LEFT.flip(1))
     wanted = small_gradient(model, [model(IDS, mask) for mask in several])
     wrapped = copy.deepcopy(model)
-    wrapped.block = checkpoint_wrapper(Block(wrapped))
+    wrapped.block = checkpoint_wrapper(wrapped.block)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
