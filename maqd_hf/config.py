@@ -291,8 +291,11 @@ class MaQDConfig(QuantizationConfigMixin):
                 f"quantization_config has unknown fields {unknown}: it was written by another "
                 f"maqd_hf release or edited; known are {sorted(known)}"
             )
-        _check_types(cls, config_dict)
-        config = cls(**copy.deepcopy(config_dict))
+        content = copy.deepcopy(config_dict)
+        if content.get("norm_affine") == "absorb":  # as version 1 spells it
+            content["norm_affine"] = _RESPELLED["absorb"]
+        _check_types(cls, content)
+        config = cls(**content)
         if config.format_version == 1 and config.modules:
             config.modules = {n: _respell(n, entry) for n, entry in config.modules.items()}
         return (config, kwargs) if return_unused_kwargs else config
