@@ -45,7 +45,7 @@ class Snapshot:
     >>> model = nn.Sequential(nn.Linear(2, 2))
     >>> model.config = nn.Module()  # any object with attributes
     >>> snapshot = Snapshot(model)
-    >>> snapshot.fits(), setattr(model[0], "in_features", 3), snapshot.fits(step=True)
+    >>> snapshot.fits(), setattr(model[0], "in_features", 3), snapshot.fits()
     (True, None, False)
     """
 

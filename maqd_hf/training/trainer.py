@@ -65,6 +65,10 @@ class MaQDTrainer(DistillingTrainer):
         ValueError: teacher and model do not fit, or the arguments contradict each other.
     """
 
+    requires_quantized = True
+    """Whether a model without any layer of this package is refused; a comparison with the layers
+    of others switches that off."""
+
     def __init__(
         self,
         model: PreTrainedModel | None = None,
@@ -149,7 +153,8 @@ class MaQDTrainer(DistillingTrainer):
                 "a packed model holds codes, which cannot be trained: train the state='qat' "
                 "checkpoint it was packed from, or attach a LoRA adapter and use a plain Trainer"
             )
-        if not any(isinstance(module, OURS) for module in self.model.modules()):
+        ours = any(isinstance(module, OURS) for module in self.model.modules())
+        if self.requires_quantized and not ours:
             raise ValueError(
                 f"this {type(self.model).__name__} was never quantised: call "
                 "maqd_hf.quantize_model(model, MaQDConfig(...)) before MaQDTrainer(model, ...), or "

@@ -123,6 +123,12 @@ def go_on(row: Row, checkpoints: Path | None) -> tuple[PreTrainedModel, dict[str
     return model, {"bits_per_weight": model_size(model).bits_per_quantized_weight}
 
 
+class _AnyLayers(MaQDTrainer):
+    """The same loop for the layers of others, which the rows of peers and rules have."""
+
+    requires_quantized = False
+
+
 def distill(
     model: PreTrainedModel,
     row: Row,
@@ -163,7 +169,7 @@ def distill(
             seed=seed,
             data_seed=seed,
         )
-        trainer = MaQDTrainer(
+        trainer = _AnyLayers(
             model=model,
             args=training,
             teacher=task.teacher,
