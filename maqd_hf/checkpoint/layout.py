@@ -209,6 +209,8 @@ def _build_norm(
     if not isinstance(weight, torch.Tensor):
         raise ValueError("it should be a norm")
     settings = {k: v for k, v in entry.items() if k not in ("kind", "eps", "folded_into", "crc32")}
+    if type(entry["eps"]) not in (int, float):
+        raise ValueError(f"eps={entry['eps']!r}: must be a number")
     spec = NormSpec(**settings)
     return LayerBatchNorm(weight.numel(), spec, entry["eps"], context, weight.device)
 

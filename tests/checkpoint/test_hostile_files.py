@@ -34,6 +34,7 @@ def found() -> tuple[dict[str, int], str]:
     return json.loads(summary.removeprefix(fuzz.SUMMARY)), done.stdout[-4000:] + done.stderr[-1000:]
 
 
+@pytest.mark.slow
 def test_no_changed_file_crashes_hangs_misleads_or_is_refused_unclearly(
     found: tuple[dict[str, int], str],
 ) -> None:
@@ -41,6 +42,7 @@ def test_no_changed_file_crashes_hangs_misleads_or_is_refused_unclearly(
     assert counts.get("wrong", 0) == 0, said
 
 
+@pytest.mark.slow
 def test_enough_files_of_each_sort_were_tried_that_the_law_means_something(
     found: tuple[dict[str, int], str],
 ) -> None:
