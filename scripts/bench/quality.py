@@ -123,7 +123,7 @@ def go_on(row: Row, checkpoints: Path | None) -> tuple[PreTrainedModel, dict[str
     return model, {"bits_per_weight": model_size(model).bits_per_quantized_weight}
 
 
-class _AnyLayers(MaQDTrainer):
+class AnyLayersTrainer(MaQDTrainer):
     """The same loop for the layers of others, which the rows of peers and rules have."""
 
     requires_quantized = False
@@ -169,7 +169,7 @@ def distill(
             seed=seed,
             data_seed=seed,
         )
-        trainer = _AnyLayers(
+        trainer = AnyLayersTrainer(
             model=model,
             args=training,
             teacher=task.teacher,

@@ -137,7 +137,7 @@ def test_a_training_cut_off_goes_on_where_it_was(job, tmp_path, monkeypatch):
     script, arguments = job
     rows, steps = ["MaQD M=4 g64"], []
 
-    class Counted(script.MaQDTrainer):
+    class Counted(script.AnyLayersTrainer):
         limit = 2
 
         def training_step(self, *args, **kwargs):
@@ -147,7 +147,7 @@ def test_a_training_cut_off_goes_on_where_it_was(job, tmp_path, monkeypatch):
             return super().training_step(*args, **kwargs)
 
     whole = script.main(arguments(rows=rows)).runs[1]
-    monkeypatch.setattr(script, "MaQDTrainer", Counted)
+    monkeypatch.setattr(script, "AnyLayersTrainer", Counted)
     kept = {"checkpoints": tmp_path / "kept", "save_steps": 1, "results": tmp_path / "other.json"}
     with pytest.raises(RuntimeError, match="cut off"):
         script.main(arguments(rows=rows, **kept))
