@@ -71,7 +71,7 @@ class Call:
         positions = self.positions
         if positions is None:
             end = self.past + self.tokens
-            positions = torch.arange(self.past, end, device="cpu").unsqueeze(0)
+            positions = torch.arange(self.past, end, device="cpu")
         return positions.expand(self.batch, -1)
 
 

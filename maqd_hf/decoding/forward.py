@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from threading import RLock
 from typing import Any, get_args
 
@@ -25,6 +25,7 @@ from transformers.utils import logging
 from ..kernels import loader, ops
 from ..kernels.decoder import NativeDecoder
 from ..kernels.key_values import FixedKeyValues, KeyValueType
+from ..nn import BatchContext
 from ..nn.context import CACHE_NAMES, given_cache
 from .answer import answer, disagreement, logits_of
 from .cache import NativeStaticLayer, was_read
@@ -97,6 +98,8 @@ class NativeForward:
     (``snapshot``). Copies and pickles with its model; the copy makes its own plan.
     """
 
+    makes_calls = True  # for the layers, where the model's own forward runs: see BatchContext
+
     def __init__(self, model: nn.Module, kv_cache: KeyValueType = "float32") -> None:
         self.model, self.kv_cache = model, kv_cache
         self._names = tuple(_signature(type(model).forward).parameters)
@@ -146,10 +149,10 @@ class NativeForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or self.model.training or torch.jit.is_tracing():
-            return type(self.model).forward(self.model, *args, **kwargs)
+            return self._own(*args, **kwargs)
         if torch.compiler.is_compiling():
             traced = self._traced({**dict(zip(self._names, args, strict=False)), **kwargs})
-            return traced or type(self.model).forward(self.model, *args, **kwargs)
+            return traced or self._own(*args, **kwargs)
         given = kwargs
         if args:
             bound = self.__signature__.bind_partial(*args, **kwargs).arguments
@@ -160,8 +163,15 @@ class NativeForward:
             call = read_call(given, plan, self.model.config)
         except UnsupportedError as problem:
             logger.warning_once(f"maqd_hf: the model's own forward runs, not the native: {problem}")
-            return type(self.model).forward(self.model, *args, **kwargs)
+            return self._own(*args, **kwargs)
         return _output(*answer(plan, call, self.model.config, self.kv_cache))
+
+    def _own(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own forward returns."""
+        forward: Callable[..., Any] = partial(type(self.model).forward, self.model)
+        for context in BatchContext.of(self.model):
+            forward = partial(context.call, forward)
+        return forward(*args, **kwargs)
 
     def _plan(self, step: bool) -> Plan:
         known = self._look(step)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .calls import Calls
 
 S = TypeVar("S", bound=Hashable)
+T = TypeVar("T")
 
 FirstToken = Literal["own", "shared"]
 """Whether the first token of a sequence keeps statistics and steps of its own. Pretrained models
@@ -110,15 +111,39 @@ class BatchContext:
         return last[2]
 
     def attach(self, base_model: nn.Module) -> None:
-        """Every forward of ``base_model`` (the module that gets the mask) is a call."""
+        """Every forward of ``base_model`` (the module that gets the mask) is a call.
+
+        A ``forward`` of an instance that says ``makes_calls`` makes them itself (``call``), where a
+        layer may ask: masks that nobody reads would cost a small model a tenth of a token.
+        """
         base_model.register_forward_pre_hook(self._enter, with_kwargs=True)
         base_model.register_forward_hook(self._leave, always_call=True)
 
+    @staticmethod
+    def of(module: nn.Module) -> list[BatchContext]:
+        """Those that are attached to ``module``."""
+        owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+        return [owner for owner in owners if isinstance(owner, BatchContext)]
+
+    def call(self, forward: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """``forward(*args, **kwargs)``, as a call of the model."""
+        self._calls.enter(forward, self._masks_of(args, kwargs))
+        output = None
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self._end(forward, output)
+        return output
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls.enter(module, self._masks_of(args, kwargs))
+        if not getattr(vars(module).get("forward"), "makes_calls", False):
+            self._calls.enter(module, self._masks_of(args, kwargs))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._calls.leave(module, output)
+        self._end(module, output)
+
+    def _end(self, entrance: object, output: Any) -> None:
+        self._calls.leave(entrance, output)
         if not torch.compiler.is_compiling():
             self._made.last.clear()
 
