@@ -22,7 +22,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .checkpoint.files import seal
-from .checkpoint.integrity import FileCheck, Forms, check_forms, check_loaded, check_new, forms
+from .checkpoint.integrity import (
+    FileCheck,
+    Forms,
+    check_forms,
+    check_loaded,
+    check_new,
+    check_plan,
+    forms,
+)
 from .checkpoint.layout import build_modules, refresh
 from .checkpoint.saving import recover
 from .checkpoint.version1 import VersionOneCheck
@@ -67,6 +75,14 @@ class MaQDHfQuantizer(HfQuantizer):
                 "the checkpoint's quantization_config lists no converted modules: config.json was "
                 "edited or cut; save the model again with save_pretrained"
             )
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Look at what is going to be built; the plan stays as it is."""
+        if self.pre_quantized:
+            check_plan(config, self.quantization_config.digest)
+        return config
+
+    update_attn_implementation = update_tp_plan  # which later transformers ask in its place
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:

@@ -2,18 +2,20 @@
 
 transformers fills what a checkpoint lacks with uninitialised memory or with new weights, and a
 flipped bit gives a model that is only slightly wrong. ``FileCheck`` compares the files with their
-``digest`` while a model is built and loaded from them; ``check_loaded`` looks at the model itself:
-every tensor of our layers came from the file, and nothing else is new that should not be.
+``digest`` while a model is built and loaded from them, ``check_plan`` bounds what is built at all;
+``check_loaded`` looks at the model itself: every tensor of our layers came from the file, and
+nothing else is new that should not be.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..kernels import release
@@ -55,6 +57,42 @@ class FileCheck:
         """After loading, when the weight files are known to be whole."""
         if self._files:
             check_tensors(self._files, self._digest)
+
+
+_LAYERS = re.compile(r"(?:num|n|encoder|decoder)_(?:\w+_)?layers?")
+_MOST_LAYERS = 1000
+
+
+def check_plan(config: PreTrainedConfig, digest: dict[str, Any] | None) -> None:
+    """Raise ``ValueError`` if ``config.json`` asks for more layers than the files can fill.
+
+    To be asked before a model is built: transformers builds as many layers as a file says, and an
+    empty one, too, takes time and memory. No layer is without a tensor, so that there are no more
+    layers than the ``digest`` lists tensors; without one, as in version 1, a thousand are allowed.
+    """
+    tensors = (digest or {}).get("tensors")
+    most = len(tensors) // 8 if isinstance(tensors, str) else _MOST_LAYERS
+    for name, value in _numbers(config):
+        if _LAYERS.fullmatch(name) and not 0 <= value <= most:
+            raise ValueError(
+                f"config.json: {name}={value} must be in 0..{most}, the number of tensors that "
+                "its digest lists: it was edited or damaged; download or save the checkpoint again"
+            )
+    saved = config.architectures
+    if saved is not None and not (isinstance(saved, list) and all(type(n) is str for n in saved)):
+        raise ValueError(
+            f"config.json: architectures={saved!r:.200} must be a list of strings or null: it was "
+            "edited or damaged; download or save the checkpoint again"
+        )
+
+
+def _numbers(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
+    """The whole numbers in ``config`` and in the configs of its parts."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _numbers(value)
+        elif isinstance(value, int):
+            yield name, value
 
 
 Forms = dict[str, tuple[tuple[int, ...], bool]]
@@ -115,7 +153,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         )
     uncalibrated = name.endswith("activation.log_step")  # NaN there says "not calibrated yet"
     if tensor.is_floating_point() and not uncalibrated and not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged")
+        raise ValueError(f"{name} holds NaN or infinity: its .safetensors is damaged")
 
 
 def check_new(model: PreTrainedModel) -> None:
