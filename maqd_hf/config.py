@@ -142,8 +142,8 @@ def _respell(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     later = sorted(set(entry) & set(_RESPELLED.values()))
     if later:
         raise ValueError(
-            f"format_version=1 does not know {later} of {name}: it was edited, and the file is of "
-            f"format_version {FORMAT_VERSION}; download or save the checkpoint again"
+            f"config.json: format_version=1 does not know {later} of {name}: it was edited, and "
+            f"is of format_version {FORMAT_VERSION}; download or save the checkpoint again"
         )
     return {_RESPELLED.get(key, key): value for key, value in entry.items()}
 
@@ -355,18 +355,20 @@ class MaQDConfig(QuantizationConfigMixin):
         hints = get_type_hints(cls)
         kinds = {f.name: hints[f.name] for f in fields(cls)}
         kinds["overrides"] |= list[tuple[str, dict[str, Any]]]  # in files
+        kinds["modules"] = dict[str, Any] | None
         _check_types("quantization_config", kinds, content)
         of_layers = {name: kinds[name] for name in _LINEAR_FIELDS}
         for pattern, settings in dict(content.get("overrides", ())).items():
             _check_types(f"quantization_config.overrides[{pattern!r}]", of_layers, settings)
+        entries = content.get("modules") or {}
+        _check_types("quantization_config.modules", dict.fromkeys(entries, dict[str, Any]), entries)
+        for name, entry in entries.items():
+            entries[name] = _respell(name, entry) if content.get("format_version") == 1 else entry
+            _check_entry(name, entries[name])
         try:
             config = cls(**content)
         except ValueError as error:
             raise ValueError(f"config.json: quantization_config: {error}") from None
-        if config.format_version == 1 and config.modules:
-            config.modules = {n: _respell(n, entry) for n, entry in config.modules.items()}
-        for name, entry in (config.modules or {}).items():
-            _check_entry(name, entry)
         return (config, kwargs) if return_unused_kwargs else config
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -61,6 +63,7 @@ class FileCheck:
 
 _LAYERS = re.compile(r"(?:num|n|encoder|decoder)_(?:\w+_)?layers?")
 _MOST_LAYERS = 1000
+_LATENT = ".weight_log_scale"
 
 
 def check_plan(config: PreTrainedConfig, digest: dict[str, Any] | None) -> None:
@@ -95,13 +98,55 @@ def _numbers(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
             yield name, value
 
 
-Forms = dict[str, tuple[tuple[int, ...], bool]]
+def check_files(files: Sequence[str | Path] | None) -> None:
+    """Raise ``ValueError`` that names a weight file which is not there, or not whole."""
+    for file in map(Path, files or ()):
+        try:
+            _names(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{file}, which config.json or an index.json beside it names, is no safetensors "
+                f"file ({error}): it was damaged, cut or removed; download or save the checkpoint "
+                "again"
+            ) from None
+
+
+def check_plain(files: Sequence[str | Path] | None) -> None:
+    """Raise ``ValueError`` if the weight ``files`` are of a trainable MaQD model.
+
+    To be asked where ``config.json`` does not say so: transformers would load the latent weights
+    as if they were the model, and leave out what quantises them.
+    """
+    for file in map(Path, files or ()):
+        names: list[str] = []
+        with suppress(OSError, SafetensorError):  # which transformers will tell
+            names = _names(file)
+        ours = next((name for name in names if name.endswith(_LATENT)), None)
+        if ours is not None:
+            raise ValueError(
+                f"{file} holds {ours}, as a MaQD model in training does, but quant_method in the "
+                "quantization_config of config.json beside it is not 'maqd': it was edited or "
+                "damaged; download or save the checkpoint again"
+            )
+
+
+def _names(file: Path) -> list[str]:
+    """The tensors in a safetensors file; its header is read, its data are not."""
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+Forms = dict[str, tuple[tuple[int, ...], str]]
 
 
 def forms(model: nn.Module) -> Forms:
-    """Shape of every tensor of ``model``, and whether it holds floats."""
+    """Shape of every tensor of ``model``, and its type, of which all floats count as one."""
+
+    def kind(tensor: Tensor) -> str:
+        return "floats" if tensor.is_floating_point() else str(tensor.dtype)
+
     tensors = model.state_dict(keep_vars=True)
-    return {name: (tuple(t.shape), t.is_floating_point()) for name, t in tensors.items()}
+    return {name: (tuple(tensor.shape), kind(tensor)) for name, tensor in tensors.items()}
 
 
 def check_forms(model: nn.Module, expected: Forms) -> None:
@@ -109,18 +154,17 @@ def check_forms(model: nn.Module, expected: Forms) -> None:
 
     transformers takes tensors of any shape and type once a quantizer is present.
     """
-    for name, (shape, floats) in forms(model).items():
-        wanted, wants_floats = expected.get(name, (shape, floats))
+    for name, (shape, kind) in forms(model).items():
+        wanted, wanted_kind = expected.get(name, (shape, kind))
         if shape != wanted:
             raise ValueError(
                 f"shape mismatch: {name} is {shape} in the checkpoint and {wanted} in "
-                f"{type(model).__name__}: its config.json and its safetensors do not belong "
+                f"{type(model).__name__}: its config.json and its .safetensors do not belong "
                 "together; download or save it again"
             )
-        if floats != wants_floats:
+        if kind != wanted_kind:
             raise ValueError(
-                f"type mismatch: {name} holds {'floats' if floats else 'integers'} in the "
-                f"checkpoint and {'floats' if wants_floats else 'integers'} in "
+                f"type mismatch: {name} holds {kind} in the checkpoint and {wanted_kind} in "
                 f"{type(model).__name__}: the header of its .safetensors was edited; download or "
                 "save it again"
             )
@@ -148,7 +192,7 @@ def _came_from_file(tensor: Tensor) -> bool:
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not _came_from_file(tensor):
         raise ValueError(
-            f"{name} is missing from the checkpoint: its config.json and its safetensors do not "
+            f"{name} is missing from the checkpoint: its config.json and its .safetensors do not "
             "belong together, or the file was cut; download or save it again"
         )
     uncalibrated = name.endswith("activation.log_step")  # NaN there says "not calibrated yet"
@@ -176,9 +220,9 @@ def check_new(model: PreTrainedModel) -> None:
         in_layer = re.match(r"[^/].*\.\d+\.", names.relative(name))
         if in_layer or not asked_for:
             raise ValueError(
-                f"{name} is missing from the checkpoint, which {saved} saved: only a head or "
-                "pooler that another class adds may be new in a converted model; download or save "
-                "it again, or load it into the class that it has"
+                f"{name} is missing from the checkpoint, whose .safetensors {saved} saved: only a "
+                "head or pooler that another class adds may be new in a converted model; download "
+                "or save it again, or load it into the class that it has"
             )
     if new:
         logger.warning(

@@ -230,6 +230,20 @@ def test_what_cannot_be_built_is_refused_before_it_is_built(
         load(copied)
 
 
+@pytest.mark.parametrize("field", ["quant_method", "quantization_config"])
+def test_latent_weights_are_not_loaded_as_a_plain_model(field: str, tmp_path: Path) -> None:
+    """transformers passes over what it does not know, and so over a damaged word of ours."""
+    model = tiny("llama-untied")
+    quantize_model(model, weight_levels=4)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace(f'"{field}":', f'"{field}_":'))
+    if field == "quant_method":
+        file.write_text(file.read_text().replace(f'"{field}_":', '"quant_method": "mbqd", "x":'))
+    with pytest.raises(ValueError, match=r"weight_log_scale.*config.json.*is not 'maqd'"):
+        load(tmp_path)
+
+
 def test_packed_words_read_as_qat_latents(copied: Path) -> None:
     file = copied / "config.json"
     config = json.loads(file.read_text())
