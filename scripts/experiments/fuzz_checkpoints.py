@@ -58,6 +58,11 @@ def tried(counts: Counter[str]) -> int:
     return sum(n for name, n in counts.items() if ":" in name)
 
 
+def joined(a: Counter[str], b: Counter[str]) -> Counter[str]:
+    """The sum of two counts, and of their peaks the higher one."""
+    return Counter({**(a + b), "peak MiB": max(a["peak MiB"], b["peak MiB"])})
+
+
 def run(root: Path, mutants: int, number: int, now: Path) -> None:
     """Change, load and judge; ``now`` always holds the draw at hand, for the parent to report."""
     wanted = {folder.name: state(load(folder)) for folder in root.iterdir() if folder.is_dir()}
@@ -87,11 +92,15 @@ def run(root: Path, mutants: int, number: int, now: Path) -> None:
             counts["wrong"] += 1
             print(f"{outcome}: {kind}, {what}, {draw}: {said[:600]}", flush=True)
         if tried(counts) % 500 == 0:
-            say(counts)
+            say(counts | peak())
 
     one()
-    counts["peak MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    say(counts)
+    say(counts | peak())
+
+
+def peak() -> Counter[str]:
+    """The most memory that this process has held."""
+    return Counter({"peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024})
 
 
 def work(root: Path, mutants: int, number: int) -> Counter[str]:
@@ -112,9 +121,7 @@ def work(root: Path, mutants: int, number: int) -> Counter[str]:
                 print(line, flush=True)
         milliseconds = 1000 * (time.monotonic() - start) / max(1, tried(found))
         print(f"{number}: {milliseconds:.1f} ms a mutant, {found['peak MiB']} MiB", flush=True)
-        peak = max(total.pop("peak MiB", 0), found.pop("peak MiB", 0))
-        total += found
-        total["peak MiB"] = peak
+        total = joined(total, found)
         if done.returncode == 0:
             break
         print(f"died with {done.returncode} at {now.read_text('utf-8')}", flush=True)
@@ -154,9 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(arguments.processes) as pool:
         write_originals(Path(root))
         for found in pool.map(work, [Path(root)] * len(sizes), sizes, numbers):
-            peak = max(counts["peak MiB"], found["peak MiB"])
-            counts = counts + found
-            counts["peak MiB"] = peak
+            counts = joined(counts, found)
     say(counts)
     raise SystemExit(1 if counts["wrong"] else 0)
 
