@@ -74,12 +74,14 @@ def check_plan(config: PreTrainedConfig, digest: dict[str, Any] | None) -> None:
     layers than the ``digest`` lists tensors; without one, as in version 1, a thousand are allowed.
     """
     tensors = (digest or {}).get("tensors")
-    most = len(tensors) // 8 if isinstance(tensors, str) else _MOST_LAYERS
+    most, why = _MOST_LAYERS, "which is more than any model has"
+    if isinstance(tensors, str):
+        most, why = len(tensors) // 8, "the number of tensors that its digest lists"
     for name, value in _numbers(config):
         if _LAYERS.fullmatch(name) and not 0 <= value <= most:
             raise ValueError(
-                f"config.json: {name}={value} must be in 0..{most}, the number of tensors that "
-                "its digest lists: it was edited or damaged; download or save the checkpoint again"
+                f"config.json: {name}={value} must be in 0..{most}, {why}: it was edited or "
+                "damaged; download or save the checkpoint again"
             )
     saved = config.architectures
     if saved is not None and not (isinstance(saved, list) and all(type(n) is str for n in saved)):
