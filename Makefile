@@ -4,7 +4,7 @@ CLANG_FORMAT ?= $(if $(wildcard .venv/bin/clang-format),.venv/bin/clang-format,c
 C_FILES = $(wildcard maqd_hf/kernels/csrc/*.[ch] maqd_hf/kernels/csrc/*.inc tests/support/*.c)
 
 .DEFAULT_GOAL := help
-.PHONY: help check fix test test-slow sanitize valgrind arm docs tables
+.PHONY: help check fix test test-slow sanitize fuzz valgrind arm docs tables
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -28,6 +28,9 @@ test-slow: ## the tests that take more than a quarter of a minute each
 
 sanitize: ## the compiled library under the sanitizers
 	PYTHON=$(PYTHON) .ci/sanitize
+
+fuzz: ## 200,000 damaged and forged checkpoints on the library under the sanitizers, for an hour or two
+	PYTHON=$(PYTHON) .ci/sanitize-fuzz --processes 2
 
 valgrind: ## the compiled library under memcheck
 	.ci/valgrind

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from types import UnionType
@@ -37,7 +39,9 @@ def _patterns(value: Any, what: str) -> list[str]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of the annotated type ``kind``; whole numbers pass for floats.
+    """Whether a JSON value is of the annotated type ``kind``.
+
+    Whole numbers pass for floats, NaN and infinity do not; a tuple is a list of that length.
 
     >>> _fits(4, int | None), _fits(True, int | None), _fits([4], list[str]), _fits(1, float)
     (True, False, False, True)
@@ -51,25 +55,86 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(_fits(value, choice) for choice in inner)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is tuple:
+        return (
+            isinstance(value, list) and len(value) == len(inner) and all(map(_fits, value, inner))
+        )
     if origin is dict:
         whole = isinstance(value, dict) and all(isinstance(key, str) for key in value)
         return whole and all(_fits(item, inner[1]) for item in value.values())
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    if kind is float:
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind)
 
 
-def _check_types(cls: type, content: dict[str, Any]) -> None:
-    """Raise ``ValueError`` that names a field of a file whose type is not that of the class."""
-    for name, kind in get_type_hints(cls).items():
-        if name == "overrides":  # a list of pairs in files
-            kind = kind | list[list[str | dict[str, Any]]]
-        if name in content and not _fits(content[name], kind):
-            shown = str(kind).replace("typing.", "").replace("<class ", "").replace(">", "")
+def _in_words(kind: Any) -> str:
+    """The annotated type ``kind`` as a sentence names it.
+
+    >>> _in_words(Literal["own", "shared"]), _in_words(list[str] | None), _in_words(float)
+    ("'own' or 'shared'", 'list[str] or null', 'finite float')
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin in (Union, UnionType):
+        return " or ".join(map(_in_words, inner))
+    if origin in (list, tuple):
+        return f"list[{', '.join(map(_in_words, inner))}]"
+    if origin is dict:
+        return "object"
+    return {type(None): "null", float: "finite float"}.get(kind) or str(kind.__name__)
+
+
+_DAMAGED = "it was edited or damaged; download or save the checkpoint again"
+
+
+def _check_types(where: str, kinds: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` that names a field which ``kinds`` lacks or wants of another type.
+
+    ``where`` is the place of ``content`` in ``config.json``.
+    """
+    unknown = sorted(set(content) - set(kinds))
+    if unknown:
+        raise ValueError(
+            f"config.json: {where} has unknown fields {unknown}: it was written by another maqd_hf "
+            f"release or edited; known are {sorted(kinds)}"
+        )
+    for name, value in content.items():
+        if not _fits(value, kinds[name]):
             raise ValueError(
-                f"config.json: quantization_config.{name}={content[name]!r:.200} must be of type "
-                f"{shown}: it was edited or damaged; download or save the checkpoint again"
+                f"config.json: {where}.{name}={value!r:.200} must be of type "
+                f"{_in_words(kinds[name])}: {_DAMAGED}"
             )
+
+
+_EVERY_ENTRY = {"kind": str, "crc32": int | None}
+_ENTRIES: dict[str, dict[str, Any]] = {
+    "linear": get_type_hints(LinearSpec) | {"bias": bool, "tied_to": str} | _EVERY_ENTRY,
+    "embedding": {"levels": int, "output_scale": float} | _EVERY_ENTRY,
+    "norm": get_type_hints(NormSpec) | {"eps": float, "folded_into": list[str]} | _EVERY_ENTRY,
+}
+_REQUIRED = {"linear": {"bias"}, "embedding": {"levels"}, "norm": {"eps", "folded_into"}}
+"""What an entry of ``modules`` may say and what it must, by its kind."""
+
+
+def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` that names what is wrong with an entry of ``modules`` in a file."""
+    where, kind = f"quantization_config.modules[{name!r}]", entry.get("kind")
+    if not isinstance(kind, str) or kind not in _REQUIRED:
+        kinds = " or ".join(map(repr, _REQUIRED))
+        raise ValueError(f"config.json: {where}.kind={kind!r:.200} must be {kinds}: {_DAMAGED}")
+    _check_types(where, _ENTRIES[kind], entry)
+    missing = sorted(_REQUIRED[kind] - set(entry))
+    if missing:
+        raise ValueError(f"config.json: {where} lacks {missing}: {_DAMAGED}")
+    if kind == "norm" and entry["eps"] < 0:
+        raise ValueError(f"config.json: {where}.eps={entry['eps']} must be at least 0: {_DAMAGED}")
+    if kind == "norm" and not 0 < entry.get("momentum", 1) <= 1:
+        raise ValueError(
+            f"config.json: {where}.momentum={entry['momentum']} must be in (0, 1]: {_DAMAGED}"
+        )
 
 
 def _respell(name: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +142,8 @@ def _respell(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     later = sorted(set(entry) & set(_RESPELLED.values()))
     if later:
         raise ValueError(
-            f"format_version=1 does not know {later} of {name}: it was edited, and the file is of "
-            f"format_version {FORMAT_VERSION}; download or save the checkpoint again"
+            f"config.json: format_version=1 does not know {later} of {name}: it was edited, and "
+            f"is of format_version {FORMAT_VERSION}; download or save the checkpoint again"
         )
     return {_RESPELLED.get(key, key): value for key, value in entry.items()}
 
@@ -284,20 +349,26 @@ class MaQDConfig(QuantizationConfigMixin):
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         """From JSON of any readable version; unknown fields raise, they would change the model."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(config_dict) - known)
-        if unknown:
-            raise ValueError(
-                f"quantization_config has unknown fields {unknown}: it was written by another "
-                f"maqd_hf release or edited; known are {sorted(known)}"
-            )
         content = copy.deepcopy(config_dict)
         if content.get("norm_affine") == "absorb":  # as version 1 spells it
             content["norm_affine"] = _RESPELLED["absorb"]
-        _check_types(cls, content)
-        config = cls(**content)
-        if config.format_version == 1 and config.modules:
-            config.modules = {n: _respell(n, entry) for n, entry in config.modules.items()}
+        hints = get_type_hints(cls)
+        kinds = {f.name: hints[f.name] for f in fields(cls)}
+        kinds["overrides"] |= list[tuple[str, dict[str, Any]]]  # in files
+        kinds["modules"] = dict[str, Any] | None
+        _check_types("quantization_config", kinds, content)
+        of_layers = {name: kinds[name] for name in _LINEAR_FIELDS}
+        for pattern, settings in dict(content.get("overrides", ())).items():
+            _check_types(f"quantization_config.overrides[{pattern!r}]", of_layers, settings)
+        entries = content.get("modules") or {}
+        _check_types("quantization_config.modules", dict.fromkeys(entries, dict[str, Any]), entries)
+        for name, entry in entries.items():
+            entries[name] = _respell(name, entry) if content.get("format_version") == 1 else entry
+            _check_entry(name, entries[name])
+        try:
+            config = cls(**content)
+        except ValueError as error:
+            raise ValueError(f"config.json: quantization_config: {error}") from None
         return (config, kwargs) if return_unused_kwargs else config
 
 

@@ -12,6 +12,7 @@ import copy
 import re
 from collections.abc import Callable
 from functools import wraps
+from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,17 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .checkpoint.files import seal
-from .checkpoint.integrity import FileCheck, Forms, check_forms, check_loaded, check_new, forms
+from .checkpoint.integrity import (
+    FileCheck,
+    Forms,
+    check_files,
+    check_forms,
+    check_loaded,
+    check_new,
+    check_plain,
+    check_plan,
+    forms,
+)
 from .checkpoint.layout import build_modules, refresh
 from .checkpoint.saving import recover
 from .checkpoint.version1 import VersionOneCheck
@@ -68,10 +79,19 @@ class MaQDHfQuantizer(HfQuantizer):
                 "edited or cut; save the model again with save_pretrained"
             )
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """Look at what is going to be built; the plan stays as it is."""
+        if self.pre_quantized:
+            check_plan(config, self.quantization_config.digest)
+        return config
+
+    update_attn_implementation = update_tp_plan  # which later transformers ask in its place
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             self._forms = forms(model)
             return model
+        check_files(kwargs.get("checkpoint_files"))
         self._check = self._open_check(kwargs.get("checkpoint_files"))
         self._check.check_architecture()
         self._new_heads = build_modules(model, self.quantization_config)
@@ -169,8 +189,8 @@ def _detach(model: Any) -> None:
 
 # ------------------------------------------------------------------------------------- patches
 # transformers asks a quantizer before it saves, a trained model has none, and neither sees the
-# files that were written; nobody is asked when tokens are added. So these methods of
-# PreTrainedModel are wrapped; other models pass through.
+# files that were written; nobody is asked when tokens are added, or when a damaged config.json no
+# longer says that it is ours. So these methods of PreTrainedModel are wrapped; other models pass.
 
 
 def _is_converted(model: Any) -> bool:
@@ -229,7 +249,23 @@ def _resizes_ours(resize: Callable[..., Any]) -> Callable[..., Any]:
     return resize_token_embeddings
 
 
+def _loads_ours_as_ours(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``_load_pretrained_model`` that refuses files of ours for a model that is not to be ours."""
+
+    @wraps(load)
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        quantizer = load_config.hf_quantizer
+        if not (isinstance(quantizer, MaQDHfQuantizer) and quantizer.pre_quantized):
+            check_plain(files)
+        return load(model, state_dict, files, load_config, *args, **kwargs)
+
+    return _load_pretrained_model
+
+
 _WRAPPERS = {
+    "_load_pretrained_model": _loads_ours_as_ours,
     "save_pretrained": _sealed,
     "_upload_modified_files": _uploads_sealed,
     "resize_token_embeddings": _resizes_ours,
@@ -242,7 +278,8 @@ def _patch(name: str, wrapper: Callable[..., Any]) -> None:
     if not getattr(method, "_knows_maqd", False):
         wrapped = wrapper(method)
         wrapped._knows_maqd = True
-        setattr(PreTrainedModel, name, wrapped)
+        static = isinstance(getattr_static(PreTrainedModel, name), staticmethod)
+        setattr(PreTrainedModel, name, staticmethod(wrapped) if static else wrapped)
 
 
 def register() -> None:

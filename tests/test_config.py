@@ -32,7 +32,7 @@ OTHER: dict[str, Any] = {  # every field away from its default
     "exclude": ["*.down_proj"],
     "overrides": {"*.o_proj": {"weight_levels": None}},
     "state": "packed",
-    "modules": {"layers.0.up_proj": {"weight_levels": 3}},
+    "modules": {"layers.0.up_proj": {"kind": "linear", "bias": False, "weight_levels": 3}},
 }
 USER_FIELDS = [
     f.name for f in fields(MaQDConfig) if f.name not in ("digest", "format_version", "quant_method")

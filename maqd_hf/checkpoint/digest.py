@@ -149,10 +149,11 @@ def make_digest(config: Mapping[str, Any], files: Sequence[Path]) -> dict[str, A
         "modules": "".join(modules.values()),
         "tensors": "".join(tensors.values()),
     }
-    return digest | {"whole": _whole(digest)}
+    return digest | {"whole": whole_of(digest)}
 
 
-def _whole(digest: Mapping[str, Any]) -> str:
+def whole_of(digest: Mapping[str, Any]) -> str:
+    """The field ``whole`` of a digest with these other fields."""
     text = json.dumps([digest[k] for k in ("config", "modules", "tensors")], sort_keys=True)
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -168,11 +169,10 @@ def read_digest(config: Mapping[str, Any]) -> dict[str, Any]:
             "config.json holds no digest: the save was cut off, or config.json was edited; save "
             "the model again"
         )
-    try:
-        intact = digest["whole"] == _whole(digest)
-    except (KeyError, TypeError, ValueError):
-        intact = False
-    if not intact:
+    known = {"config": dict, "modules": str, "tensors": str, "whole": str}
+    whole = isinstance(digest, dict) and digest.keys() == known.keys()
+    typed = whole and all(isinstance(digest[name], kind) for name, kind in known.items())
+    if not typed or digest["whole"] != whole_of(digest):
         raise DigestError(
             "the digest in config.json does not agree with itself: it was edited or damaged; "
             "download or save the checkpoint again"

@@ -2,18 +2,22 @@
 
 transformers fills what a checkpoint lacks with uninitialised memory or with new weights, and a
 flipped bit gives a model that is only slightly wrong. ``FileCheck`` compares the files with their
-``digest`` while a model is built and loaded from them; ``check_loaded`` looks at the model itself:
-every tensor of our layers came from the file, and nothing else is new that should not be.
+``digest`` while a model is built and loaded from them, ``check_plan`` bounds what is built at all;
+``check_loaded`` looks at the model itself: every tensor of our layers came from the file, and
+nothing else is new that should not be.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..kernels import release
@@ -57,13 +61,94 @@ class FileCheck:
             check_tensors(self._files, self._digest)
 
 
-Forms = dict[str, tuple[tuple[int, ...], bool]]
+_LAYERS = re.compile(r"(?:num|n|encoder|decoder)_(?:\w+_)?layers?")
+_MOST_LAYERS = 1000
+_LATENT = ".weight_log_scale"
+
+
+def check_plan(config: PreTrainedConfig, digest: dict[str, Any] | None) -> None:
+    """Raise ``ValueError`` if ``config.json`` asks for more layers than the files can fill.
+
+    To be asked before a model is built: transformers builds as many layers as a file says, and an
+    empty one, too, takes time and memory. No layer is without a tensor, so that there are no more
+    layers than the ``digest`` lists tensors; without one, as in version 1, a thousand are allowed.
+    """
+    tensors = (digest or {}).get("tensors")
+    most, why = _MOST_LAYERS, "which is more than any model has"
+    if isinstance(tensors, str):
+        most, why = len(tensors) // 8, "the number of tensors that its digest lists"
+    for name, value in _numbers(config):
+        if _LAYERS.fullmatch(name) and not 0 <= value <= most:
+            raise ValueError(
+                f"config.json: {name}={value} must be in 0..{most}, {why}: it was edited or "
+                "damaged; download or save the checkpoint again"
+            )
+    saved = config.architectures
+    if saved is not None and not (isinstance(saved, list) and all(type(n) is str for n in saved)):
+        raise ValueError(
+            f"config.json: architectures={saved!r:.200} must be a list of strings or null: it was "
+            "edited or damaged; download or save the checkpoint again"
+        )
+
+
+def _numbers(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
+    """The whole numbers in ``config`` and in the configs of its parts."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _numbers(value)
+        elif isinstance(value, int):
+            yield name, value
+
+
+def check_files(files: Sequence[str | Path] | None) -> None:
+    """Raise ``ValueError`` that names a weight file which is not there, or not whole."""
+    for file in map(Path, files or ()):
+        try:
+            _names(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{file}, which config.json or an index.json beside it names, is no safetensors "
+                f"file ({error}): it was damaged, cut or removed; download or save the checkpoint "
+                "again"
+            ) from None
+
+
+def check_plain(files: Sequence[str | Path] | None) -> None:
+    """Raise ``ValueError`` if the weight ``files`` are of a trainable MaQD model.
+
+    To be asked where ``config.json`` does not say so: transformers would load the latent weights
+    as if they were the model, and leave out what quantises them.
+    """
+    for file in map(Path, files or ()):
+        names: list[str] = []
+        with suppress(OSError, SafetensorError):  # which transformers will tell
+            names = _names(file)
+        ours = next((name for name in names if name.endswith(_LATENT)), None)
+        if ours is not None:
+            raise ValueError(
+                f"{file} holds {ours}, as a MaQD model in training does, but quant_method in the "
+                "quantization_config of config.json beside it is not 'maqd': it was edited or "
+                "damaged; download or save the checkpoint again"
+            )
+
+
+def _names(file: Path) -> list[str]:
+    """The tensors in a safetensors file; its header is read, its data are not."""
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+Forms = dict[str, tuple[tuple[int, ...], str]]
 
 
 def forms(model: nn.Module) -> Forms:
-    """Shape of every tensor of ``model``, and whether it holds floats."""
+    """Shape of every tensor of ``model``, and its type, of which all floats count as one."""
+
+    def kind(tensor: Tensor) -> str:
+        return "floats" if tensor.is_floating_point() else str(tensor.dtype)
+
     tensors = model.state_dict(keep_vars=True)
-    return {name: (tuple(t.shape), t.is_floating_point()) for name, t in tensors.items()}
+    return {name: (tuple(tensor.shape), kind(tensor)) for name, tensor in tensors.items()}
 
 
 def check_forms(model: nn.Module, expected: Forms) -> None:
@@ -71,18 +156,17 @@ def check_forms(model: nn.Module, expected: Forms) -> None:
 
     transformers takes tensors of any shape and type once a quantizer is present.
     """
-    for name, (shape, floats) in forms(model).items():
-        wanted, wants_floats = expected.get(name, (shape, floats))
+    for name, (shape, kind) in forms(model).items():
+        wanted, wanted_kind = expected.get(name, (shape, kind))
         if shape != wanted:
             raise ValueError(
                 f"shape mismatch: {name} is {shape} in the checkpoint and {wanted} in "
-                f"{type(model).__name__}: its config.json and its safetensors do not belong "
+                f"{type(model).__name__}: its config.json and its .safetensors do not belong "
                 "together; download or save it again"
             )
-        if floats != wants_floats:
+        if kind != wanted_kind:
             raise ValueError(
-                f"type mismatch: {name} holds {'floats' if floats else 'integers'} in the "
-                f"checkpoint and {'floats' if wants_floats else 'integers'} in "
+                f"type mismatch: {name} holds {kind} in the checkpoint and {wanted_kind} in "
                 f"{type(model).__name__}: the header of its .safetensors was edited; download or "
                 "save it again"
             )
@@ -110,12 +194,12 @@ def _came_from_file(tensor: Tensor) -> bool:
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not _came_from_file(tensor):
         raise ValueError(
-            f"{name} is missing from the checkpoint: its config.json and its safetensors do not "
+            f"{name} is missing from the checkpoint: its config.json and its .safetensors do not "
             "belong together, or the file was cut; download or save it again"
         )
     uncalibrated = name.endswith("activation.log_step")  # NaN there says "not calibrated yet"
     if tensor.is_floating_point() and not uncalibrated and not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged")
+        raise ValueError(f"{name} holds NaN or infinity: its .safetensors is damaged")
 
 
 def check_new(model: PreTrainedModel) -> None:
@@ -138,9 +222,9 @@ def check_new(model: PreTrainedModel) -> None:
         in_layer = re.match(r"[^/].*\.\d+\.", names.relative(name))
         if in_layer or not asked_for:
             raise ValueError(
-                f"{name} is missing from the checkpoint, which {saved} saved: only a head or "
-                "pooler that another class adds may be new in a converted model; download or save "
-                "it again, or load it into the class that it has"
+                f"{name} is missing from the checkpoint, whose .safetensors {saved} saved: only a "
+                "head or pooler that another class adds may be new in a converted model; download "
+                "or save it again, or load it into the class that it has"
             )
     if new:
         logger.warning(

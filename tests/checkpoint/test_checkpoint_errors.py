@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -153,8 +154,11 @@ EDITS: dict[str, tuple[Edit, str]] = {
         "'norm'.*should be a Linear",
     ),
     "unknown kind": (lambda c: _module(c).update(kind="lstm"), f"{LAYER}.*lstm"),
-    "no kind": (lambda c: _module(c).pop("kind"), f"{LAYER}.*KeyError"),
-    "unknown setting": (lambda c: _module(c).update(bits=4), r"unknown settings \['bits'\]"),
+    "no kind": (
+        lambda c: _module(c).pop("kind"),
+        rf"{LAYER}.*kind=None must be 'linear' or ",
+    ),
+    "unknown setting": (lambda c: _module(c).update(bits=4), r"unknown fields \['bits'\]"),
     "unknown norm setting": (
         lambda c: c["modules"]["norm"].update(bits=4),
         r"'norm'.*bits",
@@ -175,6 +179,69 @@ def test_edited_config(copied: Path, edit: str) -> None:
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         load(copied)
+
+
+NORM = "layers.0.input_layernorm"
+WRONG_ENTRIES: list[tuple[str, str, Any, str]] = [
+    (LAYER, "bias", 1, "of type bool"),
+    (LAYER, "weight_levels", 3.0, "of type int or null"),
+    (LAYER, "surrogate", ["clip"], "of type str"),
+    (LAYER, "activation_scaling", "row", "of type 'static' or 'token' or 'group'"),
+    (LAYER, "kind", ["linear"], "'linear' or 'embedding' or 'norm'"),
+    ("embed_tokens", "levels", "255", "of type int"),
+    ("embed_tokens", "output_scale", float("inf"), "of type finite float"),
+    (NORM, "eps", "1e-6", "of type finite float"),
+    (NORM, "eps", -1e-6, "at least 0"),
+    (NORM, "centered", "relu", "of type bool"),
+    (NORM, "pooling", "", "of type 'mean' or 'geometric'"),
+    (NORM, "momentum", 2, r"in \(0, 1\]"),
+    (NORM, "folded_into", "norm", r"of type list\[str\]"),
+]
+
+
+@pytest.mark.parametrize(("module", "field", "value", "allowed"), WRONG_ENTRIES)
+def test_a_wrong_value_in_a_module_is_named_with_its_place_and_what_is_allowed(
+    copied: Path, module: str, field: str, value: Any, allowed: str
+) -> None:
+    file = copied / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["modules"][module][field] = value
+    file.write_text(json.dumps(config))
+    place = re.escape(f"config.json: quantization_config.modules['{module}'].{field}={value!r} ")
+    with pytest.raises(ValueError, match=f"{place}must be {allowed}"):
+        load(copied)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("num_hidden_layers", 2**31, r"in 0\.\.\d+, the number of tensors"),
+        ("num_hidden_layers", -1, r"in 0\.\.\d+, the number of tensors"),
+        ("architectures", 1, "a list of strings or null"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_it_is_built(
+    copied: Path, field: str, value: Any, allowed: str
+) -> None:
+    file = copied / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ValueError, match=rf"config\.json: {field}={value} must be {allowed}"):
+        load(copied)
+
+
+@pytest.mark.parametrize("field", ["quant_method", "quantization_config"])
+def test_latent_weights_are_not_loaded_as_a_plain_model(field: str, tmp_path: Path) -> None:
+    """transformers passes over what it does not know, and so over a damaged word of ours."""
+    model = tiny("llama-untied")
+    quantize_model(model, weight_levels=4)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace(f'"{field}":', f'"{field}_":'))
+    if field == "quant_method":
+        file.write_text(file.read_text().replace(f'"{field}_":', '"quant_method": "mbqd", "x":'))
+    with pytest.raises(ValueError, match=r"weight_log_scale.*config.json.*is not 'maqd'"):
+        load(tmp_path)
 
 
 def test_packed_words_read_as_qat_latents(copied: Path) -> None:

@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from maqd_hf import MaQDTrainer, MaQDTrainingArguments, pack_model, quantize_model
 from maqd_hf.checkpoint import integrity
 from maqd_hf.checkpoint.digest import EXEMPT, tensor_sum
-from maqd_hf.checkpoint.version1 import checksum
-from maqd_hf.models.names import Names
+from scripts.experiments.fuzzing.originals import as_version_one
 from tests.support.families import example, output, tiny
 
 STATES = ("qat", "packed")
@@ -339,25 +338,6 @@ def test_only_what_another_class_adds_may_be_new(
 
 
 # --------------------------------------------------------------------------------------- version 1
-
-
-def as_version_one(path: Path, model: PreTrainedModel) -> None:
-    """Rewrite the config in ``path`` as releases before the digest wrote it."""
-    names = Names(model)
-    old = {"folded": "absorbed", "folded_into": "absorbed_by"}
-
-    def change(config: Config) -> None:
-        ours = config["quantization_config"]
-        del ours["digest"]
-        ours["format_version"] = 1
-        ours["norm_affine"] = "absorb" if ours["norm_affine"] == "fold" else "keep"
-        for name, entry in ours["modules"].items():
-            ours["modules"][name] = {old.get(k, k): v for k, v in entry.items()}
-            if ours["state"] == "packed":
-                module = model.get_submodule(names.absolute(name))
-                ours["modules"][name]["crc32"] = checksum(module)
-
-    edit(path, change)
 
 
 @pytest.mark.parametrize("affine", ["keep", "fold"])

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from maqd_hf.kernels import loader
+from maqd_hf.kernels.decoder import NativeDecoder
+from maqd_hf.kernels.native import NativeWeight
 from scripts.experiments import fuzz_checkpoints as fuzz
+from scripts.experiments.fuzzing import judge, mutations, originals
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,18 +29,13 @@ ROOT = Path(__file__).parents[2]
 def found() -> tuple[dict[str, int], str]:
     """The counts of two thousand changed checkpoints, and what was said of the wrong ones."""
     command = [sys.executable, "-W", "ignore", "-m", "scripts.experiments.fuzz_checkpoints"]
-    environment = {k: v for k, v in os.environ.items() if k != "MAQD_KERNEL"} | {
-        "PYTHONPATH": str(ROOT)
-    }
-    done = subprocess.run(
-        [*command, "--mutants", "2000"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    lines = done.stdout.splitlines()
-    (summary,) = (line for line in lines if line.startswith(fuzz.SUMMARY))
+    command += ["--mutants", "2000", "--processes", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    (summary,) = (line for line in done.stdout.splitlines() if line.startswith(fuzz.SUMMARY))
     return json.loads(summary.removeprefix(fuzz.SUMMARY)), done.stdout[-4000:] + done.stderr[-1000:]
 
 
-@pytest.mark.slow
 def test_no_changed_file_crashes_hangs_misleads_or_is_refused_unclearly(
     found: tuple[dict[str, int], str],
 ) -> None:
@@ -42,7 +43,6 @@ def test_no_changed_file_crashes_hangs_misleads_or_is_refused_unclearly(
     assert counts.get("wrong", 0) == 0, said
 
 
-@pytest.mark.slow
 def test_enough_files_of_each_sort_were_tried_that_the_law_means_something(
     found: tuple[dict[str, int], str],
 ) -> None:
@@ -50,18 +50,47 @@ def test_enough_files_of_each_sort_were_tried_that_the_law_means_something(
     assert sum(n for name, n in counts.items() if ":" in name) >= 2000
     assert counts["damaged: refused"] > 200
     assert counts["forged: refused"] > 100
-    assert counts["forged: changed"] > 50  # these ran to the end on other numbers
+    assert counts["forged: changed"] > 30  # these ran to the end on other numbers
 
 
-def test_the_judge_calls_a_changed_tensor_changed(tmp_path: Path) -> None:
-    fuzz.write_originals(tmp_path)
-    folder = tmp_path / "packed"
-    wanted = fuzz.state(fuzz.load(folder))
-    assert fuzz.attempt(folder, wanted)[0] == "same"
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("originals")
+    originals.write_originals(root)
+    return root
+
+
+def test_the_judge_calls_a_changed_tensor_changed(roots: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(roots / "packed", tmp_path / "packed"))
+    wanted = judge.state(judge.load(folder))
+    assert judge.attempt(folder, wanted)[0] == "same"
     (weights,) = folder.glob("*.safetensors")
-    header, data = fuzz.read_header(weights)
+    header, data = mutations.read_header(weights)
     begin, _ = header["model.layers.0.mlp.up_proj.weight"]["data_offsets"]
-    fuzz.write_header(weights, header, data[:begin] + bytes([data[begin] ^ 1]) + data[begin + 1 :])
-    assert fuzz.attempt(folder, wanted)[0] == "refused"
-    assert fuzz.sign(folder)
-    assert fuzz.attempt(folder, wanted)[0] == "changed"
+    changed = data[:begin] + bytes([data[begin] ^ 1]) + data[begin + 1 :]
+    mutations.write_header(weights, header, changed)
+    assert judge.attempt(folder, wanted)[0] == "refused"
+    assert not mutations.forge(folder, "whole")
+    assert judge.attempt(folder, wanted)[0] == "refused"
+    assert mutations.forge(folder, "all")
+    assert judge.attempt(folder, wanted)[0] == "changed"
+
+
+@pytest.mark.skipif(loader.library() is None, reason="no compiled library here")
+@pytest.mark.parametrize("kind", sorted(originals.GRIDS.keys() - {"trainable"}))
+def test_what_loads_is_run_by_the_compiled_library(
+    kind: str, roots: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MAQD_KERNEL", raising=False)
+    ran: list[str] = []
+    served = NativeWeight if kind == "encoder" else NativeDecoder
+    call = served.__call__
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = call(self, *args, **kwargs)
+        ran.append(kind)
+        return result
+
+    monkeypatch.setattr(served, "__call__", noted)
+    judge.output(judge.load(roots / kind))
+    assert len(ran) >= 2

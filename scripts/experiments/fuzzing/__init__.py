@@ -1,0 +1,1 @@
+"""The parts of ``fuzz_checkpoints``: the originals, what is changed in them, and the judge."""
