@@ -21,7 +21,7 @@ fix: ## what the linters can put right themselves
 	$(CLANG_FORMAT) -i $(C_FILES)
 
 test: ## the tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --dist worksteal
 
 test-slow: ## the tests that take more than a quarter of a minute each
 	$(PYTHON) -m pytest -m slow

@@ -8,6 +8,8 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for every core: more threads would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Exact laws are about the reference; tests/kernels compares the compiled paths with it.
 os.environ.setdefault("MAQD_KERNEL", "reference")
 
