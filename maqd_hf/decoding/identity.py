@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
@@ -148,9 +149,13 @@ def _folders(module: str) -> tuple[str, ...]:
     return tuple(f"{Path(str(sys.modules[name].__file__)).parent}{os.sep}" for name in names)
 
 
+_CONTEXT_MANAGER: CodeType = contextmanager(lambda: iter(())).__code__  # type: ignore[attr-defined]
+
+
 def _chain(function: Any) -> Iterator[CodeType]:
+    """The code of ``function`` and of all that it wraps, but for ``contextlib``'s own part."""
     while function is not None:
-        if isinstance(function, FunctionType):
+        if isinstance(function, FunctionType) and function.__code__ is not _CONTEXT_MANAGER:
             yield function.__code__
         function = getattr(function, "__wrapped__", None)
 

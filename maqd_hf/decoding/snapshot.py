@@ -136,10 +136,8 @@ class _Structure:
         self._modules, self._types = modules, [*map(type, modules)]
         self._attributes = [vars(module) for module in modules]
         self._sizes = [*map(len, self._attributes)]
-        filled: dict[bool, list[dict[Any, Any]]] = {True: [], False: []}
-        for table in tables:
-            filled[bool(table)].append(table)
-        self._full, self._empty = filled[True], filled[False]
+        self._empty, self._parts, self._other = _sorted(tables)
+        self._known_parts = [*map(list, map(_values, self._parts))]
         self._contents = [*self._flat()]
         self._reads = []
         for module, values in zip(modules, self._attributes, strict=True):
@@ -154,16 +152,27 @@ class _Structure:
         return [value for value in self._contents if isinstance(value, Tensor)]
 
     def _flat(self) -> Iterable[Any]:
-        return chain(chain.from_iterable(map(_values, self._full)), (_END,))
+        return chain(chain.from_iterable(map(_values, self._other)), (_END,))
 
     def fits(self) -> bool:
         return (
-            all(map(is_, map(type, self._modules), self._types))
+            [*map(type, self._modules)] == self._types
             and [*map(len, self._attributes)] == self._sizes
             and not any(self._empty)
+            and [*map(list, map(_values, self._parts))] == self._known_parts
             and all(map(is_, self._flat(), self._contents))
             and [read(values) for read, values in self._reads] == self._known
         )
+
+
+def _sorted(tables: Iterable[dict[Any, Any]]) -> tuple[list[dict[Any, Any]], ...]:
+    """Those that are empty, those of modules alone, which compare as lists do, and the others:
+    tensors that say the same are not the same."""
+    found: tuple[list[dict[Any, Any]], ...] = [], [], []
+    for table in tables:
+        modules = all(isinstance(value, nn.Module) for value in table.values())
+        found[0 if not table else 1 if modules else 2].append(table)
+    return found
 
 
 def _tables(module: nn.Module) -> list[dict[Any, Any]]:

@@ -13,14 +13,10 @@ from maqd_hf import use_native
 from maqd_hf.decoding.cache import NativeStaticLayer
 from maqd_hf.decoding.forward import CACHE_NAME, NativeForward
 from maqd_hf.kernels.key_values import FixedKeyValues, KeyValues
-from tests.support.decoders import assert_equal, packed
+from tests.support.decoders import KNOWS_LENGTH, assert_equal, knows_length, packed
 
 LOWEST = torch.finfo(torch.float32).min
 IDS = torch.arange(3, 3 + 24).view(2, 12)
-KNOWS_LENGTH = isinstance(getattr(StaticLayer(2), "cumulative_length", None), torch.Tensor)
-knows_length = pytest.mark.skipif(
-    not KNOWS_LENGTH, reason="static caches of this transformers version do not know their length"
-)
 
 
 def static(model, positions=20):

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from maqd_hf import use_native
 from maqd_hf.decoding.cache import NativeLayer, NativeStaticLayer
 from maqd_hf.decoding.forward import CACHE_NAME
-from tests.support.decoders import packed
+from tests.support.decoders import knows_length, packed
 
 IDS = torch.arange(3, 3 + 24).view(2, 12)
 
@@ -110,6 +110,7 @@ def test_a_dynamic_cache_is_treated_as_any_other(best, doing):
     assert_same(got, continued(model, caches[1], doing, False))
 
 
+@knows_length
 @torch.no_grad()
 @pytest.mark.parametrize("doing", BOTH.values(), ids=BOTH.keys())
 def test_a_static_cache_is_treated_as_any_other(best, doing):
