@@ -149,7 +149,7 @@ def _folders(module: str) -> tuple[str, ...]:
     return tuple(f"{Path(str(sys.modules[name].__file__)).parent}{os.sep}" for name in names)
 
 
-_CONTEXT_MANAGER: CodeType = contextmanager(lambda: iter(())).__code__  # type: ignore[attr-defined]
+_CONTEXT_MANAGER: CodeType = contextmanager(lambda: iter(())).__code__
 
 
 def _chain(function: Any) -> Iterator[CodeType]:
