@@ -69,9 +69,10 @@ class Call:
     def all_positions(self) -> Tensor:
         """(batch, tokens) int64: as given, or counted from the first position of the cache."""
         positions = self.positions
+        if positions is None and self.tokens == 1:  # one operator instead of two
+            return torch.full((self.batch, 1), self.past, dtype=torch.int64, device="cpu")
         if positions is None:
-            end = self.past + self.tokens
-            positions = torch.arange(self.past, end, device="cpu")
+            positions = torch.arange(self.past, self.past + self.tokens, device="cpu")
         return positions.expand(self.batch, -1)
 
 

@@ -23,7 +23,8 @@ class CountedModule(nn.Module):
     assignments = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
-        CountedModule.assignments += 1
+        if not torch.compiler.is_compiling():  # a graph would have to be made anew for every count
+            CountedModule.assignments += 1
         super().__setattr__(name, value)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -107,6 +108,13 @@ class DistillingTrainer(Trainer):
                 self.compute_loss_func = partial(self._whole_loss, target=target)
                 stack.callback(setattr, self, "compute_loss_func", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer. Gradients are sums over the tokens of all accumulated batches, which
+        accelerate divides by the number of batches once more where transformers (5.3) tells it."""
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            self.accelerator.gradient_accumulation_steps = 1
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Autocast around every loss; accelerate does it for all wrappers but FSDP2."""

@@ -39,7 +39,9 @@ def converted(family: str, kind: str, state: str) -> PreTrainedModel:
 
 def rows_of(model: PreTrainedModel) -> dict[str, int]:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {"table": table.num_embeddings, "head": head.out_features}
+    names = {"table": table.num_embeddings}
+    if isinstance(head, QUANTIZED):  # not all transformers say it of their own
+        names["head"] = head.out_features
     for layer, where in ((table, "table"), (head, "head")):
         for name, tensor in layer.named_parameters():
             if "activation" not in name and tensor.numel():
