@@ -355,8 +355,10 @@ def cache_problem(cache: Any, decoder: NativeDecoder, batch: int, tokens: int) -
 
 def _static_problem(cache: Any, batch: int, tokens: int) -> str | None:
     first = cache.layers[0]
-    if not isinstance(getattr(first, "cumulative_length", None), Tensor):
-        return "static caches of this transformers version do not know their length"
+    if not (
+        isinstance(getattr(first, "cumulative_length", None), Tensor) and hasattr(first, "crop")
+    ):
+        return "static caches of this transformers version do not know their length, or cannot crop"
     if first.is_initialized and first.batch_size != batch:
         return f"a static cache for {first.batch_size} sequences, not {batch}"
     positions = int(first.get_seq_length()) + tokens

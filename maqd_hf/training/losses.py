@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -218,12 +218,12 @@ class DistillingTrainer(Trainer):
         Raises:
             ValueError: no label of any batch counts.
         """
-        # Trainer then leaves NaN out, which is only what ``prediction_step`` says of no labels.
-        chosen, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, True
+        gather = self.gather_function
+        self.gather_function = partial(_gathered, gather)
         try:
             output: EvalLoopOutput = super().evaluation_loop(*args, **kwargs)
         finally:
-            self.args.logging_nan_inf_filter = chosen
+            self.gather_function = gather
         metrics: dict[str, float] = output.metrics or {}
         for name in [n for n in metrics if n.endswith("_loss")]:
             if math.isnan(metrics[name]):
@@ -235,3 +235,11 @@ class DistillingTrainer(Trainer):
                 perplexity = math.exp(metrics[name]) if metrics[name] < 700 else math.inf
                 metrics[name.removesuffix("loss") + "perplexity"] = perplexity
         return output
+
+
+def _gathered(gather: Callable[[Any], Any], values: Any) -> Any:
+    """What ``gather`` collects of all ranks, without the losses (samples,) that are NaN, which is
+    only what ``prediction_step`` says of no labels."""
+    found = gather(values)
+    losses = isinstance(found, Tensor) and found.dim() == 1 and found.is_floating_point()
+    return found[~found.isnan()] if losses else found

@@ -226,7 +226,9 @@ def test_what_cannot_be_built_is_refused_before_it_is_built(
     file = copied / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {field: value}))
-    with pytest.raises(ValueError, match=rf"config\.json: {field}={value} must be {allowed}"):
+    ours = rf"config\.json: {field}={value} must be {allowed}"
+    theirs = f"Validation error for field '{field}'"  # of configs that check their types themselves
+    with pytest.raises(Exception, match=f"{ours}|{theirs}"):
         load(copied)
 
 

@@ -202,7 +202,7 @@ def test_heads_that_do_not_divide_are_refused(best, kv_heads):
     assert reason in unsupported(model)
     with pytest.raises(ValueError, match=reason):
         use_native(model)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="size of tensor|Number of heads"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"size of tensor|Number of heads"):
         model(IDS)
 
 
