@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "internal.h"
+#include "vector.h"
 
 typedef struct {
     float *hidden, *row;
@@ -26,7 +27,10 @@ typedef struct {
     feeding *feeding;       /* one for all, or one per thread */
     float *mixed, *out;     /* (count, widest): q, k, v or gate; attention, up or down */
     float *added;           /* (count, hidden): what attention adds */
-    float *scores;          /* (threads, 4 * capacity) */
+    float *desks;           /* attention's scratch, one per thread */
+    int64_t parts;          /* that attention meets the positions in */
+    float *partial;         /* (batch, heads, parts, head_dim + 2): what each of them gave, see
+                               maqd_attention; or NULL: there is one */
     float *cosine, *sine;   /* (count, head_dim / 2) */
     uint8_t *panels;        /* one per thread */
     maqd_input last;        /* what the head multiplies */
@@ -34,11 +38,20 @@ typedef struct {
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* With few queries the positions are shared out in parts, or threads would have nothing to do. How
+ * many there are does not depend on the threads, so that results do not. */
+#define PART 512
+static int64_t parts_of(const maqd_decoder *m, const maqd_call *c) {
+    const int64_t queries = c->tokens * (m->heads / m->kv_heads);
+    if (queries > QUERIES || c->batch * m->kv_heads > 16) return 1;
+    return (c->past + c->tokens + PART - 1) / PART;
+}
+
 static void lay_out(state *s, maqd_arena *memory) {
     const maqd_decoder *m = s->model;
     const int64_t n = s->count, heads = m->heads * m->head_dim;
     const int64_t widest = most(m->hidden, most(m->intermediate, heads));
-    const int64_t stride = widest + 32;
+    const int64_t stride = widest + 32, desk = maqd_desk(m->head_dim, s->call->value_stride);
     const int feeders = s->private ? s->threads : 1;
     s->widest = widest;
     s->stride = stride;
@@ -46,7 +59,11 @@ static void lay_out(state *s, maqd_arena *memory) {
     s->mixed = maqd_cut_floats(memory, n * most(heads + 2 * m->kv_heads * m->head_dim, widest));
     s->out = maqd_cut_floats(memory, n * widest);
     s->added = maqd_cut_floats(memory, n * m->hidden);
-    s->scores = maqd_cut_floats(memory, s->threads * 4 * s->call->capacity);
+    s->desks = maqd_cut_floats(memory, s->threads * desk);
+    s->parts = parts_of(m, s->call);
+    s->partial = NULL;
+    if (s->parts > 1)
+        s->partial = maqd_cut_floats(memory, n * m->heads * s->parts * (m->head_dim + 2));
     s->cosine = maqd_cut_floats(memory, n * m->head_dim / 2);
     s->sine = maqd_cut_floats(memory, n * m->head_dim / 2);
     s->panels = maqd_cut(memory, s->threads * maqd_panel(s->isa, n, stride));
@@ -197,35 +214,74 @@ static void place(const state *s, int64_t layer, int thread) {
     }
 }
 
-static void attend(const state *s, int64_t layer, int thread) {
+/* Attention of queries `from` to `to` of one head of keys to one part of the positions; query i
+ * belongs to token i / shared and to head i % shared of those that share the keys. */
+static void attend_to(const state *s, int64_t layer, int thread, int64_t index, int64_t part,
+                      int64_t from, int64_t to) {
     const maqd_decoder *m = s->model;
     const maqd_call *c = s->call;
+    const int64_t sequence = index / m->kv_heads, kv_head = index % m->kv_heads;
     const int64_t d = m->head_dim, stride = (m->heads + 2 * m->kv_heads) * d;
-    const int64_t tiles = (c->tokens + 3) / 4, window = m->block[layer].window;
-    /* dealt out one by one: later tiles see more and take longer */
-    for (int64_t i = thread; i < c->batch * m->heads * tiles; i += s->threads) {
-        const int64_t tile = i / (c->batch * m->heads), rest = i % (c->batch * m->heads);
-        const int64_t sequence = rest / m->heads, head = rest % m->heads;
-        const memory_of_head memory = remember(s, layer, sequence, head / (m->heads / m->kv_heads));
-        maqd_attention a = {.queries = (int)(c->tokens - 4 * tile < 4 ? c->tokens - 4 * tile : 4),
-                            .keys = memory.keys,
-                            .values = memory.values,
-                            .key_scales = memory.key_scales,
-                            .value_scales = memory.value_scales,
-                            .mask = c->mask ? c->mask + sequence * (c->past + c->tokens) : NULL,
-                            .head_dim = d,
-                            .value_stride = c->value_stride,
-                            .scale = m->attention_scale,
-                            .scores = s->scores + thread * 4 * c->capacity};
-        for (int q = 0; q < a.queries; ++q) {
-            const int64_t token = 4 * tile + q, t = sequence * c->tokens + token;
-            a.query[q] = s->mixed + t * stride + head * d;
-            a.out[q] = s->out + t * m->heads * d + head * d;
-            a.seen[q] = c->past + token + 1;
-            a.from[q] = window && a.seen[q] > window ? a.seen[q] - window : 0;
-        }
-        s->isa->attend(&a);
+    const int64_t shared = m->heads / m->kv_heads, window = m->block[layer].window;
+    const memory_of_head memory = remember(s, layer, sequence, kv_head);
+    maqd_attention a = {.queries = (int)(to - from),
+                        .first = part * PART,
+                        .last = s->partial ? (part + 1) * PART : c->capacity,
+                        .partial = s->partial != NULL,
+                        .keys = memory.keys,
+                        .values = memory.values,
+                        .key_scales = memory.key_scales,
+                        .value_scales = memory.value_scales,
+                        .mask = c->mask ? c->mask + sequence * (c->past + c->tokens) : NULL,
+                        .head_dim = d,
+                        .value_stride = c->value_stride,
+                        .scale = m->attention_scale,
+                        .scratch = s->desks + thread * maqd_desk(d, c->value_stride)};
+    for (int64_t i = from; i < to; ++i) {
+        const int64_t token = i / shared, t = sequence * c->tokens + token, q = i - from;
+        const int64_t head = kv_head * shared + i % shared;
+        a.query[q] = s->mixed + t * stride + head * d;
+        a.out[q] = s->partial ? s->partial + ((t * m->heads + head) * s->parts + part) * (d + 2)
+                              : s->out + (t * m->heads + head) * d;
+        a.seen[q] = c->past + token + 1;
+        a.from[q] = window && a.seen[q] > window ? a.seen[q] - window : 0;
     }
+    s->isa->attend(&a);
+}
+
+/* Adds up what the parts gave to the thread's share of the heads. */
+static void join(const state *s, int thread) {
+    const int64_t d = s->model->head_dim, parts = s->parts;
+    int64_t from, to;
+    maqd_share(s->count * s->model->heads, thread, s->threads, &from, &to);
+    for (int64_t i = from; i < to; ++i) {
+        const float *part = s->partial + i * parts * (d + 2);
+        float *out = s->out + i * d, most = -INFINITY, total = 0;
+        memset(out, 0, (size_t)d * sizeof *out);
+        for (int64_t p = 0; p < parts; ++p) most = fmaxf(most, part[p * (d + 2) + d]);
+        for (int64_t p = 0; p < parts; ++p, part += d + 2) {
+            if (part[d + 1] <= 0) continue; /* it saw nothing */
+            const float share = exponential(part[d] - most);
+            total += part[d + 1] * share;
+            for (int64_t j = 0; j < d; ++j) out[j] += part[j] * share;
+        }
+        for (int64_t j = 0; total > 0 && j < d; ++j) out[j] /= total;
+    }
+}
+
+static void attend(const state *s, int64_t layer, int thread) {
+    const int64_t heads = s->model->kv_heads * s->call->batch;
+    const int64_t queries = s->call->tokens * (s->model->heads / s->model->kv_heads);
+    const int64_t tiles = (queries + QUERIES - 1) / QUERIES;
+    /* dealt out one by one: later tiles see more and take longer */
+    for (int64_t i = thread; i < heads * tiles * s->parts; i += s->threads) {
+        const int64_t from = i / heads / s->parts * QUERIES, to = from + QUERIES;
+        attend_to(s, layer, thread, i % heads, i / heads % s->parts, from,
+                  to < queries ? to : queries);
+    }
+    if (!s->partial) return;
+    maqd_barrier(s->team);
+    join(s, thread);
 }
 
 /* Computes the thread's share of the inner units of the feed-forward part: its matrix or, with a

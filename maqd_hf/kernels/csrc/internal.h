@@ -86,18 +86,28 @@ typedef struct {
 /* Keys are kept in blocks of 16 positions, (kv heads, positions / 16, head_dim, 16): a query then
  * meets 16 keys per multiplication. Values are (kv heads, positions, value_stride). Both are floats
  * or, with scales (kv heads, positions), bytes in units of their position's scale. */
+#define QUERIES 24 /* that meet a key together, at most */
+#define KEYS 64    /* positions that are met together */
 typedef struct {
-    const float *query[4];    /* up to 4 queries of one kv head */
-    int64_t from[4], seen[4]; /* positions each of them may see, the second not included */
-    float *out[4];
+    const float *query[QUERIES];          /* all of them meet the same head of keys */
+    int64_t from[QUERIES], seen[QUERIES]; /* positions each may see, the second not included */
+    float *out[QUERIES];
     int queries;
+    int64_t first, last; /* the part of the positions to be met, the second not included */
+    int partial;         /* out: sums of weights * values, and behind them the largest score and
+                            the sum of the weights; what other parts gave is to be added */
     const void *keys, *values;
     const float *key_scales, *value_scales; /* NULL: keys and values are floats */
     const uint8_t *mask;                    /* (positions) or NULL: 0 hides */
     int64_t head_dim, value_stride;
     float scale;
-    float *scores; /* scratch: 4 * (most seen, rounded up to 16) */
+    float *scratch; /* maqd_desk floats */
 } maqd_attention;
+
+/* Floats of scratch that an attention wants. */
+static inline int64_t maqd_desk(int64_t head_dim, int64_t value_stride) {
+    return (QUERIES + KEYS) * (head_dim + value_stride) + QUERIES * KEYS;
+}
 
 /* The functions of an instruction set. */
 typedef struct {

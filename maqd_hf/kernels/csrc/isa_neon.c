@@ -15,6 +15,8 @@
 #if defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#define WIDTH 4
+#define SPAN 4
 #include "vector.h"
 
 #define ISA maqd_isa_neon
@@ -107,8 +109,9 @@ INLINE int32x4_t add_token(int32x4_t acc, int8x16_t w, int8x16_t q, const int t)
 }
 
 INLINE void dot_panel(const uint8_t *panel, int64_t block_stride, int64_t planes, const int blocks,
-                      const int tokens, const int wide, const int8_t *x, int64_t every,
+                      const int tokens, const int bits, const int8_t *x, int64_t every,
                       int32_t *out) {
+    const int wide = bits == 8;
     for (int b = 0; b < blocks; ++b) {
         const uint8_t *at = panel + b * block_stride;
         const int8_t *from = x;

@@ -1,5 +1,7 @@
 /* Any machine: plain C, for the compiler's default instruction set. */
 #include "internal.h"
+#define WIDTH 4
+#define SPAN 2
 #include "vector.h"
 
 #define ISA maqd_isa_portable
@@ -17,9 +19,9 @@ INLINE void dot(const uint8_t *codes, int64_t units, const int bits, const int8_
 }
 
 INLINE void dot_panel(const uint8_t *panel, int64_t block_stride, int64_t planes, const int blocks,
-                      const int tokens, const int wide, const int8_t *x, int64_t every,
+                      const int tokens, const int bits, const int8_t *x, int64_t every,
                       int32_t *out) {
-    (void)wide;
+    (void)bits;
     for (int i = 0; i < tokens * blocks; ++i) {
         const uint8_t *w = panel + i % blocks * block_stride;
         const int8_t *q = x + 4 * (i / blocks);

@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #include <string.h>
 
+#define WIDTH 16
+#define SPAN 4
 #include "vector.h"
 
 #define ISA maqd_isa_vnni
@@ -128,9 +130,9 @@ INLINE void dot(const uint8_t *codes, int64_t units, const int bits, const int8_
 }
 
 INLINE void dot_panel(const uint8_t *panel, int64_t block_stride, int64_t planes, const int blocks,
-                      const int tokens, const int wide, const int8_t *x, int64_t every,
+                      const int tokens, const int bits, const int8_t *x, int64_t every,
                       int32_t *out) {
-    (void)wide;
+    (void)bits;
     __m512i acc[TILE * BLOCKS]; /* all in registers */
     for (int i = 0; i < tokens * blocks; ++i) acc[i] = _mm512_setzero_si512();
     for (int64_t c = 0; c < planes; ++c, panel += 64, x += every) {

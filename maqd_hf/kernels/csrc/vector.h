@@ -1,6 +1,8 @@
 /* Vectors of 16 floats and elementary functions of them, and of floats in loops that the compiler
  * vectorises. A file that compiles for an instruction set of its own includes this after it has
- * said so: the compiler lowers 16 floats to whatever registers it may use then. */
+ * said so: the compiler lowers 16 floats to whatever registers it may use then. That costs moves,
+ * so loops that must keep sums in registers work on `vec`, one register of WIDTH floats, which such
+ * a file defines before. */
 #ifndef MAQD_VECTOR_H
 #define MAQD_VECTOR_H
 
@@ -13,9 +15,16 @@
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
-typedef uint16_t h16 __attribute__((vector_size(32)));
 typedef int8_t bytes16 __attribute__((vector_size(16)));
 typedef uint8_t b64 __attribute__((vector_size(64)));
+
+#ifndef WIDTH
+#define WIDTH 16
+#endif
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t bvec __attribute__((vector_size(WIDTH)));
 
 /* 1.5 * 2^23: a float plus this, less this, is rounded to an integer, ties to even. */
 #define ROUNDING 12582912.0f
@@ -31,17 +40,36 @@ INLINE v16 all(float x) { return x - (v16){0}; }
 INLINE i16 lane_numbers(void) {
     return (i16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 }
-INLINE v16 choose(i16 mask, v16 a, v16 b) { return (v16)(((i16)a & mask) | ((i16)b & ~mask)); }
-INLINE float sum16(v16 v) {
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += v[i];
-    return total;
+INLINE vec load_vec(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
 }
-/* The first `count` floats, the rest `filler`. */
-INLINE v16 load_some(const float *p, int64_t count, float filler) {
-    v16 v = all(filler);
+INLINE vec load_some_vec(const float *p, int64_t count) { /* the rest 0 */
+    vec v = {0};
     memcpy(&v, p, (size_t)count * sizeof *p);
     return v;
+}
+INLINE ivec load_ints(const int32_t *p) {
+    ivec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+#ifndef WIDENED /* a file may know a better way */
+#define WIDENED widened
+INLINE vec widened(const int8_t *bytes) {
+    bvec v;
+    memcpy(&v, bytes, sizeof v);
+    return __builtin_convertvector(__builtin_convertvector(v, ivec), vec);
+}
+#endif
+INLINE void store_vec(float *p, vec v) { memcpy(p, &v, sizeof v); }
+INLINE vec all_vec(float x) { return x - (vec){0}; }
+INLINE vec choose_vec(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
+INLINE float sum_vec(vec v) {
+    float total = 0;
+    for (int i = 0; i < WIDTH; ++i) total += v[i];
+    return total;
 }
 
 /* e^(x - n ln 2) to 2 ulp where n is x / ln 2, rounded: a polynomial on [-ln 2 / 2, ln 2 / 2]. */
@@ -56,18 +84,18 @@ INLINE v16 load_some(const float *p, int64_t count, float filler) {
         return p * (r * r) + r + 1.0f;                              \
     }
 DEFINE_REST_OF_EXPONENTIAL(float, rest_of_exponential)
-DEFINE_REST_OF_EXPONENTIAL(v16, rest_of_exponential16)
+DEFINE_REST_OF_EXPONENTIAL(vec, rest_of_exponential_vec)
 #define LOG2_E 1.44269504f
 #define LARGEST_EXPONENT 87.0f /* beyond it 2^n leaves the normal floats */
 
 /* e^x; inputs beyond +-87 saturate. */
-INLINE v16 exponential16(v16 x) {
-    x = choose(x > LARGEST_EXPONENT, all(LARGEST_EXPONENT), x);
-    x = choose(x < -LARGEST_EXPONENT, all(-LARGEST_EXPONENT), x);
-    const v16 magic = all(ROUNDING);
-    const v16 n = (x * LOG2_E + magic) - magic;
-    const v16 p = rest_of_exponential16(x, n);
-    return p * (v16)((__builtin_convertvector(n, i16) + 127) << 23);
+INLINE vec exponential_vec(vec x) {
+    const vec most = all_vec(LARGEST_EXPONENT), magic = all_vec(ROUNDING);
+    x = choose_vec(x > most, most, x);
+    x = choose_vec(x < -most, -most, x);
+    const vec n = (x * LOG2_E + magic) - magic;
+    const vec p = rest_of_exponential_vec(x, n);
+    return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
 }
 
 /* e^x for x <= 0; 0 below -87. */
@@ -101,10 +129,10 @@ INLINE uint16_t to_bf16(float x) {
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return (uint16_t)(x != x ? 0x7fc0 : rounded);
 }
-INLINE v16 load_bf16(const uint16_t *p) {
-    h16 half;
+INLINE vec load_bf16(const uint16_t *p) {
+    hvec half;
     memcpy(&half, p, sizeof half);
-    return (v16)(__builtin_convertvector(half, i16) << 16);
+    return (vec)(__builtin_convertvector(half, ivec) << 16);
 }
 
 /* v[i ^ bit] for every i */
