@@ -19,7 +19,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from maqd_hf import MaQDConfig, quantize_model
+from maqd_hf import MaQDConfig, pack_model, quantize_model
+from maqd_hf.evaluation import token_perplexity
 from maqd_hf.nn import MaQDLinear
 from maqd_hf.training import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
 from tests.support.ranks import run_ranks
@@ -276,17 +277,36 @@ def test_the_log_of_a_layer_that_is_not_finite_leaves_it_out(tmp_path):
 
 @pytest.mark.parametrize("kind", [Trainer, MaQDTrainer])
 def test_an_uncalibrated_step_is_refused_by_any_trainer_but_the_one_that_calibrates(tmp_path, kind):
-    model = qat(decoder(), activation_scaling="static")
-    with pytest.raises(ValueError, match="never calibrated"):
-        model(torch.tensor([[5, 6]]))
-    trainer = trainer_for(model, tmp_path, [FULL] * 8, kind=kind)
-    with pytest.raises(ValueError, match="never calibrated"):
-        trainer.evaluate([FULL])
+    trainer = trainer_for(
+        qat(decoder(), activation_scaling="static"), tmp_path, [FULL] * 8, kind=kind
+    )
+    before = copy.deepcopy(dict(trainer.model.named_parameters()))
     if kind is Trainer:
-        with pytest.raises(ValueError, match="never calibrated"):
+        with (
+            pytest.warns(UserWarning, match="stay float"),
+            pytest.raises(ValueError, match="never"),
+        ):
             trainer.train()
+        for name, parameter in trainer.model.named_parameters():
+            assert torch.equal(parameter.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
     else:
         assert math.isfinite(trainer.train().training_loss)
+
+
+def test_nothing_is_measured_of_a_model_that_was_never_calibrated(tmp_path):
+    """A forward of one's own has float inputs and says so; its loss is finite in both modes."""
+    model, ids = qat(decoder(), activation_scaling="static"), torch.tensor([[5, 6, 7]])
+    for mode in (model.train, model.eval):
+        mode()
+        with pytest.warns(UserWarning, match="inputs stay float"):
+            assert bool(model(ids, labels=ids).loss.isfinite())
+    for measure in (
+        lambda: trainer_for(model, tmp_path, [FULL]).evaluate([FULL]),
+        lambda: token_perplexity(model, torch.arange(9)),
+        lambda: pack_model(model),
+    ):
+        with pytest.raises(ValueError, match=r"q_proj: the static .* never calibrated.*calibrate"):
+            measure()
 
 
 def test_a_model_that_was_never_quantised_is_refused_with_the_remedy(tmp_path):
