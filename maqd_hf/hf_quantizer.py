@@ -44,7 +44,7 @@ from .convert.resize import resize_tokens, resizes
 from .decoding.forward import attach_native
 from .models.finding import modules_of
 from .nn import PackedLinear
-from .nn.kinds import OURS
+from .nn.kinds import OURS, PACKED
 
 
 class MaQDHfQuantizer(HfQuantizer):
@@ -127,6 +127,8 @@ class MaQDHfQuantizer(HfQuantizer):
         check_new(model)
         for _, layer in modules_of(model, PackedLinear):
             layer.narrow_scale()
+        for _, packed in modules_of(model, *PACKED):
+            packed.freeze()
         if self._state == "qat":
             _detach(model)
         else:

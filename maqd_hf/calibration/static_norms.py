@@ -39,6 +39,7 @@ from tqdm import tqdm
 from ..models.finding import gated_norms
 from ..models.names import collapse
 from ..nn import LayerBatchNorm, MaQDLinear
+from ..nn.activation import check_all_calibrated
 from ..nn.modes import evaluating
 from .blocks import Batch, Batches, as_batches, counted_tokens, float_activations, run_model
 
@@ -146,8 +147,8 @@ def select_static_norms(
     Takes one forward per norm and a few more for the joint measurements.
 
     Raises:
-        ValueError: a tolerance below 0, no data, no gated norm, a model without logits, or
-            one whose own output is not finite (activations not calibrated).
+        ValueError: a tolerance below 0, no data, no gated norm, activations that were never
+            calibrated, a model without logits, or one whose own output is not finite.
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance}: nats per token, 0 or more")
@@ -157,6 +158,7 @@ def select_static_norms(
             f"{type(model).__name__} has no gated norm: convert it with layer_batch_norm=True, "
             "before packing"
         )
+    check_all_calibrated(model)
     batches = as_batches(data, model, batch_size)
     with evaluating(model), _fixed_weights(model):
         reached = calibrate_norm_statistics(model, batches)
@@ -184,10 +186,7 @@ class _Search:
             self.reference = [self._log_probabilities(batch) for batch in batches]
         self.quantized = self._divergence()
         if not math.isfinite(self.quantized):
-            raise ValueError(
-                "the model's own output holds NaN or infinity: calibrate its activations first "
-                "(maqd_hf.calibration.calibrate_activations)"
-            )
+            raise ValueError("the model's own output holds NaN or infinity")
         self.alone: dict[str, float] = {}
         self.joint: dict[str, float] = {}
         self.admitted: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 def seal(folder: str | Path, variant: str | None = None) -> None:
     """Write the digest of the MaQD checkpoint in ``folder`` into its ``config.json``.
 
+    The weights can then be read by whoever can read the config; safetensors lets only their writer.
     Does nothing where there is none, as after an adapter alone was saved.
     """
     folder = Path(folder)
@@ -88,3 +90,5 @@ def seal(folder: str | Path, variant: str | None = None) -> None:
     if ours.get("quant_method") == QUANT_METHOD and ours.get("modules") is not None:
         ours["digest"] = make_digest(config, files)
         write_durably(folder / CONFIG, config_text(config))
+        for file in files:
+            shutil.copymode(folder / CONFIG, file)

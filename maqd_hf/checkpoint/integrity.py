@@ -9,6 +9,8 @@ nothing else is new that should not be.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -101,8 +103,13 @@ def _numbers(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
 
 
 def check_files(files: Sequence[str | Path] | None) -> None:
-    """Raise ``ValueError`` that names a weight file which is not there, or not whole."""
+    """Raise ``ValueError`` that names a weight file which is not there, or not whole;
+    ``PermissionError`` for one that this user may not read, of which safetensors says the first."""
     for file in map(Path, files or ()):
+        if file.exists() and not os.access(file, os.R_OK):
+            raise PermissionError(
+                errno.EACCES, "this user may not read it; change its permissions", str(file)
+            )
         try:
             _names(file)
         except (OSError, SafetensorError) as error:

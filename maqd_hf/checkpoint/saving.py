@@ -52,8 +52,16 @@ def save_model(
             raise
         state = "holds the new model, but tidying up failed; the next save_model goes on with it"
         state = state if new else "was not saved and is as it was before"
-        raise OSError(f"{path} {state}: {error}") from error
+        raise OSError(f"{path} {state}: {error}{_advice(error)}") from error
     return path
+
+
+def _advice(error: Exception) -> str:
+    """What to do about ``error``, where it does not say so itself."""
+    if not isinstance(error, PermissionError):
+        return ""
+    who = f"user {os.geteuid()}" if hasattr(os, "geteuid") else "this user"
+    return f" ({who} may not write there: save somewhere else, or change the permissions)"
 
 
 def recover(folder: Path) -> None:

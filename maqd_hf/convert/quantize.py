@@ -46,7 +46,8 @@ def quantize_model(
 
     Every norm starts with its gate closed and every weight at the grid nearest to it, so the model
     starts as itself up to rounding. Static activation steps are not known yet: calibrate them
-    (``maqd_hf.calibration``), or train with ``MaQDTrainer``, which does it first.
+    (``maqd_hf.calibration``), or train with ``MaQDTrainer``, which does it first. Until then inputs
+    stay float, with a warning, and another trainer's first backward is refused.
 
     Raises:
         ValueError: nothing matches, a group size does not divide a width, a weight is not finite,

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..nn.activation import check_all_calibrated
 from ..nn.modes import evaluating
 
 
@@ -45,12 +46,13 @@ def classify(
     tokens (None: where the tokenizer says). Every module is in its own mode afterwards.
 
     Raises:
-        ValueError: no texts, a text without a token, or a model that does not give one prediction
-            a text.
+        ValueError: no texts, a text without a token, a model that does not give one prediction a
+            text, or activations that were never calibrated.
         FloatingPointError: the model's logits are not finite.
     """
     if not texts:
         raise ValueError("no texts to classify")
+    check_all_calibrated(model)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
     classes, tokens, began = [0] * len(texts), 0, time.perf_counter()
     starts = range(0, len(order), batch_size)

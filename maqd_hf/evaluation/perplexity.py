@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from ..data.text import bos_token
+from ..nn.activation import check_all_calibrated
 from ..nn.modes import evaluating
 
 LOGIT_ROWS = 256  # positions whose float32 log-softmax exists at once
@@ -132,8 +133,8 @@ def token_perplexity(
         progress: show a bar.
 
     Raises:
-        ValueError: not one row of tokens, nothing to score (padding alone is nothing), or a bad
-            window or stride.
+        ValueError: not one row of tokens, nothing to score (padding alone is nothing), a bad
+            window or stride, or activations that were never calibrated.
         FloatingPointError: the model's log-likelihoods are NaN.
     """
     if input_ids.ndim != 1:
@@ -147,6 +148,7 @@ def token_perplexity(
             f"Nothing to score: {len(input_ids)} token(s). The text is empty, or only one token "
             "long without a BOS token."
         )
+    check_all_calibrated(model)
     padding = getattr(getattr(model, "config", None), "pad_token_id", None)
     if isinstance(padding, int) and bool((input_ids == padding).all()):
         raise ValueError(

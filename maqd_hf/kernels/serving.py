@@ -26,7 +26,7 @@ def serves(
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or loader.chosen_isa() is None:
         return False
     return all(
-        type(t) in (Tensor, nn.Parameter)
+        (type(t) is Tensor or issubclass(type(t), nn.Parameter))
         and t.is_cpu
         and t.numel() > 0
         and (dtypes is None or t.dtype in dtypes)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -84,12 +85,37 @@ NEVER_CALIBRATED = (
 )
 
 
+class _WithoutBackward(torch.autograd.Function):
+    """The input as it is; its backward is refused, since the step would never be learned."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_step: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise ValueError(f"{ctx.name}: {NEVER_CALIBRATED}")
+
+
+def check_all_calibrated(model: nn.Module) -> None:
+    """``ValueError`` that names a layer of ``model`` whose static step was never calibrated.
+
+    To be asked before anything is measured: a forward would leave the inputs float.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer) and not module.calibrated:
+            raise ValueError(f"{name.removesuffix('.activation')}: {NEVER_CALIBRATED}")
+
+
 class ActivationQuantizer(nn.Module):
     """The round-clip on a layer's input; a static step is learned as its logarithm.
 
-    ``log_step`` (1,) is NaN until calibrated, and a forward on it raises ``ValueError``. Adam's
-    change of a logarithm is a relative change of the step, so that one learning rate fits steps of
-    0.002 and of 20 (not in the paper).
+    ``log_step`` (1,) is NaN until calibrated. Until then inputs stay float, with a warning, and a
+    backward, a compiled forward and packing raise ``ValueError``: nothing is trained, measured by
+    this package or kept on a grid that nobody has chosen. Adam's change of a logarithm is a
+    relative change of the step, so that one learning rate fits steps of 0.002 and of 20 (not in the
+    paper).
     """
 
     # Whether ``log_step`` was seen to be calibrated. Training cannot take that back, so it is
@@ -119,7 +145,9 @@ class ActivationQuantizer(nn.Module):
     @property
     def calibrated(self) -> bool:
         """Whether a static step is known, or none is needed."""
-        return self.log_step is None or not bool(self.log_step.isnan().any())
+        if self._seen_calibrated or self.log_step is None:
+            return True
+        return not bool(self.log_step.isnan().any())
 
     def set_step(self, step: float | Tensor) -> None:
         """Set the static step: the distance between two levels, in units of the input.
@@ -133,24 +161,27 @@ class ActivationQuantizer(nn.Module):
         with torch.no_grad():
             self.log_step.copy_(torch.as_tensor(step).log())
 
-    def _require_calibrated(self) -> None:
-        """``ValueError`` before a static step that is still NaN is used."""
+    def _has_step(self) -> bool:
+        """Whether inputs can be rounded; ``ValueError`` if not and a graph would keep that."""
         if self._seen_calibrated or self.log_step is None:
-            return
+            return True
         if torch.compiler.is_compiling():
             self._check_when_traced()
-        else:
-            self._check()
-            self._seen_calibrated = True
+            return True
+        self._seen_calibrated = self._look()
+        return self._seen_calibrated
 
     @torch.compiler.assume_constant_result
     def _check_when_traced(self) -> None:
-        self._check()  # and nothing else: the trace depends on the flag, which must not move
+        if not self._look():  # and nothing else: the trace depends on the flag, which must not move
+            raise ValueError(f"{self._name()}: {NEVER_CALIBRATED}")
 
-    def _check(self) -> None:
+    def _look(self) -> bool:
         # A fake tensor, as exports use, has a shape and no value to look at.
-        if not isinstance(self.log_step, FakeTensor) and not self.calibrated:
-            raise ValueError(f"{type(self).__name__}({self.extra_repr()}): {NEVER_CALIBRATED}")
+        return isinstance(self.log_step, FakeTensor) or self.calibrated
+
+    def _name(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
 
     def _static_step(self) -> Tensor | None:
         return None if self.log_step is None else self.log_step.exp()
@@ -163,7 +194,10 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         spec = self.spec
-        self._require_calibrated()
+        if not self._has_step():
+            warnings.warn(f"inputs stay float: {NEVER_CALIBRATED}", stacklevel=2)
+            unknown: Tensor = _WithoutBackward.apply(x, self.log_step, self._name())
+            return unknown
         if self.log_step is None and spec.surrogate == "clip":
             grid = (self.levels, spec.activation_clip_ratio, spec.input_group)
             return self.context.once(x, grid, _round_for_product)

@@ -38,7 +38,29 @@ def check_calibrated(layer: MaQDLinear, name: str) -> None:
         raise ValueError(f"{name}: {NEVER_CALIBRATED}")
 
 
-class PackedLinear(CountedModule):
+class PackedModule(CountedModule):
+    """What packed layers have in common: no edit of their parameters goes unnoticed.
+
+    They are frozen as soon as they are filled, and not when a kernel first reads them: a graph of
+    ``torch.compile`` depends on what kind of parameters it saw, and would be made twice.
+    """
+
+    def freeze(self) -> None:
+        """Freeze the parameters (``FrozenParameter``) that have no gradient."""
+        for parameter in self.parameters(recurse=False):
+            freeze(parameter)
+
+    def _apply(self, fn: Apply, recurse: bool = True) -> PackedModule:
+        super()._apply(fn, recurse)
+        self.freeze()  # a conversion may have made new ones
+        return self
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self.freeze()
+
+
+class PackedLinear(PackedModule):
     """A linear layer on packed codes: what packing makes of a ``MaQDLinear``.
 
     Its parameters are frozen (and no buffers, so that offloading moves them): ``weight_scale``
@@ -107,9 +129,10 @@ class PackedLinear(CountedModule):
         static = getattr(layer.activation, "log_step", None)
         if packed.activation_step is not None and static is not None:
             packed.activation_step.copy_(static.exp())
+        packed.freeze()
         return packed
 
-    def _apply(self, fn: Apply, recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Apply, recurse: bool = True) -> PackedModule:
         return super()._apply(without_narrowing(fn, self.parameters(), self.weight_scale), recurse)
 
     def widen_scale(self) -> None:
@@ -138,8 +161,7 @@ class PackedLinear(CountedModule):
         return self._native.get(self._parameters.values(), self._make_native)
 
     def _make_native(self) -> kernels.NativeWeight:
-        for parameter in self.parameters(recurse=False):
-            freeze(parameter)
+        self.freeze()  # those that somebody has put in since
         # On a CPU the library rotates a token as it quantises it, on a GPU `forward` has done so.
         rotation = {"rotation": self.rotation} if self.weight.is_cpu else {}
         return kernels.weight_type(self.weight.device)(
@@ -199,7 +221,7 @@ class PackedLinear(CountedModule):
         return f"{self.in_features}, {self.out_features}, {self.spec}"
 
 
-class PackedEmbedding(CountedModule):
+class PackedEmbedding(PackedModule):
     """An embedding on packed codes: what packing makes of a ``MaQDEmbedding``.
 
     Its parameters are those of a ``PackedLinear`` with one scale a row. The output has the dtype of
@@ -244,9 +266,10 @@ class PackedEmbedding(CountedModule):
         packed.weight.copy_(pack_codes(table.weight_codes(), table.levels))
         packed.weight_scale.copy_(table.weight_log_scale.exp())
         packed.weight_offset.copy_(table.weight_offset)
+        packed.freeze()
         return packed
 
-    def _apply(self, fn: Apply, recurse: bool = True) -> PackedEmbedding:
+    def _apply(self, fn: Apply, recurse: bool = True) -> PackedModule:
         wide = (self.weight_scale, self.weight_offset)
         return super()._apply(without_narrowing(fn, wide), recurse)
 
@@ -266,8 +289,7 @@ class PackedEmbedding(CountedModule):
         words, scale, offset = self.weight, self.weight_scale, self.weight_offset
 
         def make() -> kernels.Table:
-            for parameter in self.parameters(recurse=False):
-                freeze(parameter)
+            self.freeze()
             return kernels.Table(
                 words, self.levels, self.embedding_dim, scale, offset, self.output_scale
             )

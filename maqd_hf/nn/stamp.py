@@ -44,7 +44,7 @@ class FrozenParameter(nn.Parameter):
     2
     """
 
-    counter: Tensor | None
+    counter: Tensor | None = None
 
     @property
     def data(self) -> Tensor:
@@ -70,7 +70,6 @@ def freeze(parameter: Tensor) -> Tensor:
     """``parameter`` itself, as a ``FrozenParameter`` from now on, if it is one without gradient."""
     if type(parameter) is nn.Parameter and not parameter.requires_grad:
         parameter.__class__ = FrozenParameter
-        parameter.counter = None  # type: ignore[attr-defined]
     return parameter
 
 

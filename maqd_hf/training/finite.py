@@ -50,8 +50,10 @@ class FiniteGuard(TrainerCallback):
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             distributed.all_reduce(broken)
         if bool(broken.any()):
-            loss, gradient = (float(n) for n in numbers)
-            what = f"the loss is {loss}" if broken[0] else f"the gradient's norm is {gradient}"
+            name, number = ("loss", numbers[0]) if broken[0] else ("gradient's norm", numbers[1])
+            what = f"the {name} is {float(number)}"
+            if bool(number.isfinite().all()):
+                what = f"the {name} of another rank is not finite"
             raise FloatingPointError(
                 f"step {state.global_step + 1} of {state.max_steps}: {what}. The training has "
                 f"diverged and stops here, with the parameters of step {state.global_step}; "

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..nn.activation import check_all_calibrated
 from .arguments import MaQDTrainingArguments
 from .distillation import (
     HiddenLoss,
@@ -216,8 +217,9 @@ class DistillingTrainer(Trainer):
         that of all tokens.
 
         Raises:
-            ValueError: no label of any batch counts.
+            ValueError: no label of any batch counts, or activations were never calibrated.
         """
+        check_all_calibrated(self.model)
         gather = self.gather_function
         self.gather_function = partial(_gathered, gather)
         try:

@@ -75,7 +75,7 @@ class Row:
 
 def _llm_rows() -> list[Row]:
     """The rows of table ``llm``: start values, then trained rows, then peers."""
-    rates: dict[int, tuple[float, ...]] = {n: (learning_rate(n),) for n in (16, 8, 4, 3)}
+    rates: dict[int, tuple[float, ...]] = {n: (learning_rate(n),) for n in (256, 16, 8, 4, 3)}
     return [*_start_rows(), *_trained_rows(rates), *_peer_rows(rates)]
 
 
@@ -111,7 +111,7 @@ def _trained_rows(rates: Mapping[int, tuple[float, ...]]) -> list[Row]:
     """MaQD and other rules, distilled at ``rates`` by levels."""
     rows = [
         Row(f"MaQD M={levels} g64", "MaQD", levels, 64, 255, learning_rates=rates[levels])
-        for levels in (4, 16, 8, 3)
+        for levels in (4, 16, 8, 3, 256)
     ]
     not_rotated = Row("", "MaQD", 16, 64, 255, rotation=None)
     few = Row("", "MaQD", 16, 64, 15, "group")

@@ -33,6 +33,9 @@ MODELS: tuple[tuple[int, int | None, int, str], ...] = (  # levels, group, head'
     (4, None, 16, "2 bit, 4-bit head"),
     (16, None, 255, "4 bit, 8-bit head"),
     (16, 64, 255, "4 bit g64, 8-bit head"),
+    (256, 64, 255, "8 bit g64, 8-bit head"),
+    (8, 64, 255, "3 bit g64, 8-bit head"),
+    (3, 64, 255, "ternary g64, 8-bit head"),
 )
 OWN = ("2 bit, 8-bit head", "4 bit, 8-bit head")  # also through the model's own forward
 PROMPT, NEW, PREFILL, BATCH = 16, 64, 512, 8

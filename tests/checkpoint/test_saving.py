@@ -171,8 +171,10 @@ def stopped_before_change(
 
         return call
 
-    for name in ("replace", "rename", "link", "unlink"):
+    for name in ("replace", "link"):
         patch.setattr(os, name, stopping(getattr(os, name)))
+    for name in ("replace", "rename", "unlink"):  # in Python 3.10 not by way of os
+        patch.setattr(Path, name, stopping(getattr(Path, name)))
     patch.setattr(shutil, "rmtree", stopping(shutil.rmtree))
     try:
         save_model(model, path, max_shard_size=size)

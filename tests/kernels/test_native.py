@@ -315,7 +315,6 @@ def test_whole_model_generates_alike(isa, tiny_llama, monkeypatch):
 def test_compiled_graphs_call_the_kernel(isa):
     """One operator in the graph, no break; changed weights and copies are followed."""
     layer = packed(64, 24)
-    layer(torch.randn(1, 64))  # the first call repacks, and freezes the parameters
     graphs = []
 
     def backend(graph, inputs):
@@ -338,6 +337,46 @@ def test_compiled_graphs_call_the_kernel(isa):
         torch.ops.maqd.packed_linear,
         (x, layer.activation_step or torch.zeros(1), layer._number, 24),
     )
+
+
+def moved(layer):
+    return layer.bfloat16().float()
+
+
+def loaded(layer):
+    """Filled as a model is by ``from_pretrained``, with its parameters replaced."""
+    again = PackedLinear(layer.in_features, layer.out_features, True, layer.spec)
+    again.load_state_dict(layer.state_dict(), assign=True)
+    again.requires_grad_(False).freeze()
+    return again
+
+
+def unpickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+@pytest.mark.parametrize("made", [copy.copy, copy.deepcopy, moved, loaded, unpickled])
+def test_a_layer_is_compiled_once_however_it_was_made(best, made):
+    """The kernel's first call changes nothing that a graph depends on."""
+    layer, graphs = made(packed(64, 24)), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    run, x = torch.compile(layer, fullgraph=True, backend=backend), torch.randn(2, 64)
+    with torch.no_grad():
+        assert torch.equal(run(x), run(x))
+        assert torch.equal(run(x), layer(x))
+    assert len(graphs) == 1
+
+
+def test_the_compiled_table_serves_every_call(best, monkeypatch):
+    calls, ids = [], torch.arange(4)
+    table = PackedEmbedding.from_qat(MaQDEmbedding.from_embedding(nn.Embedding(11, 16), 16))
+    read = kernels.Table.__call__
+    monkeypatch.setattr(kernels.Table, "__call__", lambda *given: calls.append(1) or read(*given))
+    assert torch.equal(table(ids), table(ids)) and len(calls) == 2
 
 
 def test_a_graph_of_a_deleted_layer_says_so():

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from maqd_hf import MaQDConfig, quantize_model
+from maqd_hf import MaQDConfig, pack_model, quantize_model
 from maqd_hf.nn import MaQDLinear
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -58,14 +58,56 @@ def test_a_merged_adapter_says_what_it_said(tiny_llama, levels, tolerance, rotat
     assert distance(logits(merged), expected) == pytest.approx(error, rel=1e-3, abs=1e-6)
 
 
-def test_a_grid_too_coarse_for_the_adapter_is_refused(tiny_llama):
-    quantize_model(tiny_llama, MaQDConfig(weight_levels=4, activation_levels=None))
+@pytest.mark.parametrize("levels", [3, 15, 16])
+@pytest.mark.parametrize("rotation", [None, "auto"])
+def test_a_grid_too_coarse_for_the_adapter_gets_the_levels_it_needs(
+    tiny_llama, tmp_path, levels, rotation
+):
+    settings = {"weight_levels": levels, "activation_levels": None, "rotation": rotation}
+    quantize_model(tiny_llama, MaQDConfig(**settings))
+    tiny_llama.eval()
+    alone = logits(tiny_llama)
     model = adapted(tiny_llama)
     before, expected = state(model), logits(model)
-    with pytest.raises(ValueError, match=r"4 levels are too few.*unmerged"):
+    model.merge_adapter()
+    assert distance(logits(model), expected) < 0.25 * distance(expected, alone)
+    layer = model.get_base_model().model.layers[0].self_attn
+    finer = layer.q_proj.get_base_layer().weight_levels
+    assert finer > levels and finer % 2 == levels % 2
+    assert layer.k_proj.weight_levels == levels, "it has no adapter"
+    model.unmerge_adapter()
+    assert layer.q_proj.get_base_layer().weight_levels == levels
+    assert all(torch.equal(before[name], t) for name, t in state(model).items())
+
+    merged = model.merge_and_unload()
+    expected = logits(merged)
+    merged.save_pretrained(tmp_path / "qat")
+    again = type(merged).from_pretrained(tmp_path / "qat").eval()
+    assert again.model.layers[0].self_attn.q_proj.weight_levels == finer
+    assert torch.equal(logits(again), expected)
+    pack_model(again)
+    assert distance(logits(again), expected) < 1e-5
+
+
+def test_an_adapter_that_no_grid_keeps_is_refused(tiny_llama):
+    quantize_model(tiny_llama, MaQDConfig(weight_levels=4, activation_levels=None))
+    model = adapted(tiny_llama, lora_alpha=1e-4)
+    before, expected = state(model), logits(model)
+    with pytest.raises(ValueError, match=r"256 levels are too few.*unmerged"):
         model.merge_adapter()
     assert all(torch.equal(before[name], t) for name, t in state(model).items())
     assert torch.equal(logits(model), expected), "the adapter is still there, unmerged"
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.get_base_layer().weight_levels == 4
+
+
+def test_an_adapter_that_was_never_trained_changes_nothing(tiny_llama):
+    quantize_model(tiny_llama, MaQDConfig(weight_levels=4, activation_levels=None))
+    expected = logits(tiny_llama.eval())
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    merged = peft.get_peft_model(tiny_llama, config).merge_and_unload()
+    assert torch.equal(logits(merged), expected)
+    assert merged.model.layers[0].self_attn.q_proj.weight_levels == 4
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"target_modules": ["embed_tokens"]}])

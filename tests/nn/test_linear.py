@@ -212,9 +212,9 @@ def test_static_step_is_learned_as_its_logarithm(surrogate: str) -> None:
     assert quantizer.log_step.grad.item() == pytest.approx(0.3 * expected, rel=1e-3)
 
 
-def test_a_forward_on_an_uncalibrated_step_is_refused() -> None:
-    """Never a plausible wrong number, and never NaN: not before the step is set, not after the
-    layer was reset or has loaded a state without a step."""
+def test_an_input_without_a_calibrated_step_stays_float_and_nothing_is_trained() -> None:
+    """It is said, and never NaN: not before the step is set, not after the layer was reset or has
+    loaded a state without a step."""
     layer, uncalibrated = MaQDLinear(8, 4), MaQDLinear(8, 4).state_dict()
     assert isinstance(layer.activation, ActivationQuantizer)
     for take_away in (
@@ -225,10 +225,14 @@ def test_a_forward_on_an_uncalibrated_step_is_refused() -> None:
     ):
         take_away()
         assert not layer.activation.calibrated
-        with pytest.raises(
-            ValueError, match=r"levels=255.*never calibrated.*calibrate_activations"
+        x = torch.randn(1, 8)
+        with pytest.warns(
+            UserWarning, match=r"stay float.*never calibrated.*calibrate_activations"
         ):
-            layer(torch.randn(1, 8))
+            y = layer(x)
+        assert torch.equal(y, nn.functional.linear(x, layer.quantized_weight(), layer.bias))
+        with pytest.raises(ValueError, match=r"levels=255.*never calibrated"):
+            y.sum().backward()
         assert calibrated(layer).activation.calibrated
         assert bool(layer(torch.randn(1, 8)).isfinite().all())
 

@@ -1,7 +1,11 @@
 """NaN never passes in silence: not an empty batch, not a diverging run, not an unknown step."""
 
 import copy
+import json
 import math
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +19,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from maqd_hf import MaQDConfig, quantize_model
+from maqd_hf import MaQDConfig, pack_model, quantize_model
+from maqd_hf.evaluation import token_perplexity
 from maqd_hf.nn import MaQDLinear
 from maqd_hf.training import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
+from tests.support.ranks import run_ranks
 
 FULL = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "attention_mask": [1] * 4}
 EMPTY = {
@@ -197,6 +203,67 @@ def test_nothing_is_saved_of_parameters_that_are_not_finite(tmp_path, step):
         trainer.train()
 
 
+class Remember(TrainerCallback):
+    """What the files of the last checkpoint held when it was written."""
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.saved = folder, contents(folder)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+SPOILED = ("loss", "gradient", "parameter")
+
+
+def diverge(folder):
+    """One rank of two, of which the second diverges in step 3; leaves what each was told."""
+    rank = int(os.environ["RANK"])
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    for what in SPOILED:
+        callbacks = [remember := Remember()] + [SpoilAt(3, what)] * (rank == 1)
+        model, path = qat(decoder()), folder / what
+        trainer = trainer_for(model, path, [FULL] * 12, callbacks=callbacks, **settings)
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            told = {"error": str(error), "step": trainer.state.global_step}
+            if rank == 0:  # which writes the last file of a checkpoint
+                checkpoint, saved = remember.saved
+                told |= {"last": checkpoint.name, "untouched": contents(checkpoint) == saved}
+            (folder / f"{what}-{rank}.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(scope="module")
+def diverged(tmp_path_factory):
+    """The folder that two ranks trained in; a rank that waits for the other would time out."""
+    folder = tmp_path_factory.mktemp("diverged")
+    run_ranks(__file__, str(folder), timeout=120)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", SPOILED)
+def test_all_ranks_stop_at_the_first_step_in_which_one_diverges(diverged, what):
+    told = [json.loads((diverged / f"{what}-{rank}.json").read_text()) for rank in (0, 1)]
+    if what == "parameter":
+        causes = ["after step 3 1 parameter"] * 2
+    elif what == "loss":
+        causes = ["step 3 of 6: the loss of another rank is not finite", "step 3 of 6: the loss is"]
+    else:  # the ranks share their gradient
+        causes = ["step 3 of 6: the gradient's norm is"] * 2
+    for rank, cause in zip(told, causes, strict=True):
+        assert cause in rank["error"] and "learning_rate is 0.01" in rank["error"]
+        assert rank["step"] == (3 if what == "parameter" else 2)
+    assert told[0]["last"] == "checkpoint-2" and told[0]["untouched"]
+    last = last_complete_checkpoint(diverged / what)
+    assert last == str(diverged / what / "checkpoint-2")
+    saved = LlamaForCausalLM.from_pretrained(last)
+    assert all(bool(p.isfinite().all()) for p in saved.parameters())
+
+
 def test_the_log_of_a_layer_that_is_not_finite_leaves_it_out(tmp_path):
     model = qat(decoder())
     trainer = trainer_for(model, tmp_path, [FULL])
@@ -210,17 +277,36 @@ def test_the_log_of_a_layer_that_is_not_finite_leaves_it_out(tmp_path):
 
 @pytest.mark.parametrize("kind", [Trainer, MaQDTrainer])
 def test_an_uncalibrated_step_is_refused_by_any_trainer_but_the_one_that_calibrates(tmp_path, kind):
-    model = qat(decoder(), activation_scaling="static")
-    with pytest.raises(ValueError, match="never calibrated"):
-        model(torch.tensor([[5, 6]]))
-    trainer = trainer_for(model, tmp_path, [FULL] * 8, kind=kind)
-    with pytest.raises(ValueError, match="never calibrated"):
-        trainer.evaluate([FULL])
+    trainer = trainer_for(
+        qat(decoder(), activation_scaling="static"), tmp_path, [FULL] * 8, kind=kind
+    )
+    before = copy.deepcopy(dict(trainer.model.named_parameters()))
     if kind is Trainer:
-        with pytest.raises(ValueError, match="never calibrated"):
+        with (
+            pytest.warns(UserWarning, match="stay float"),
+            pytest.raises(ValueError, match="never"),
+        ):
             trainer.train()
+        for name, parameter in trainer.model.named_parameters():
+            assert torch.equal(parameter.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
     else:
         assert math.isfinite(trainer.train().training_loss)
+
+
+def test_nothing_is_measured_of_a_model_that_was_never_calibrated(tmp_path):
+    """A forward of one's own has float inputs and says so; its loss is finite in both modes."""
+    model, ids = qat(decoder(), activation_scaling="static"), torch.tensor([[5, 6, 7]])
+    for mode in (model.train, model.eval):
+        mode()
+        with pytest.warns(UserWarning, match="inputs stay float"):
+            assert bool(model(ids, labels=ids).loss.isfinite())
+    for measure in (
+        lambda: trainer_for(model, tmp_path, [FULL]).evaluate([FULL]),
+        lambda: token_perplexity(model, torch.arange(9)),
+        lambda: pack_model(model),
+    ):
+        with pytest.raises(ValueError, match=r"q_proj: the static .* never calibrated.*calibrate"):
+            measure()
 
 
 def test_a_model_that_was_never_quantised_is_refused_with_the_remedy(tmp_path):
@@ -237,3 +323,7 @@ def test_another_number_of_processes_cannot_resume(tmp_path):
     trainer = trainer_for(qat(decoder()), tmp_path, [FULL] * 4, **settings)
     with pytest.raises(ValueError, match=r"written by 2 process.*this run has 1.*nproc_per_node 2"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+if __name__ == "__main__":
+    diverge(Path(sys.argv[1]))

@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -39,6 +37,7 @@ from maqd_hf.nn import ActivationQuantizer, BatchContext, LinearSpec, MaQDLinear
 from maqd_hf.training import rates as default_rates
 from maqd_hf.training.callbacks import GateSchedule, QuantizerMonitor
 from maqd_hf.training.trainer import MaQDTrainer, MaQDTrainingArguments, last_complete_checkpoint
+from tests.support.ranks import run_ranks
 
 LENGTH, STEPS = 24, 6
 
@@ -745,28 +744,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.1,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "float")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=common | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(__file__, str(folder))
     return folder
 
 

@@ -27,7 +27,7 @@ from scripts.bench.report.quality import (
     quality,
     zero_shot,
 )
-from scripts.bench.report.speed import speed, speed_elsewhere
+from scripts.bench.report.speed import speed, speed_elsewhere, speed_of_models
 from scripts.bench.report.summary import six_rows
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,6 +91,12 @@ SECTIONS = [
         "speed-avx512.json",
         "python -m scripts.bench.speed",
         speed_elsewhere,
+    ),
+    Section(
+        "Speed, a CPU with AVX2 alone",
+        "speed-avx2.json",
+        "python -m scripts.bench.speed --tables models --output results/speed-avx2.json",
+        speed_of_models,
     ),
     Section("Without training", "ptq-*.json", "python scripts/quantize_ptq.py", post_training),
     Section(

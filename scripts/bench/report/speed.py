@@ -26,6 +26,11 @@ def speed_elsewhere(result: dict[str, Any]) -> str:
     return "\n\n".join([*machine(result), aims(speed_targets(result), AIMS)])
 
 
+def speed_of_models(result: dict[str, Any]) -> str:
+    """Whole models, on another machine."""
+    return "\n\n".join([*machine(result), *models(result.get("models", []))])
+
+
 def machine(result: dict[str, Any]) -> list[str]:
     """What our kernels and llama.cpp's ran on."""
     build = ", ".join(result.get("llama_cpp_build", []))

@@ -14,19 +14,16 @@ from maqd_hf.evaluation.model_card import NOT_MEASURED, markdown_table
 from scripts.bench.report.quality import best_rates, perplexities
 
 MODEL = "smollm2-135m-instruct"
-MARK = " ¹"
-_NOTE = "¹ One scale a row, without groups."
+SPEEDS = "speed-avx2.json"  # of the slowest machine that was measured
 
 
 @dataclass(frozen=True)
 class Row:
-    """``quality``: the row of quality.json; ``speed``: that of speed.json; ``other``: one to show
-    with a mark where ``speed`` is not there."""
+    """``quality``: the row of quality.json; ``speed``: that of ``SPEEDS``."""
 
     label: str
     quality: str
     speed: str
-    other: str = ""
 
 
 ROWS = (
@@ -35,43 +32,37 @@ ROWS = (
     Row("4 bit, 16 levels", "MaQD M=16 g64", "maqd 4 bit g64, 8-bit head"),
     Row("3 bit, 8 levels", "MaQD M=8 g64", "maqd 3 bit g64, 8-bit head"),
     Row("2 bit, 4 levels", "MaQD M=4 g64", "maqd 2 bit g64, 8-bit head"),
-    Row(
-        "1.6 bit, 3 levels", "MaQD M=3 g64", "maqd ternary g64, 8-bit head",
-        "maqd ternary, 8-bit head",
-    ),
-)  # fmt: skip
+    Row("1.6 bit, 3 levels", "MaQD M=3 g64", "maqd ternary g64, 8-bit head"),
+)
 
 
 def six_rows(root: Path) -> str:
     """The table and what its columns are."""
-    speeds, threads = _speeds(_load(root, "speed.json"))
+    speeds, threads = _speeds(_load(root, SPEEDS))
     found = _load(root, "quality.json").get("runs", [])
     runs = best_rates(run for run in found if run["table"] == "llm")
     float_bytes = _load(root, "main_job.json").get("float_bytes")
-    marked = False
     rows = []
     for row in ROWS:
-        speed, mark = speeds.get(row.speed), ""
-        if speed is None and row.other in speeds:
-            speed, mark, marked = speeds[row.other], MARK, True
-        size = float_bytes if row.quality == "float" else (speed or {}).get("file_bytes")
+        speed = speeds.get(row.speed, {})
+        size = float_bytes if row.quality == "float" else speed.get("file_bytes")
         rows.append(
             (
                 row.label,
-                _cell(size and size / 1e6, "{:.0f} MB", mark),
+                _cell(size and size / 1e6, "{:.0f} MB"),
                 _cell(_perplexity(runs, row.quality), "{:.1f}"),
-                _cell((speed or {}).get("tokens_per_second"), "{:.0f}", mark),
+                _cell(speed.get("tokens_per_second"), "{:.0f}"),
             )
         )
     table = markdown_table(("weights", "file", "perplexity", "tokens a second"), rows)
     note = (
         f"`{MODEL}`, 64 weights share a scale, inputs have 8 bits. File and tokens a second "
-        f"({threads} threads of a shared machine, one stream) are those of a model whose embedding "
-        "and head have 8 bits (the float model's are bfloat16); perplexity "
+        f"({threads} threads of a CPU with AVX2 alone, one stream) are those of a model whose "
+        "embedding and head have 8 bits (the float model's are bfloat16); perplexity "
         "(WikiText-2 test, the best training tried) is that of one whose embedding and head are "
         "float."
     )
-    return "\n\n".join([table, f"{note} {_NOTE}" if marked else note])
+    return "\n\n".join([table, note])
 
 
 def _load(root: Path, name: str) -> dict[str, Any]:
@@ -95,5 +86,5 @@ def _perplexity(runs: list[dict[str, Any]], name: str) -> float | None:
     return found
 
 
-def _cell(value: float | None, form: str, mark: str = "") -> str:
-    return NOT_MEASURED if value is None else form.format(value) + mark
+def _cell(value: float | None, form: str) -> str:
+    return NOT_MEASURED if value is None else form.format(value)
