@@ -135,6 +135,32 @@ def test_token_by_token_equals_at_once(isa, family):
     assert_equal(torch.cat(steps, 1), once)
 
 
+@pytest.mark.parametrize("kv_cache", ["float32", "int8"])
+@pytest.mark.parametrize("family", ["llama", "odd widths", "sliding", "qwen3"])
+def test_long_pasts(isa, family, kv_cache):
+    """Many blocks of keys, some of them hidden as a whole; few queries share them out in parts."""
+    model = packed(family, activation_levels=None)  # no code tips over
+    ids = torch.randint(3, 250, (2, 1200))
+    mask = torch.ones_like(ids)
+    mask[0, :150] = mask[1, 700:840] = 0
+    mask = mask.bool()
+    with torch.no_grad():
+        use_native(model, False)
+        expected = model(ids, attention_mask=mask).logits
+        use_native(model, kv_cache=kv_cache)
+        cache, steps, end = DynamicCache(config=model.config), [], 0
+        for part in ids.split([1100, 93, 5, 1, 1], dim=1):
+            end += part.shape[1]
+            call = {CACHE_NAME: cache, "attention_mask": mask[:, :end]}
+            steps.append(model(part, **call, use_cache=True).logits)
+    assert cache.get_seq_length() == 1200
+    got = torch.cat(steps, 1)
+    if kv_cache == "float32":
+        assert_equal(got[mask], expected[mask], tipped=1e-4)
+    else:
+        assert float((got - expected)[mask].norm() / expected[mask].norm()) < 0.05
+
+
 def test_long_prompts_go_in_pieces(best, monkeypatch):
     model = packed()
     ids = torch.randint(3, 250, (2, 67))

@@ -92,6 +92,20 @@ def test_every_storage_multiplies_every_code(isa, storage):
         assert torch.equal(weight(x.float(), torch.ones(1)).double(), exact)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 17])
+@pytest.mark.parametrize("storage", list(native.STORAGES))
+def test_the_largest_sums_do_not_overflow(isa, storage, tokens):
+    """All codes and inputs at an end of their range, where partial sums are as large as can be."""
+    levels, columns = native.STORAGES[storage].levels, 512
+    codes = torch.tensor([[levels - 1], [0]]).expand(2, columns).repeat(9, 1).contiguous()
+    words, scale = pack_codes(codes, levels), torch.ones(len(codes), 1)
+    weight = native.NativeWeight(words, levels, columns, scale, None, None, 256, storage)
+    for end in (-127.5, 127.5):
+        x = torch.full((tokens, columns), end)
+        exact = x.double() @ (codes.double() - (levels - 1) / 2).t()
+        torch.testing.assert_close(weight(x, torch.ones(1)).double(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("tokens", [15, 16, 31, 32, 33, 50])
 @pytest.mark.parametrize("weight_levels", [3, 7, 16, 256])
 def test_many_tokens_equal_the_reference(isa, weight_levels, tokens, monkeypatch):

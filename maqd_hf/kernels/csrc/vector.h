@@ -65,7 +65,9 @@ INLINE vec widened(const int8_t *bytes) {
 #endif
 INLINE void store_vec(float *p, vec v) { memcpy(p, &v, sizeof v); }
 INLINE vec all_vec(float x) { return x - (vec){0}; }
-INLINE vec choose_vec(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
+INLINE vec choose_vec(ivec mask, vec a, vec b) {
+    return (vec)(((ivec)a & mask) | ((ivec)b & ~mask));
+}
 INLINE float sum_vec(vec v) {
     float total = 0;
     for (int i = 0; i < WIDTH; ++i) total += v[i];
