@@ -54,6 +54,7 @@ from scripts.bench.speed_models import (
     MIB,
     NEW,
     PROMPT,
+    by_length,
     compete,
     llama_cpp_sources,
     model_sources,
@@ -69,7 +70,7 @@ class Arguments:
     tokens: list[int] = field(default_factory=lambda: [1, 8, 512])
     rounds: int = field(default=7, metadata={"help": "Turns that every competitor takes."})
     tables: list[str] = field(
-        default_factory=lambda: ["matrices", "models", "compiled", "agreement"]
+        default_factory=lambda: ["matrices", "models", "lengths", "compiled", "agreement"]
     )
     busy: int = field(default=0, metadata={"help": "Processes that compute beside `models`."})
     large: bool = field(default=False, metadata={"help": "Also a random Llama of 1 B parameters."})
@@ -97,6 +98,25 @@ def models(args: Arguments, sources: dict[str, Any], label: str, busy: int) -> l
                 f"{row['first_token_seconds'] * 1e3:>7.1f} ms to the first token, load "
                 f"{row['load_seconds']:.2f} s, {row['peak_bytes'] / MIB:.0f} MiB"
             )
+    return rows
+
+
+def lengths(args: Arguments, sources: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table ``lengths``: 4 bits in groups of 64 every way, and what else runs."""
+    kind, source, options = sources["maqd 4 bit g64, 8-bit head"]
+    _, plain, _ = sources["transformers bf16"]
+    chosen = {
+        "transformers float32": ("hf", plain, {"native": None, "dtype": "float32"}),
+        "maqd 4 bit g64": (kind, source, options),
+        "maqd 4 bit g64, keys and values in 8 bits": (kind, source, options | {"kv_cache": "int8"}),
+        "maqd 4 bit g64, the model's own forward": (kind, source, options | {"native": False}),
+        **{name: s for name, s in sources.items() if name.startswith("llama.cpp")},
+    }
+    threads = max(args.threads)
+    rows = []
+    for name, seconds in by_length(chosen, threads, args.rounds).items():
+        rows.append({"name": name, "threads": threads, "seconds": seconds})
+        print(name, {order: round(1000 * s, 1) for order, s in seconds.items()})
     return rows
 
 
@@ -201,14 +221,16 @@ Keep = Callable[[str, list[dict[str, Any]]], None]
 def whole_models(args: Arguments, report: dict[str, Any], keep: Keep) -> None:
     """Fill the tables of whole models that are asked for."""
     with tempfile.TemporaryDirectory() as folder:
-        if {"models", "compiled"} & set(args.tables) or args.busy:
+        if {"models", "lengths", "compiled"} & set(args.tables) or args.busy:
             float_model = str(resolve_model(SMOLLM2))
             config = AutoConfig.from_pretrained(float_model)
             sources = model_sources(Path(folder), config, float_model)
         if "compiled" in args.tables:
             keep("compiled", compiled(args, sources))
-        if "models" in args.tables or args.busy:
+        if {"models", "lengths"} & set(args.tables) or args.busy:
             sources |= llama_cpp_sources(Path(folder))
+        if "lengths" in args.tables:
+            keep("lengths", lengths(args, sources))
         if "models" in args.tables:
             report["import_seconds"] = import_seconds()
             keep("models", models(args, sources, SMOLLM2, 0))

@@ -10,7 +10,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -24,6 +25,8 @@ from transformers.utils import logging
 
 from maqd_hf import MaQDConfig, pack_model, quantize_model, use_native
 from maqd_hf.data.bundled import embedded_gguf
+from maqd_hf.decoding.forward import CACHE_NAME
+from maqd_hf.kernels.key_values import KeyValueType
 
 LLAMA_CPP = {"Q8_0": 7, "Q4_0": 2, "TQ2_0": 37}  # llama.cpp's numbers of its file types
 MODELS: tuple[tuple[int, int | None, int, str], ...] = (  # levels, group, head's levels, name
@@ -39,25 +42,45 @@ MODELS: tuple[tuple[int, int | None, int, str], ...] = (  # levels, group, head'
 )
 OWN = ("2 bit, 8-bit head", "4 bit, 8-bit head")  # also through the model's own forward
 PROMPT, NEW, PREFILL, BATCH = 16, 64, 512, 8
+LENGTHS, STEPS = (16, 512, 2048, 8192), 8  # of the table of lengths
 MIB = 2**20
 
 
 class TransformersModel:
     """A transformers model of a folder, run by ``generate()`` and ``forward``."""
 
-    def __init__(self, source: str, native: bool | None, dtype: str) -> None:
+    def __init__(
+        self, source: str, native: bool | None, dtype: str, kv_cache: KeyValueType = "float32"
+    ) -> None:
         began = time.perf_counter()
         self.model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
         if native is not None:
-            use_native(self.model, native)
+            use_native(self.model, native, kv_cache=kv_cache)
         self.load_seconds = time.perf_counter() - began
         self.model.generation_config.eos_token_id = None  # nobody stops early
         vocabulary = self.model.config.vocab_size
-        self.ids = torch.randint(5, vocabulary, (1, PREFILL), generator=torch.Generator())
+        self.ids = torch.randint(5, vocabulary, (1, max(LENGTHS)), generator=torch.Generator())
+        self.cache: Any = None
 
     @torch.no_grad()
-    def prefill(self) -> None:
-        self.model(self.ids, use_cache=True, logits_to_keep=1)
+    def prefill(self, tokens: int = PREFILL) -> None:
+        self.cache = self.model(self.ids[:, :tokens], use_cache=True, logits_to_keep=1)[CACHE_NAME]
+
+    @torch.no_grad()
+    def score(self, tokens: int) -> None:
+        """Logits of all tokens, as a perplexity wants them."""
+        self.model(self.ids[:, :tokens], use_cache=False)
+
+    @torch.no_grad()
+    def continue_text(self) -> float:
+        """Seconds of a token after those of the last `prefill`: the median of ``STEPS``."""
+        seconds = []
+        for i in range(STEPS):
+            began = time.perf_counter()
+            options = {CACHE_NAME: self.cache, "use_cache": True, "logits_to_keep": 1}
+            self.model(self.ids[:, i : i + 1], **options)
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds)
 
     @torch.no_grad()
     def decode(self, new: int, batch: int = 1) -> None:
@@ -74,17 +97,26 @@ class LlamaCpp:
 
         began = time.perf_counter()
         self.model = llama_cpp.Llama(
-            source, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads,
-            verbose=False,
+            source, n_ctx=max(LENGTHS) + 2 * STEPS, n_batch=512, n_threads=threads,
+            n_threads_batch=threads, verbose=False,
         )  # fmt: skip
         self.load_seconds = time.perf_counter() - began
         self.logits = partial(llama_cpp.llama_get_logits, self.model.ctx)
         self.vocabulary = self.model.n_vocab()
-        self.ids = torch.randint(5, self.vocabulary, (PREFILL,)).tolist()
+        self.ids = torch.randint(5, self.vocabulary, (max(LENGTHS),)).tolist()
 
-    def prefill(self) -> None:
+    def prefill(self, tokens: int = PREFILL) -> None:
         self.model.reset()
-        self.model.eval(self.ids)
+        self.model.eval(self.ids[:tokens])
+
+    def continue_text(self) -> float:
+        """Seconds of a token after those of the last `prefill`: the median of ``STEPS``."""
+        seconds = []
+        for i in range(STEPS):
+            began = time.perf_counter()
+            self.model.eval([self.ids[i]])
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds)
 
     def decode(self, new: int) -> None:
         import numpy as np
@@ -139,7 +171,9 @@ def serve(kind: str, source: str, options: dict[str, Any], pipe: Connection) -> 
     read = time.perf_counter() - began
     pipe.send({"load_seconds": runner.load_seconds, "peak_bytes": peak,
                "file_bytes": size, "read_seconds": read})  # fmt: skip
-    orders: dict[str, Callable[[], None]] = {
+    orders: dict[str, Callable[[], float | None]] = {
+        **{f"prefill {n}": partial(runner.prefill, n) for n in LENGTHS},
+        "continue": runner.continue_text,
         "prefill": runner.prefill,
         "first": partial(runner.decode, 1),
         "decode": partial(runner.decode, NEW),
@@ -147,11 +181,11 @@ def serve(kind: str, source: str, options: dict[str, Any], pipe: Connection) -> 
     if kind != "llama.cpp":
         orders["first of 8"] = partial(runner.decode, 1, BATCH)
         orders["decode 8"] = partial(runner.decode, NEW, BATCH)
+        orders |= {f"score {n}": partial(runner.score, n) for n in LENGTHS}
     while (order := pipe.recv()) is not None:
         began = time.perf_counter()
-        if order in orders:
-            orders[order]()
-        pipe.send(time.perf_counter() - began if order in orders else None)
+        own = orders[order]() if order in orders else None
+        pipe.send((own or time.perf_counter() - began) if order in orders else None)
 
 
 def burn() -> None:
@@ -214,42 +248,85 @@ def llama_cpp_sources(folder: Path) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def runners(sources: dict[str, Any], threads: int) -> Iterator[dict[str, tuple[Connection, Any]]]:
+    """A process for every competitor: the pipe to it and what it said when its model was loaded."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    spawn, found = get_context("spawn"), {}
+    for name, (kind, source, options) in sources.items():
+        pipe, theirs = spawn.Pipe()
+        job = (kind, source, {**options, "threads": threads}, theirs)
+        spawn.Process(target=serve, args=job, daemon=True).start()
+        theirs.close()
+        found[name] = (pipe, pipe.recv())
+    yield found
+    for pipe, _ in found.values():
+        pipe.send(None)
+
+
+Times = dict[str, dict[str, list[float]]]
+
+
+def race(
+    found: dict[str, tuple[Connection, Any]], rounds: int, orders: Sequence[str], times: Times
+) -> None:
+    """Let all competitors take turns at every order, and add their seconds to ``times``."""
+    for _ in range(rounds):
+        for order in orders:
+            for name, (pipe, _) in found.items():
+                pipe.send(order)
+                if (seconds := pipe.recv()) is not None:
+                    times.setdefault(name, {}).setdefault(order, []).append(seconds)
+
+
 def compete(
     sources: dict[str, Any], threads: int, rounds: int, busy: int
 ) -> dict[str, dict[str, Any]]:
     """All competitors in turn, each in its own process: medians of what they did."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    spawn = get_context("spawn")
-    pipes, results = {}, {}
-    others = [spawn.Process(target=burn, daemon=True) for _ in range(busy)]
-    for name, (kind, source, options) in sources.items():
-        pipes[name], theirs = spawn.Pipe()
-        job = (kind, source, {**options, "threads": threads}, theirs)
-        spawn.Process(target=serve, args=job, daemon=True).start()
-        theirs.close()
-        results[name] = pipes[name].recv()
-    for process in others:
-        process.start()
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in pipes}
+    others = [get_context("spawn").Process(target=burn, daemon=True) for _ in range(busy)]
     orders = ["prefill", "first", "decode", *([] if busy else ["first of 8", "decode 8"])]
-    for turn in range(rounds + 1):
-        for order in orders:
-            for name, pipe in pipes.items():
-                pipe.send(order)
-                seconds = pipe.recv()
-                if turn and seconds is not None:  # the first one warms up
-                    times[name].setdefault(order, []).append(seconds)
-    for process in others:
-        process.kill()
-    for name, pipe in pipes.items():
-        pipe.send(None)
-        medians = {order: statistics.median(values) for order, values in times[name].items()}
-        results[name] |= {
-            "prefill_tokens_per_second": PREFILL / medians["prefill"],
-            "first_token_seconds": medians["first"],
-            "tokens_per_second": (NEW - 1) / (medians["decode"] - medians["first"]),
-        }
-        if "decode 8" in medians:
-            seconds = medians["decode 8"] - medians["first of 8"]
-            results[name]["batch_tokens_per_second"] = BATCH * (NEW - 1) / seconds
-    return results
+    times: Times = {}
+    with runners(sources, threads) as found:
+        for process in others:
+            process.start()
+        race(found, 1, orders, {})  # warms up
+        race(found, rounds, orders, times)
+        for process in others:
+            process.kill()
+    return {name: said | _figures(times[name]) for name, (_, said) in found.items()}
+
+
+def _figures(times: dict[str, list[float]]) -> dict[str, float]:
+    """The rates of a competitor by the medians of its seconds."""
+    medians = {order: statistics.median(values) for order, values in times.items()}
+    result = {
+        "prefill_tokens_per_second": PREFILL / medians["prefill"],
+        "first_token_seconds": medians["first"],
+        "tokens_per_second": (NEW - 1) / (medians["decode"] - medians["first"]),
+    }
+    if "decode 8" in medians:
+        seconds = medians["decode 8"] - medians["first of 8"]
+        result["batch_tokens_per_second"] = BATCH * (NEW - 1) / seconds
+    return result
+
+
+def by_length(sources: dict[str, Any], threads: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds of every competitor by length: of a prefill, of the next token after it, and of all
+    logits. The longest are measured once."""
+    times: Times = {}
+    with runners(sources, threads) as found:
+        race(found, 1, [f"prefill {PREFILL}", f"score {PREFILL}"], {})  # warms up
+        for tokens in LENGTHS:
+            few = rounds if tokens <= PREFILL else 1
+            after: Times = {}
+            race(found, few, [f"prefill {tokens}", "continue"], after)
+            race(found, few, [f"score {tokens}"] * (tokens <= PREFILL), after)
+            for name, seconds in after.items():
+                told = {
+                    f"continue {tokens}" if k == "continue" else k: v for k, v in seconds.items()
+                }
+                times.setdefault(name, {}).update(told)
+    return {
+        name: {order: statistics.median(seconds) for order, seconds in of.items()}
+        for name, of in times.items()
+    }

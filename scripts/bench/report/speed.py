@@ -7,6 +7,11 @@ from typing import Any
 from maqd_hf.evaluation.model_card import markdown_table
 from scripts.bench.report.targets import aims, load_ratio, speed_targets
 
+HEADERS = {
+    "prefill": "prefill of {}, tokens a second",
+    "continue": "next token after {}, ms",
+    "score": "all logits of {}, tokens a second",
+}
 AIMS = "Ratios that were aimed at (`scripts/bench/report/targets.py`):"
 
 
@@ -27,8 +32,10 @@ def speed_elsewhere(result: dict[str, Any]) -> str:
 
 
 def speed_of_models(result: dict[str, Any]) -> str:
-    """Whole models, on another machine."""
-    return "\n\n".join([*machine(result), *models(result.get("models", []))])
+    """Whole models and matrices, on another machine."""
+    tables = [*machine(result), *models(result.get("models", [])), *lengths(result)]
+    tables += [*ceilings(result), *matrices(result)]
+    return "\n\n".join([*tables, aims(speed_targets(result), AIMS)])
 
 
 def machine(result: dict[str, Any]) -> list[str]:
@@ -67,6 +74,24 @@ def models(running: list[dict[str, Any]]) -> list[str]:
         text = f"`{label}`, one stream, {threads} thread(s){beside}."
         tables.append(f"{text}\n\n{markdown_table(header, rows)}")
     return tables
+
+
+def lengths(result: dict[str, Any]) -> list[str]:
+    """Prefills by length, the next token after them, and the logits of all tokens."""
+    rows = result.get("lengths", [])
+    if not rows:
+        return []
+    orders = list(dict.fromkeys(order for row in rows for order in row["seconds"]))
+    header, cells = [""], [[row["name"]] for row in rows]
+    for order in orders:
+        kind, tokens = order.split()
+        header.append(HEADERS[kind].format(f"{int(tokens):,}"))
+        for row, line in zip(rows, cells, strict=True):
+            seconds = row["seconds"].get(order)
+            rate = seconds and (f"{1e3 * seconds:.1f}" if kind == "continue" else None)
+            line.append(rate or (f"{int(tokens) / seconds:.0f}" if seconds else ""))
+    text = f"One stream by its length, {rows[0]['threads']} thread(s)."
+    return [f"{text}\n\n{markdown_table(header, cells)}"]
 
 
 def matrices(result: dict[str, Any]) -> list[str]:

@@ -45,6 +45,10 @@ _TRITS = (
 )
 _SHARE = "the threads wait for whichever the scheduler left behind a busy process"
 _FORWARD = "the rest is transformers' own Python around the layers; the native step has none"
+_GROWTH = (
+    "keys and values come from memory at the rate it has, and a token without a past takes less "
+    "than half of llama.cpp's time"
+)
 _LONGER = (
     "falls with the tokens, of which a million were allowed, and with those of the calibration"
 )
@@ -120,6 +124,7 @@ def _matrices(rows: list[dict[str, Any]]) -> Iterator[Target]:
 
 
 _TWO, _FOUR = "maqd 2 bit, 8-bit head", "maqd 4 bit, 8-bit head"
+_GROUPS = "maqd 4 bit g64"
 _OWN, _SMALL_HEAD = f"{_TWO}, the model's own forward", "maqd 2 bit, 4-bit head"
 
 
@@ -143,6 +148,31 @@ def _models(report: dict[str, Any], threads: int) -> Iterator[Target]:
     if _TWO in busy and _TWO in rows:
         share = busy[_TWO][tokens] / rows[_TWO][tokens]
         yield Target(f"decode, 2 bit, beside busy processes, to alone, {at}", 0.3, share, _SHARE)
+
+
+def _lengths(rows: list[dict[str, Any]]) -> Iterator[Target]:
+    """What the table of lengths says of "maqd 4 bit g64", by ratios of seconds."""
+    found = {row["name"]: row["seconds"] for row in rows}
+    ours, own = found.pop(_GROUPS, {}), found.pop(f"{_GROUPS}, the model's own forward", {})
+    eight = found.pop(f"{_GROUPS}, keys and values in 8 bits", {})
+    plain = found.pop("transformers float32", {})
+    for order, seconds in ours.items():
+        kind, tokens = order.split()
+        if kind != "continue" and order in own:
+            yield Target(f"{order}, 4 bit, to the model's own forward", 1, own[order] / seconds)
+        best = min((of[order] for of in found.values() if order in of), default=None)
+        if kind == "prefill" and best and tokens in ("512", "8192"):
+            wanted = 1.5 if tokens == "512" else 1.2
+            yield Target(f"{order}, 4 bit, to the best llama.cpp", wanted, best / seconds, _PREFILL)
+        if kind == "score" and order in plain and int(tokens) >= 512:
+            yield Target(f"{order}, 4 bit, to float32", 1, plain[order] / seconds)
+    short, long = "continue 16", "continue 8192"
+    growths = [of[long] / of[short] for of in found.values() if long in of]
+    for name, seconds in (("floats", ours), ("8 bits", eight)):
+        if growths and long in seconds:
+            grows = seconds[long] / seconds[short] / min(growths)
+            what = f"growth of a token's time to 8,192 positions, cache in {name}, to llama.cpp's"
+            yield Target(what, 1.3, grows, _GROWTH, most=True)
 
 
 def load_ratio(row: dict[str, Any], import_seconds: float) -> float:
@@ -171,7 +201,7 @@ def speed_targets(report: dict[str, Any]) -> list[Target]:
     found = list(_matrices(report.get("matrices", [])))
     for threads in sorted({row["threads"] for row in report.get("models", [])}):
         found += _models(report, threads)
-    return found + list(_others(report))
+    return [*found, *_lengths(report.get("lengths", [])), *_others(report)]
 
 
 # ------------------------------------------------------------------------------------- quality
