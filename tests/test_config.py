@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from maqd_hf.config import MaQDConfig
-from maqd_hf.nn import LinearSpec
+from maqd_hf.nn import LinearSpec, NormSpec
 
 OTHER: dict[str, Any] = {  # every field away from its default
     "weight_levels": 3,
@@ -133,6 +133,16 @@ def test_bad_settings_name_value_and_remedy(settings: dict[str, Any], message: s
 
 
 # ------------------------------------------------------------------------- settings by layer
+
+
+@pytest.mark.parametrize("spec", [LinearSpec, NormSpec])
+def test_a_setting_has_one_default_and_auto_is_a_rule_that_starts_from_it(spec: Any) -> None:
+    asked = {f.name.removeprefix("lbn_"): f.default for f in fields(MaQDConfig)}
+    differ = {f.name for f in fields(spec) if asked.get(f.name, f.default) != f.default}
+    assert {asked[name] for name in differ} <= {"auto"}
+    fine = MaQDConfig(weight_levels=17, activation_levels=17)
+    assert fine.plain_linear_spec() == LinearSpec(weight_levels=17, activation_levels=17)
+    assert MaQDConfig().norm_spec(centered=False, bias=False) == NormSpec()
 
 
 def test_linear_spec_takes_every_setting_of_the_config() -> None:
