@@ -47,7 +47,7 @@ def test_the_example_covers_every_field() -> None:
 
 @pytest.mark.parametrize("use_diff", [True, False])
 @pytest.mark.parametrize("settings", [{}, OTHER], ids=["default", "other"])
-def test_json_round_trip(settings: dict[str, Any], use_diff: bool) -> None:
+def test_a_config_survives_json(settings: dict[str, Any], use_diff: bool) -> None:
     config = MaQDConfig(**settings)
     text = config.to_json_string(use_diff=use_diff)
     again = MaQDConfig.from_dict(json.loads(text))
@@ -57,7 +57,7 @@ def test_json_round_trip(settings: dict[str, Any], use_diff: bool) -> None:
     assert again.to_json_string(use_diff=use_diff) == text
 
 
-def test_files(tmp_path: Any) -> None:
+def test_a_config_survives_its_file(tmp_path: Any) -> None:
     config = MaQDConfig(**OTHER)
     config.to_json_file(tmp_path / "config.json")
     assert MaQDConfig.from_dict(json.loads((tmp_path / "config.json").read_text())) == config
@@ -223,7 +223,7 @@ def test_defaults_give_way_to_overrides() -> None:
     assert config.linear_spec("other", weight_levels=255).weight_levels == 255
 
 
-def test_norm_spec() -> None:
+def test_norms_take_their_settings_from_the_config() -> None:
     norm = MaQDConfig(**OTHER).norm_spec(centered=True, bias=True)
     assert (norm.statistics, norm.first_token, norm.pooling) == ("token", "shared", "mean")
     assert (norm.momentum, norm.centered, norm.bias, norm.weight) == (0.5, True, True, True)

@@ -124,7 +124,9 @@ def test_what_is_loaded_is_what_was_saved(
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu"])
 @pytest.mark.parametrize("state", ["qat", "packed"])
-def test_device_map(state: str, device_map: str, tmp_path: Path, load: Callable[..., Any]) -> None:
+def test_a_model_loads_by_every_device_map(
+    state: str, device_map: str, tmp_path: Path, load: Callable[..., Any]
+) -> None:
     model = converted("llama-tied", state)
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     assert_equal(load(type(model), tmp_path, device_map=device_map), model)
@@ -354,7 +356,7 @@ def test_without_the_package_loading_raises_at_every_bit_width(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("state", ["qat", "packed"])
-def test_copies(state: str) -> None:
+def test_copies_and_pickles_compute_the_same(state: str) -> None:
     model = converted("llama-tied", state)
     inputs = example(model)
     before = output(model, inputs)
