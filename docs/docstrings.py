@@ -1,7 +1,7 @@
-"""What the documentation makes of the package's docstrings: doctests and tables as blocks of code.
+"""What the documentation makes of the package's source: blocks of code, and defaults in figures.
 
-An extension of griffe, which reads the docstrings for mkdocs; Markdown would take ``>>>`` for a
-quotation and a bracket in the result of a doctest for a link.
+An extension of griffe, which reads the source for mkdocs. Markdown would take the ``>>>`` of a
+doctest for a quotation and a bracket in its result for a link.
 """
 
 from __future__ import annotations
@@ -26,9 +26,16 @@ def fenced(text: str) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Fences in all docstrings."""
+    """Puts fences into all docstrings, and values in the place of defaults taken from elsewhere."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called for every module, class, function and attribute."""
         if obj.docstring is not None:
             obj.docstring.value = fenced(obj.docstring.value)
+
+    def on_class(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """Called for every class: as a default, ``LinearSpec.surrogate`` becomes "clip"."""
+        for parameter in cls.parameters:
+            path = getattr(parameter.default, "canonical_path", "")
+            if isinstance(parameter.default, griffe.ExprAttribute) and path.startswith("maqd_hf."):
+                parameter.default = cls.modules_collection[path].value

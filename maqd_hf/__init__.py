@@ -42,7 +42,11 @@ _LAZY = {
     "inference_cost": "evaluation",
     "select_static_norms": "calibration",
 }
-"""Public names whose rooms are imported at their first use: the trainer alone takes a second."""
+"""Public names whose rooms are imported at their first use.
+
+The package takes 0.05 s beside any transformers model, the trainer more than a second (notebook:
+"What importing the package takes").
+"""
 
 __all__ = [
     "ConversionReport",

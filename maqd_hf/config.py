@@ -26,7 +26,10 @@ _RESPELLED = {"absorb": "fold", "absorbed": "folded", "absorbed_by": "folded_int
 
 # What "auto" means for fine grids (and in files from before there was such a setting), and for
 # coarse ones.
-_FINE: dict[str, Any] = {"rotation": None, "activation_clip_ratio": 1.0}
+_FINE: dict[str, Any] = {
+    "rotation": LinearSpec.rotation,
+    "activation_clip_ratio": LinearSpec.activation_clip_ratio,
+}
 _ROTATION = 512
 _CLIP_RATIO = 0.8
 _LINEAR_FIELDS = tuple(f.name for f in fields(LinearSpec))
@@ -200,29 +203,30 @@ class MaQDConfig(QuantizationConfigMixin):
         state, modules, format_version: written by the library, not by users.
         digest: what the files held when they were saved (``checkpoint.digest``); in files only.
 
-    A pattern that matches nothing in the model raises when the model is converted. What the
-    defaults are worth, one changed at a time: ``scripts/experiments/ablations.py``.
+    A pattern that matches nothing in the model raises when the model is converted. Defaults of
+    layers and norms are those of ``LinearSpec`` and ``NormSpec``; what they are worth, one changed
+    at a time: ``scripts/experiments/ablations.py``.
 
     >>> MaQDConfig(weight_levels=4, group_size=64).linear_spec("layers.0.mlp.up_proj").group_size
     64
     """
 
-    weight_levels: int | None = 16
-    activation_levels: int | None = 255
-    activation_scaling: ActivationScaling = "static"
+    weight_levels: int | None = LinearSpec.weight_levels
+    activation_levels: int | None = LinearSpec.activation_levels
+    activation_scaling: ActivationScaling = LinearSpec.activation_scaling
     activation_clip_ratio: float | Literal["auto"] = "auto"
-    group_size: int | None = None
-    weight_offset: bool = True
+    group_size: int | None = LinearSpec.group_size
+    weight_offset: bool = LinearSpec.weight_offset
     embedding_levels: int | None = None
-    surrogate: str = "clip"
+    surrogate: str = LinearSpec.surrogate
     rotation: int | Literal["auto"] | None = "auto"
-    first_token: FirstToken = "own"
+    first_token: FirstToken = LinearSpec.first_token
     layer_batch_norm: bool = True
     norm_affine: Literal["keep", "fold"] = "keep"
     lbn_final_norm: bool = False
     lbn_qk_norm: bool = False
-    lbn_pooling: Literal["mean", "geometric"] = "geometric"
-    lbn_momentum: float = 0.05
+    lbn_pooling: Literal["mean", "geometric"] = NormSpec.pooling
+    lbn_momentum: float = NormSpec.momentum
     targets: list[str] | None = None
     exclude: list[str] = field(default_factory=list)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)

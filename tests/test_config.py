@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from maqd_hf.config import MaQDConfig
-from maqd_hf.nn import LinearSpec
+from maqd_hf.nn import LinearSpec, NormSpec
 
 OTHER: dict[str, Any] = {  # every field away from its default
     "weight_levels": 3,
@@ -47,7 +47,7 @@ def test_the_example_covers_every_field() -> None:
 
 @pytest.mark.parametrize("use_diff", [True, False])
 @pytest.mark.parametrize("settings", [{}, OTHER], ids=["default", "other"])
-def test_json_round_trip(settings: dict[str, Any], use_diff: bool) -> None:
+def test_a_config_survives_json(settings: dict[str, Any], use_diff: bool) -> None:
     config = MaQDConfig(**settings)
     text = config.to_json_string(use_diff=use_diff)
     again = MaQDConfig.from_dict(json.loads(text))
@@ -57,7 +57,7 @@ def test_json_round_trip(settings: dict[str, Any], use_diff: bool) -> None:
     assert again.to_json_string(use_diff=use_diff) == text
 
 
-def test_files(tmp_path: Any) -> None:
+def test_a_config_survives_its_file(tmp_path: Any) -> None:
     config = MaQDConfig(**OTHER)
     config.to_json_file(tmp_path / "config.json")
     assert MaQDConfig.from_dict(json.loads((tmp_path / "config.json").read_text())) == config
@@ -133,6 +133,16 @@ def test_bad_settings_name_value_and_remedy(settings: dict[str, Any], message: s
 
 
 # ------------------------------------------------------------------------- settings by layer
+
+
+@pytest.mark.parametrize("spec", [LinearSpec, NormSpec])
+def test_a_setting_has_one_default_and_auto_is_a_rule_that_starts_from_it(spec: Any) -> None:
+    asked = {f.name.removeprefix("lbn_"): f.default for f in fields(MaQDConfig)}
+    differ = {f.name for f in fields(spec) if asked.get(f.name, f.default) != f.default}
+    assert {asked[name] for name in differ} <= {"auto"}
+    fine = MaQDConfig(weight_levels=17, activation_levels=17)
+    assert fine.plain_linear_spec() == LinearSpec(weight_levels=17, activation_levels=17)
+    assert MaQDConfig().norm_spec(centered=False, bias=False) == NormSpec()
 
 
 def test_linear_spec_takes_every_setting_of_the_config() -> None:
@@ -213,7 +223,7 @@ def test_defaults_give_way_to_overrides() -> None:
     assert config.linear_spec("other", weight_levels=255).weight_levels == 255
 
 
-def test_norm_spec() -> None:
+def test_norms_take_their_settings_from_the_config() -> None:
     norm = MaQDConfig(**OTHER).norm_spec(centered=True, bias=True)
     assert (norm.statistics, norm.first_token, norm.pooling) == ("token", "shared", "mean")
     assert (norm.momentum, norm.centered, norm.bias, norm.weight) == (0.5, True, True, True)

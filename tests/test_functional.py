@@ -173,7 +173,7 @@ def test_unknown_surrogate_names_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2, 33, 1000])
-def test_standardised_rows_have_mean_zero_and_variance_one(width: int) -> None:
+def test_standardized_rows_have_mean_zero_and_variance_one(width: int) -> None:
     weight = torch.randn(7, width) * torch.logspace(-1, 3, 7).unsqueeze(1) + 0.5
     hat = F.standardize_weight(weight.double())
     torch.testing.assert_close(hat, reference.standardize(weight.double()), rtol=1e-9, atol=1e-9)

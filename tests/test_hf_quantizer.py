@@ -68,7 +68,7 @@ def assert_equal(a: nn.Module, b: nn.Module) -> None:
 
 
 @pytest.fixture
-def no_uninitialised_memory() -> Iterator[None]:
+def no_uninitialized_memory() -> Iterator[None]:
     """torch fills ``empty`` with NaN, so that a tensor no one filled is seen."""
     torch.use_deterministic_algorithms(True)
     yield
@@ -105,7 +105,7 @@ def test_what_is_loaded_is_what_was_saved(
     sharded: bool,
     tmp_path: Path,
     load: Callable[..., Any],
-    no_uninitialised_memory: None,
+    no_uninitialized_memory: None,
 ) -> None:
     model = converted(family, state)
     inputs = example(model)
@@ -124,7 +124,9 @@ def test_what_is_loaded_is_what_was_saved(
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu"])
 @pytest.mark.parametrize("state", ["qat", "packed"])
-def test_device_map(state: str, device_map: str, tmp_path: Path, load: Callable[..., Any]) -> None:
+def test_a_model_loads_by_every_device_map(
+    state: str, device_map: str, tmp_path: Path, load: Callable[..., Any]
+) -> None:
     model = converted("llama-tied", state)
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     assert_equal(load(type(model), tmp_path, device_map=device_map), model)
@@ -133,7 +135,7 @@ def test_device_map(state: str, device_map: str, tmp_path: Path, load: Callable[
 @pytest.mark.parametrize("state", ["qat", "packed"])
 @pytest.mark.parametrize("family", ["llama-tied", "llama-untied", "gemma3", "bert", "bert-mlm"])
 def test_bfloat16_models_keep_our_tensors_in_float32(
-    family: str, state: str, tmp_path: Path, load: Callable[..., Any], no_uninitialised_memory: None
+    family: str, state: str, tmp_path: Path, load: Callable[..., Any], no_uninitialized_memory: None
 ) -> None:
     model = to_bfloat16(tiny(family))
     quantize_model(model, **settings_for(family))
@@ -211,7 +213,7 @@ def test_a_checkpoint_with_scales_of_groups_in_float32_is_rounded(
 @pytest.mark.parametrize("state", ["qat", "packed"])
 @pytest.mark.parametrize("family", ["llama-tied", "llama-untied", "gpt2", "opt", "bert-mlm"])
 def test_other_heads_on_the_same_base(
-    family: str, state: str, tmp_path: Path, no_uninitialised_memory: None
+    family: str, state: str, tmp_path: Path, no_uninitialized_memory: None
 ) -> None:
     model = converted(family, state)
     inputs = example(model)
@@ -354,7 +356,7 @@ def test_without_the_package_loading_raises_at_every_bit_width(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("state", ["qat", "packed"])
-def test_copies(state: str) -> None:
+def test_copies_and_pickles_compute_the_same(state: str) -> None:
     model = converted("llama-tied", state)
     inputs = example(model)
     before = output(model, inputs)

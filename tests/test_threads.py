@@ -170,7 +170,7 @@ WAYS = {
 def gradients(
     model: nn.Module, calls: list[dict[str, Any]], backward: Callable[[list[Tensor]], None]
 ) -> dict[str, Tensor]:
-    """Of all parameters after a forward for each of ``calls``, with the buffers they changed."""
+    """The gradients of all parameters after a forward for each of ``calls``, and the buffers."""
     model.train()
     model.config.use_cache = False  # it would grow when a block is run again
     losses = [

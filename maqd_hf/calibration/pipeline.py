@@ -50,6 +50,9 @@ def calibrate(
     The activation steps come last because a layer's inputs depend on the quantised weights before
     it.
 
+        quantize_model(model, MaQDConfig(weight_levels=16, group_size=64))
+        calibrate(model, token_ids)
+
     Args:
         model: converted by ``quantize_model``; changed in place.
         data: token ids (samples, tokens) of text like that the model is for, or batches; the fewer
@@ -58,9 +61,6 @@ def calibrate(
         smoothing: move the channels' spread first; False leaves it where it is.
         batch_size: samples in a forward when ``data`` is ids; None: as ``gptq``.
         progress: show bars.
-
-        quantize_model(model, MaQDConfig(weight_levels=16, group_size=64))
-        calibrate(model, token_ids)
     """
     batches = as_batches(data, model, batch_size)
     start: Start = "range" if gptq_weights else "search"

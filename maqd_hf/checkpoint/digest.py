@@ -10,8 +10,8 @@ weight files (name, type, shape, bytes) and every field of ``config.json`` but t
 ``whole`` guards the three. Files are compared and not models, so that a checkpoint may be loaded
 into another class, in another dtype, or in part, and is still checked as a whole.
 
-Sums and not cryptography: they find accidents and mixtures, not a forger. A QAT model of 194 MB in
-the page cache is checked in 7 to 9 % of the processor time that loading it takes.
+The sums are no cryptography: they find accidents and mixtures, not a forger. A QAT model of 194 MB
+in the page cache is checked in 7 to 9 % of the processor time that loading it takes.
 """
 
 from __future__ import annotations

@@ -48,17 +48,17 @@ class FileCheck:
         self._digest = read_digest(self._config) if self._files else {}
 
     def check_architecture(self) -> None:
-        """Before anything is built from them: the fields of the architecture."""
+        """Compare the fields of the architecture, before anything is built from them."""
         if self._files:
             check_fields(self._config, self._digest, ours=False)
 
     def check_settings(self) -> None:
-        """Before tensors are loaded: our own settings and the list of modules."""
+        """Compare our own settings and the list of modules, before tensors are loaded."""
         if self._files:
             check_fields(self._config, self._digest, ours=True)
 
     def check_tensors(self, model: nn.Module) -> None:
-        """After loading, when the weight files are known to be whole."""
+        """Compare the tensors, after loading, when the weight files are known to be whole."""
         if self._files:
             check_tensors(self._files, self._digest)
 
@@ -71,7 +71,7 @@ _LATENT = ".weight_log_scale"
 def check_plan(config: PreTrainedConfig, digest: dict[str, Any] | None) -> None:
     """Raise ``ValueError`` if ``config.json`` asks for more layers than the files can fill.
 
-    To be asked before a model is built: transformers builds as many layers as a file says, and an
+    It is called before a model is built: transformers builds as many layers as a file says, and an
     empty one, too, takes time and memory. No layer is without a tensor, so that there are no more
     layers than the ``digest`` lists tensors; without one, as in version 1, a thousand are allowed.
     """
@@ -123,7 +123,7 @@ def check_files(files: Sequence[str | Path] | None) -> None:
 def check_plain(files: Sequence[str | Path] | None) -> None:
     """Raise ``ValueError`` if the weight ``files`` are of a trainable MaQD model.
 
-    To be asked where ``config.json`` does not say so: transformers would load the latent weights
+    It is called where ``config.json`` does not say so: transformers would load the latent weights
     as if they were the model, and leave out what quantises them.
     """
     for file in map(Path, files or ()):
@@ -146,10 +146,11 @@ def _names(file: Path) -> list[str]:
 
 
 Forms = dict[str, tuple[tuple[int, ...], str]]
+"""The shape and the type of every tensor, by its name."""
 
 
 def forms(model: nn.Module) -> Forms:
-    """Shape of every tensor of ``model``, and its type, of which all floats count as one."""
+    """The shape of every tensor of ``model``, and its type; all types of floats count as one."""
 
     def kind(tensor: Tensor) -> str:
         return "floats" if tensor.is_floating_point() else str(tensor.dtype)

@@ -41,10 +41,10 @@ class VersionOneCheck:
             )
 
     def check_architecture(self) -> None:
-        """Nothing to compare with."""
+        """Do nothing: the file holds no sums of the architecture."""
 
     def check_settings(self) -> None:
-        """The checksums of the layers hold their settings."""
+        """Do nothing: the checksums of the layers cover their settings."""
 
     def check_tensors(self, model: nn.Module) -> None:
         """Raise ``DigestError`` unless the layers of ``model`` have the checksums of the file."""

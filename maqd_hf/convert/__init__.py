@@ -6,9 +6,8 @@ Imports ``checkpoint``, ``decoding`` and below.
 - ``quantize``: the plan carried out, float model -> QAT model;
 - ``pack``: QAT model -> packed model (the bytes themselves: ``nn.packed`` and ``packing``);
 - ``dequantize``: back to a plain float model;
-- ``resize``: tokens added to and taken from quantised tables and heads;
 - ``folding``: a norm's affine and static scalar moved to where they cost nothing;
-- ``resize``: tokens added to a quantised table, or taken from it;
+- ``resize``: tokens added to quantised tables and heads, or taken from them;
 - ``report``, ``size``: what was done, and what it weighs.
 """
 

@@ -23,8 +23,6 @@ from ..nn import (
 )
 from ..nn.kinds import LINEARS, PACKED, QUANTIZED
 
-# ------------------------------------------------------------------------------ back to float
-
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:

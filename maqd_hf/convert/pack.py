@@ -1,4 +1,8 @@
-"""The ways out of training: ``pack_model`` for inference, ``dequantize_model`` back to float."""
+"""The conversion of a trained QAT model into a packed one, in place: ``pack_model``.
+
+What a layer becomes is told by its class in ``nn.packed``; here the model is checked first, so that
+a refused one is left as it was, and static norms are folded last.
+"""
 
 from __future__ import annotations
 

@@ -108,23 +108,10 @@ def model_card(
                 f'an evaluation needs "text", the name of what it was measured on; got {evaluation}'
             )
     name = model_id.split("/")[-1]
-    results = list(_eval_results(evaluations, task))
-    data = ModelCardData(
-        base_model=base_model,
-        eval_results=results or None,
-        library_name="transformers",
-        license=license,
-        model_name=name if results else None,
-        pipeline_tag=task,
-        tags=["maqd", "quantized"],
-    )
-    if base_model:
-        data["base_model_relation"] = "quantized"
+    template = files("maqd_hf.evaluation").joinpath("templates/model_card.md")
     card: ModelCard = ModelCard.from_template(
-        data,
-        template_str=files("maqd_hf.evaluation")
-        .joinpath("templates/model_card.md")
-        .read_text("utf-8"),
+        _front_matter(name, base_model, evaluations, license, task),
+        template_str=template.read_text("utf-8"),
         model_name=name,
         base_model=base_model,
         model_id=model_id,
@@ -181,6 +168,29 @@ def write_card(run_dir: str | Path) -> Path:
     path = run_dir / "README.md"
     card.save(path)
     return path
+
+
+def _front_matter(
+    name: str,
+    base_model: str | None,
+    evaluations: Sequence[Evaluation],
+    license: str | None,
+    task: str,
+) -> ModelCardData:
+    """What the Hub reads from a card: where the model comes from, and the measured numbers."""
+    results = list(_eval_results(evaluations, task))
+    data = ModelCardData(
+        base_model=base_model,
+        eval_results=results or None,
+        library_name="transformers",
+        license=license,
+        model_name=name if results else None,
+        pipeline_tag=task,
+        tags=["maqd", "quantized"],
+    )
+    if base_model:
+        data["base_model_relation"] = "quantized"
+    return data
 
 
 def _eval_results(evaluations: Iterable[Evaluation], task: str) -> Iterable[EvalResult]:

@@ -155,21 +155,12 @@ def token_perplexity(
             f"Nothing to score: all {len(input_ids)} tokens are padding (token {padding}). "
             "Give the text's own tokens."
         )
-    device = next(model.parameters()).device
-    accepted = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     nll_sum, began = 0.0, time.perf_counter()
     bar = tqdm(total=len(windows), unit="window", desc="perplexity", disable=not progress)
     with evaluating(model), bar:
         for batch in _batches(windows, batch_size):
-            rows = torch.stack([input_ids[w.start : w.end] for w in batch]).to(device)
-            inputs = nn.functional.pad(rows, (1, 0), value=bos_token_id) if bos else rows
-            scored = batch[0].scored
-            if "logits_to_keep" in accepted:  # spares the head the tokens that are only context
-                options["logits_to_keep"] = scored + 1
-            output = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), **options)
-            logits = output.logits[:, -scored - 1 : -1].flatten(0, 1)
-            nll_sum += _nll(logits, rows[:, -scored:].flatten())
+            rows = torch.stack([input_ids[w.start : w.end] for w in batch])
+            nll_sum += _window_nll(model, rows, batch[0].scored, bos_token_id)
             bar.update(len(batch))
     seconds = time.perf_counter() - began
     if math.isnan(nll_sum):
@@ -187,6 +178,21 @@ def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
     for _, group in groupby(windows, key=lambda w: (w.end - w.start, w.scored)):
         while batch := list(islice(group, size)):
             yield batch
+
+
+def _window_nll(model: nn.Module, rows: Tensor, scored: int, bos_token_id: int | None) -> float:
+    """Sum of -log p over the last ``scored`` tokens of each window of ``rows`` (batch, tokens)."""
+    rows = rows.to(next(model.parameters()).device)
+    inputs = rows
+    if bos_token_id is not None:
+        inputs = nn.functional.pad(rows, (1, 0), value=bos_token_id)
+    accepted = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    if "logits_to_keep" in accepted:  # spares the head the tokens that are only context
+        options["logits_to_keep"] = scored + 1
+    output = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), **options)
+    logits = output.logits[:, -scored - 1 : -1].flatten(0, 1)
+    return _nll(logits, rows[:, -scored:].flatten())
 
 
 def _nll(logits: Tensor, targets: Tensor) -> float:
@@ -228,14 +234,7 @@ def text_perplexity(
     limit = None if max_windows is None else max_windows * window + 1
     pieces = _encode(_chunks(texts, join) if join is not None else texts, tokenizer, limit)
     read = sum(size for _, size in pieces)
-    rows = [ids for ids, _ in pieces]
-    if join is not None and rows:
-        rows = [torch.cat(rows)]
-    rows = [ids for ids in rows if len(ids) > (bos is None)]  # one token alone has no context
-    if not rows:
-        raise ValueError(
-            "No text to score: every text is empty, or one token long and there is no BOS token."
-        )
+    rows = _rows([ids for ids, _ in pieces], join is not None, bos is not None)
     parts: list[PerplexityResult] = []
     left = max_windows
     for ids in tqdm(rows, desc="texts", disable=not progress or len(rows) == 1):
@@ -265,6 +264,18 @@ def text_perplexity(
         _describe(source, tokens, windows, window, stride, bos is not None),
         nll_sum / tokens / math.log(2) * sum(len(ids) for ids, _ in pieces) / read,
     )
+
+
+def _rows(texts: list[Tensor], joined: bool, bos: bool) -> list[Tensor]:
+    """The rows of tokens to score: one of all ``texts``, or those of them that can be scored."""
+    rows = [torch.cat(texts)] if joined and texts else texts
+    least = 1 if bos else 2  # one token alone has no context
+    rows = [ids for ids in rows if len(ids) >= least]
+    if not rows:
+        raise ValueError(
+            "No text to score: every text is empty, or one token long and there is no BOS token."
+        )
+    return rows
 
 
 def _encode(texts: Iterable[str], tokenizer: Any, limit: int | None) -> list[tuple[Tensor, int]]:

@@ -1,4 +1,4 @@
-"""The parts of a transformers model, found and exchanged; nothing here knows of quantising plans.
+"""The parts of a transformers model, found and replaced; nothing here knows of quantising plans.
 
 Imports ``nn`` and below.
 

@@ -69,7 +69,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def _refuse_merges(tuners: Any) -> None:
-    """Every merge of peft asks this function which adapters to merge."""
+    """Refuse merges into trainable layers in the function that every merge of peft asks first."""
     name = "check_adapters_to_merge"
     inner = getattr(tuners, name)
 

@@ -26,7 +26,7 @@ from torch.utils import _pytree
 T = TypeVar("T")
 
 NO_BACKWARD = -1
-KEPT = 64  # of the last calls are known even if nothing of their outputs is left
+KEPT = 64  # so many of the last calls are known even if nothing of their outputs is left
 
 
 def running_backward() -> int:
@@ -58,7 +58,7 @@ class Call(Generic[T]):
         self.nodes: list[Nodes] = []
 
     def add(self, more: Nodes) -> None:
-        """These nodes of the running thread were made for this call too."""
+        """Note that these nodes of the running thread were made for this call too."""
         last = next((nodes for nodes in reversed(self.nodes) if nodes.thread is more.thread), None)
         if last is not None and last.stop == more.start:
             last.stop = more.stop
@@ -105,7 +105,7 @@ class Calls(Generic[T]):
         return type(self), ()
 
     def enter(self, entrance: object, given: T) -> None:
-        """A call of ``entrance`` begins; ``leave`` ends it, whatever happens between."""
+        """Begin a call of ``entrance``; ``leave`` ends it, whatever happens between."""
         call = Call(entrance, given)
         self._here.stack.append(call)
         self._settle()
@@ -119,8 +119,10 @@ class Calls(Generic[T]):
         known[key] = weakref.ref(call, lambda _: known.pop(key, None))
 
     def leave(self, entrance: object, output: Any = None) -> None:
-        """The innermost call of ``entrance`` ends, and those inside it that an exception ended; one
-        that was not entered does not matter. ``output`` remembers the call."""
+        """End the innermost call of ``entrance``, and those inside it that an exception ended.
+
+        A call that was not entered does not matter. The graph of ``output`` keeps the call alive.
+        """
         stack = self._here.stack
         if not any(call.entrance is entrance for call in stack):
             return
@@ -148,8 +150,11 @@ class Calls(Generic[T]):
                 tensor.grad_fn.register_prehook(partial(self._backward_arrives, call))
 
     def _backward_arrives(self, call: Call[T], *_: Any) -> None:
-        """At an output of ``call``, which lives as long as this hook; what was called earlier comes
-        later. A compiled layer cannot ask for the node, and finds the call so."""
+        """Tell compiled layers, which cannot ask for their node, that a backward is in ``call``.
+
+        The hook stands at an output of the call and keeps it alive. A backward comes to earlier
+        calls later, at hooks of their own.
+        """
         self._here.given[:] = [call.given]
         torch.autograd.Variable._execution_engine.queue_callback(self._settle)
 
@@ -180,7 +185,7 @@ class Calls(Generic[T]):
         return [call.given for call in found]
 
     def _run_again(self, backward: int) -> list[Call[T]]:
-        """Whose layer this backward runs again."""
+        """The calls whose layer this backward may be running again."""
         node = torch._C._current_autograd_node()
         if node is None:
             return []

@@ -31,8 +31,8 @@ park a massive activation there, which would own every shared scale; decoding ne
 
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What a model's ``forward`` calls its cache: transformers 5.24 and newer; before, of keys and
-values; before, of a state-space model."""
+"""The names under which a model's ``forward`` takes its cache: that of transformers 5.24 and newer,
+and the older ones for keys and values and for the states of a state-space model."""
 
 
 def given_cache(kwargs: Mapping[str, Any]) -> Any:
@@ -41,9 +41,9 @@ def given_cache(kwargs: Mapping[str, Any]) -> Any:
 
 
 def past_tokens(kwargs: Mapping[str, Any]) -> Any:
-    """Tokens before those of a call, by the arguments of a model's ``forward``.
+    """How many tokens came before those of a call, by the arguments of a model's ``forward``.
 
-    A cache of states alone does not count them: any are one.
+    A cache of states alone does not count its tokens: however many they are, they count as one.
     """
     cache = given_cache(kwargs)
     if cache is None:
@@ -68,7 +68,7 @@ class Masks(NamedTuple):
     first: Tensor | None = None
 
     def fitted(self, x: Tensor) -> Masks:
-        """Each as ``BatchContext.masks_for`` describes it."""
+        """The masks in the shape of ``x``, as ``BatchContext.masks_for`` describes them."""
         return Masks(_fit(self.valid, x), _fit(self.first, x))
 
 
@@ -111,7 +111,7 @@ class BatchContext:
         return last[2]
 
     def attach(self, base_model: nn.Module) -> None:
-        """Every forward of ``base_model`` (the module that gets the mask) is a call.
+        """Make every forward of ``base_model``, the module that gets the mask, a call.
 
         A ``forward`` of an instance that says ``makes_calls`` makes them itself (``call``), where a
         layer may ask: masks that nobody reads would cost a small model a tenth of a token.
@@ -121,7 +121,7 @@ class BatchContext:
 
     @staticmethod
     def of(module: nn.Module) -> list[BatchContext]:
-        """Those that are attached to ``module``."""
+        """The contexts that are attached to ``module``."""
         owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
         return [owner for owner in owners if isinstance(owner, BatchContext)]
 
@@ -194,7 +194,7 @@ class BatchContext:
 
     @property
     def masks(self) -> Masks:
-        """Those of the call that this thread is in."""
+        """The masks of the call that this thread is in."""
         found = self._calls.current()
         return found[-1] if found else Masks()
 

@@ -50,6 +50,7 @@ from ..kernels.norm import NativeNorm
 from .calls import NO_BACKWARD, running_backward
 from .context import BatchContext, FirstToken
 from .precision import Apply, without_narrowing
+from .spec import LinearSpec
 from .stamp import CountedModule, Derived
 
 Statistics = Literal["token", "gated", "static"]
@@ -74,14 +75,16 @@ class NormSpec:
             weigh 1 - (1 - momentum) ** (n / MOMENTUM_BATCH): the average spans the same samples at
             every batch size.
         folded: static only: the scalar lives in ``weight`` or in the consumers, here it is 1.
+
+    ``MaQDConfig`` takes the defaults of ``pooling`` and ``momentum`` from here.
     """
 
     centered: bool = False
     weight: bool = True
     bias: bool = False
     statistics: Statistics = "gated"
-    first_token: FirstToken = "shared"
-    pooling: Literal["mean", "geometric"] = "mean"
+    first_token: FirstToken = LinearSpec.first_token
+    pooling: Literal["mean", "geometric"] = "geometric"
     momentum: float = 0.05
     folded: bool = False
 

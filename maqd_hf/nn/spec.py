@@ -40,6 +40,9 @@ class LinearSpec:
         rotation: neighbouring inputs that a Hadamard transform mixes before they are quantised, a
             power of two; fewer where it does not divide the width (``rotation_size``); None: the
             input is not rotated.
+
+    ``MaQDConfig`` takes the defaults from here, and has rules ("auto") for the two that depend on
+    the levels; here those two are off.
     """
 
     weight_levels: int | None = 16

@@ -17,8 +17,10 @@ _version = attrgetter("_version")
 
 
 class CountedModule(nn.Module):
-    """A module whose attributes are rarely assigned: ``assignments`` counts those of all such
-    modules together."""
+    """A module whose attributes are rarely assigned.
+
+    ``assignments`` counts the assignments to all such modules together.
+    """
 
     assignments = 0
 
@@ -74,11 +76,11 @@ def freeze(parameter: Tensor) -> Tensor:
 
 
 def count_together(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Let frozen parameters count their edits together; returns the counters, tensors whose
-    ``_version`` is the count.
+    """Let frozen parameters count their edits together, and return the counters.
 
-    One comparison then sees an edit of any of them. Parameters that have a counter keep it; one
-    that somebody works on at this moment stays without. To a ``Stamp`` each has changed once.
+    A counter is a tensor whose ``_version`` is the count. One comparison then sees an edit of any
+    of the parameters. Those that have a counter keep it; one that somebody works on at this moment
+    stays without. To a ``Stamp`` each has changed once.
     """
     shared = torch.empty(0)
     found = {}

@@ -129,6 +129,36 @@ class AnyLayersTrainer(MaQDTrainer):
     requires_quantized = False
 
 
+def training_arguments(
+    row: Row, task: Task, rate: float, seed: int, folder: str, checkpoints: bool
+) -> MaQDTrainingArguments:
+    """How every trained row is trained; ``checkpoints`` says whether some are saved."""
+    args = task.args
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return MaQDTrainingArguments(
+        output_dir=folder,
+        max_steps=max(1, args.tokens // (args.batch_size * args.block_size)),
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=rate,
+        scale_learning_rate=row.scale_rate * rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        adam_beta2=0.95,
+        logging_steps=1,
+        quantizer_logging_steps=0,
+        save_strategy="steps" if checkpoints else "no",
+        save_steps=args.save_steps,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=task.small,
+        bf16=not task.small and fast_bf16(device),
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=False,
+        seed=seed,
+        data_seed=seed,
+    )
+
+
 def distill(
     model: PreTrainedModel,
     row: Row,
@@ -141,34 +171,11 @@ def distill(
 
     ``checkpoints`` is a folder for checkpoints; training goes on from the last one in there.
     """
-    args = task.args
     for kept in (model.get_input_embeddings(), model.get_output_embeddings()):
         kept.requires_grad_(False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     place = nullcontext(str(checkpoints)) if checkpoints else tempfile.TemporaryDirectory()
     with place as folder, remembering(task.teacher, task.said):
-        training = MaQDTrainingArguments(
-            output_dir=folder,
-            max_steps=max(1, args.tokens // (args.batch_size * args.block_size)),
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=rate,
-            scale_learning_rate=row.scale_rate * rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=2,
-            adam_beta2=0.95,
-            logging_steps=1,
-            quantizer_logging_steps=0,
-            save_strategy="steps" if checkpoints else "no",
-            save_steps=args.save_steps,
-            save_total_limit=1,
-            report_to="none",
-            disable_tqdm=task.small,
-            bf16=not task.small and fast_bf16(device),
-            use_cpu=device == "cpu",
-            dataloader_pin_memory=False,
-            seed=seed,
-            data_seed=seed,
-        )
+        training = training_arguments(row, task, rate, seed, folder, checkpoints is not None)
         trainer = AnyLayersTrainer(
             model=model,
             args=training,

@@ -32,6 +32,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
+    PreTrainedModel,
     default_data_collator,
     set_seed,
 )
@@ -133,29 +134,14 @@ class Task:
         return self.texts[text]
 
 
-def run_row(row: Row, task: Task, seed: int) -> dict[str, Any]:
-    """Quantise, calibrate and train one row; its losses before and after training, in nats."""
-    arguments, began = task.arguments, time.perf_counter()
-    set_seed(seed)
-    settings: dict[str, Any] = {
-        "weight_levels": arguments.weight_levels,
-        "activation_levels": arguments.activation_levels,
-        "layer_batch_norm": False,
-        **row.config,
-    }
-    model = copy.deepcopy(task.teacher)
-    compensated = row.calibration.get("gptq_weights", True)
-    quantize_model(model, MaQDConfig(**settings), start="range" if compensated else "search")
-    blocks = task.blocks(row.text)
-    blocks = blocks[torch.randperm(len(blocks))]
-    calibrate(model, blocks[:32], progress=False, **row.calibration)
-    found = {"start": token_loss(model, task.held_out)}
+def train(model: PreTrainedModel, row: Row, task: Task, blocks: Tensor, seed: int) -> None:
+    """Train ``model`` on the float model's predictions over ``blocks`` (samples, tokens)."""
     with tempfile.TemporaryDirectory() as folder:
         training: dict[str, Any] = {
             "output_dir": folder,
-            "max_steps": arguments.steps,
+            "max_steps": task.arguments.steps,
             "per_device_train_batch_size": 8,
-            "learning_rate": arguments.learning_rate,
+            "learning_rate": task.arguments.learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 2,
             "adam_beta2": 0.95,
@@ -175,6 +161,26 @@ def run_row(row: Row, task: Task, seed: int) -> dict[str, Any]:
             teacher=task.teacher,
             callbacks=[RoundLatents()] if row.bfloat16_latents else None,
         ).train()
+
+
+def run_row(row: Row, task: Task, seed: int) -> dict[str, Any]:
+    """Quantise, calibrate and train one row; its losses before and after training, in nats."""
+    arguments, began = task.arguments, time.perf_counter()
+    set_seed(seed)
+    settings: dict[str, Any] = {
+        "weight_levels": arguments.weight_levels,
+        "activation_levels": arguments.activation_levels,
+        "layer_batch_norm": False,
+        **row.config,
+    }
+    model = copy.deepcopy(task.teacher)
+    compensated = row.calibration.get("gptq_weights", True)
+    quantize_model(model, MaQDConfig(**settings), start="range" if compensated else "search")
+    blocks = task.blocks(row.text)
+    blocks = blocks[torch.randperm(len(blocks))]
+    calibrate(model, blocks[:32], progress=False, **row.calibration)
+    found = {"start": token_loss(model, task.held_out)}
+    train(model, row, task, blocks, seed)
     found["trained"] = token_loss(model, task.held_out)
     return {**found, "seconds": round(time.perf_counter() - began)}
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -195,14 +195,7 @@ def train_row(row: Row, task: Task, steps: int, seed: int) -> dict[str, float]:
         for pattern, fractions in row.gates.items()
         if fnmatchcase(name, pattern)
     }
-    spread = _Spread()
-    for norm in norms.values():
-        if row.source == "running":
-            norm.register_forward_pre_hook(_observe)
-        if row.pooled_mean:
-            norm.register_forward_pre_hook(_PooledMean(norm))
-        if row.spread_penalty:
-            norm.register_forward_pre_hook(spread)
+    spread = _hook(norms.values(), row)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.01)
     decay = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     for step in tqdm(range(steps), desc=f"{row.table}: {row.name}", leave=False):
@@ -226,6 +219,19 @@ def train_row(row: Row, task: Task, steps: int, seed: int) -> dict[str, float]:
         norm.gate.fill_(1.0)
     static = evaluate(model, task)
     return {"trained": trained, "static": static, "gap": static - trained}
+
+
+def _hook(norms: Iterable[LayerBatchNorm], row: Row) -> _Spread:
+    """Put the hooks of ``row`` on ``norms``; returns the one that collects the penalty."""
+    spread = _Spread()
+    for norm in norms:
+        if row.source == "running":
+            norm.register_forward_pre_hook(_observe)
+        if row.pooled_mean:
+            norm.register_forward_pre_hook(_PooledMean(norm))
+        if row.spread_penalty:
+            norm.register_forward_pre_hook(spread)
+    return spread
 
 
 def _set_mode(model: nn.Module, source: str) -> None:

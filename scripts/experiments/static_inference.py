@@ -73,6 +73,32 @@ def described(cost: InferenceCost) -> dict[str, Any]:
     return {key: cost.to_dict()[key] for key in ("left", "saved", "first_token", "reduced")}
 
 
+def observed(
+    model: nn.Module, parts: dict[str, nn.Module], ids: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inputs and the outputs of ``parts``, by name, without those of first tokens."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[name], outputs[name] = args[0][:, 1:], output[:, 1:]
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    return inputs, outputs
+
+
+def difference(own: Tensor, expected: Tensor) -> dict[str, int]:
+    """How many of the codes ``own`` differ from those ``expected``, and by how much at most."""
+    gap = (own.int() - expected).abs()
+    return {"codes": gap.numel(), "differ": int((gap > 0).sum()), "most": int(gap.max())}
+
+
 @torch.no_grad()
 def compare_block(model: Any, index: int, ids: Tensor) -> dict[str, Any]:
     """Block ``index``'s feed-forward half in integers against the packed one's own forward.
@@ -86,22 +112,11 @@ def compare_block(model: Any, index: int, ids: Tensor) -> dict[str, Any]:
         "up": block.mlp.up_proj,
         "down": block.mlp.down_proj,
     }
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name], seen[f"{name} output"] = args[0][:, 1:], output[:, 1:]
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
-    model(ids)
-    for handle in handles:
-        handle.remove()
+    seen, outputs = observed(model, parts, ids)
     mlp = IntegerMLP(function=ACT2FN[model.config.hidden_act], **parts)
 
     def codes_of(name: str) -> Tensor:
-        """Codes the packed layer reads, centred on zero."""
+        """Codes that the packed layer reads, centered on zero."""
         layer = parts[name]
         levels = layer.spec.activation_levels
         codes = quantize(seen[name], levels, layer.activation_step) - (levels - 1) // 2
@@ -114,17 +129,10 @@ def compare_block(model: Any, index: int, ids: Tensor) -> dict[str, Any]:
         "hidden, from equal inputs": (mlp.hidden_codes(expected), codes_of("down")),
         "hidden, from the residual": (mlp.hidden_codes(inputs), codes_of("down")),
     }
-    found: dict[str, Any] = {"block": index}
-    for name, (own, packed_codes) in pairs.items():
-        gap = (own.int() - packed_codes).abs()
-        found[name] = {
-            "codes": gap.numel(),
-            "differ": int((gap > 0).sum()),
-            "most": int(gap.max()),
-        }
+    found = {name: difference(*pair) for name, pair in pairs.items()}
     output = mlp.down(codes_of("down")) * 2.0**-mlp.fraction_bits
-    error = (output - seen["down output"]).norm() / seen["down output"].norm()
-    return {**found, "output error, from equal hidden": float(error)}
+    error = (output - outputs["down"]).norm() / outputs["down"].norm()
+    return {"block": index, **found, "output error, from equal hidden": float(error)}
 
 
 def measure(name: str, arguments: Arguments) -> dict[str, Any]:

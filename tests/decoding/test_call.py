@@ -130,6 +130,19 @@ def test_under_autocast_the_model_answers(best):
     assert model.forward.problem is None
 
 
+def forms_of_many_shapes():
+    """Arguments of calls on prompts of many shapes, each with a cache, without, and padded."""
+    forms = []
+    for batch, tokens in [(1, 1), (1, 5), (2, 5), (3, 5), (2, 17), (1, 40), (2, 9), (4, 3)]:
+        ids = torch.randint(3, 250, (batch, tokens))
+        mask = torch.ones_like(ids)
+        mask[0, : tokens // 2] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        forms += [{"input_ids": ids}, {"input_ids": ids, "use_cache": False}]
+        forms += [{"input_ids": ids, "attention_mask": mask, "position_ids": positions}]
+    return forms
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("scaling", ["token", "static"])
 @pytest.mark.parametrize("heads", ["packed", "float"])
@@ -145,14 +158,7 @@ def test_any_number_of_threads_gives_what_one_gives(best, scaling, heads):
     if scaling == "static":
         calibrate_activations(model, torch.randint(3, 250, (4, 24)), progress=False)
     pack_model(model)
-    forms = []
-    for batch, tokens in [(1, 1), (1, 5), (2, 5), (3, 5), (2, 17), (1, 40), (2, 9), (4, 3)]:
-        ids = torch.randint(3, 250, (batch, tokens))
-        mask = torch.ones_like(ids)
-        mask[0, : tokens // 2] = 0
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        forms += [{"input_ids": ids}, {"input_ids": ids, "use_cache": False}]
-        forms += [{"input_ids": ids, "attention_mask": mask, "position_ids": positions}]
+    forms = forms_of_many_shapes()
 
     def answers(form):
         cache = DynamicCache(config=model.config)

@@ -70,7 +70,7 @@ def test_card_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert front_matter(loaded).to_dict() == front_matter(card).to_dict()
 
 
-def test_front_matter() -> None:
+def test_the_front_matter_has_what_the_hub_asks_for() -> None:
     data = front_matter(make(METRICS))
     assert data.base_model == "some/base"
     assert data["base_model_relation"] == "quantized"

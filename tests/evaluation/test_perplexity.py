@@ -90,13 +90,13 @@ def test_chunked_logits_change_nothing(tiny_llama, ids, monkeypatch):
     assert parts.nll_sum == pytest.approx(whole.nll_sum, rel=1e-9)
 
 
-def test_max_windows(tiny_llama, ids):
+def test_max_windows_scores_the_first_ones(tiny_llama, ids):
     result = token_perplexity(tiny_llama, ids, 32, max_windows=3)
     assert (result.windows, result.tokens) == (3, 93)
     assert result.nll_sum == pytest.approx(token_perplexity(tiny_llama, ids[:96], 32).nll_sum)
 
 
-def test_gpt2_and_bfloat16(tiny_gpt2, ids):
+def test_a_model_in_bfloat16_has_nearly_the_same_perplexity(tiny_gpt2, ids):
     exact = token_perplexity(tiny_gpt2, ids, 64)
     rough = token_perplexity(tiny_gpt2.to(torch.bfloat16), ids, 64)
     assert exact.perplexity != rough.perplexity

@@ -12,7 +12,7 @@ def test_path_lists_what_there_is():
         maqd_hf.metrics.path("perplexity")
 
 
-def test_accuracy():
+def test_accuracy_is_the_share_of_equal_classes():
     metric = evaluate.load(maqd_hf.metrics.path("accuracy"))
     metric.add_batch(predictions=[0, 1, 2], references=[0, 1, 1])
     metric.add_batch(predictions=[1], references=[1])
@@ -20,7 +20,7 @@ def test_accuracy():
 
 
 @pytest.mark.parametrize("join", ["\n\n", None])
-def test_token_perplexity(tiny_llama, byte_tokenizer, sample_text, join):
+def test_token_perplexity_is_that_of_the_package(tiny_llama, byte_tokenizer, sample_text, join):
     texts = sample_text[:1000].split("\n\n")
     options = {"window": 64, "stride": 32, "batch_size": 2, "join": join, "max_windows": 7}
     metric = evaluate.load(maqd_hf.metrics.path("token_perplexity"))

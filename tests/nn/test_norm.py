@@ -18,7 +18,8 @@ from maqd_hf.nn.norm import MOMENTUM_BATCH
 from tests.support import reference
 from tests.support.calls import masked
 
-RMS, LAYER = NormSpec(), NormSpec(centered=True, bias=True)
+RMS = NormSpec(first_token="shared", pooling="mean")
+LAYER = replace(RMS, centered=True, bias=True)
 UNKNOWN = Masks()
 STATISTICS = ("running_log_ms", "batches_seen", "gate")
 

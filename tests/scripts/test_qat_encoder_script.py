@@ -17,8 +17,8 @@ def script():
 
 
 @pytest.fixture
-def job(tmp_path, byte_tokenizer):
-    """Arguments of a job on a saved tiny encoder and texts whose first letter is their class."""
+def encoder(tmp_path, byte_tokenizer):
+    """The folder of a saved tiny encoder."""
     config = BertConfig(
         vocab_size=len(byte_tokenizer),
         hidden_size=32,
@@ -30,6 +30,12 @@ def job(tmp_path, byte_tokenizer):
     )
     BertModel(config).save_pretrained(tmp_path / "encoder")
     byte_tokenizer.save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+@pytest.fixture
+def labeled_texts(tmp_path):
+    """A file of texts whose first letter is their class."""
     draw = torch.Generator().manual_seed(0)
     labels = torch.randint(2, (160,), generator=draw).tolist()
     lengths = torch.randint(1, 30, (160,), generator=draw).tolist()
@@ -37,9 +43,15 @@ def job(tmp_path, byte_tokenizer):
     texts = ["ab"[label] * 3 + f" {i} " + "c" * length for i, (label, length) in rows]
     data = tmp_path / "texts.parquet"
     Dataset.from_dict({"text": texts, "label": labels}).to_parquet(data)
+    return data
+
+
+@pytest.fixture
+def job(tmp_path, encoder, labeled_texts):
+    """Arguments of a job on the tiny encoder, as words of a command line."""
     options = {
-        "model": tmp_path / "encoder",
-        "dataset": data,
+        "model": encoder,
+        "dataset": labeled_texts,
         "eval_rows": 40,
         "max_length": 32,
         "output_dir": tmp_path / "run",

@@ -148,10 +148,9 @@ def _halved(output):
 
 
 def _of_code(path, module):
-    """The class subclassed, its forward patched, an instance's own forward, and a hook."""
-    if isinstance(module, (nn.ModuleList, nn.Dropout)) or "Model" in type(module).__name__ * bool(
-        path
-    ):
+    """The class subclassed, its forward patched, an instance's own forward, and hooks."""
+    inner_model = path and "Model" in type(module).__name__
+    if inner_model or isinstance(module, (nn.ModuleList, nn.Dropout)):
         return
 
     def subclass(model):
@@ -172,6 +171,16 @@ def _of_code(path, module):
         owner.forward = lambda *a, **k: _halved(type(owner).forward(owner, *a, **k))
         return lambda: delattr(owner, "forward")
 
+    yield f"{path} subclassed", subclass
+    yield f"{path} patched at its class", patch
+    if path:  # the model's own forward is where the native step stands, and hooks run around it
+        yield f"{path} with a forward of its own", instance
+        yield from _of_hooks(path)
+
+
+def _of_hooks(path):
+    """A hook that halves the output, and one that halves the inputs."""
+
     def hook(model):
         owner = model.get_submodule(path)
         return owner.register_forward_hook(lambda m, args, output: _halved(output)).remove
@@ -184,12 +193,8 @@ def _of_code(path, module):
 
         return owner.register_forward_pre_hook(change, with_kwargs=True).remove
 
-    yield f"{path} subclassed", subclass
-    yield f"{path} patched at its class", patch
-    if path:  # the model's own forward is where the native step stands, and hooks run around it
-        yield f"{path} with a forward of its own", instance
-        yield f"{path} hooked", hook
-        yield f"{path} hooked before", pre_hook
+    yield f"{path} hooked", hook
+    yield f"{path} hooked before", pre_hook
 
 
 def _halved_input(value):

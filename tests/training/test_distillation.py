@@ -205,7 +205,7 @@ def test_a_deferred_head_moves_into_the_loss(tiny_llama: LlamaForCausalLM) -> No
     assert after.loss.item() == pytest.approx(shifted.item(), rel=1e-6)
 
 
-def test_a_quantised_head_is_rounded_once(tiny_llama: LlamaForCausalLM) -> None:
+def test_a_quantized_head_is_rounded_once(tiny_llama: LlamaForCausalLM) -> None:
     head = MaQDLinear.from_linear(tiny_llama.lm_head, LinearSpec(4, 255, "token"))
     tiny_llama.lm_head = head
     assert head_is_deferrable(tiny_llama)

@@ -599,7 +599,7 @@ def test_unknown_activation_steps_are_calibrated_before_the_first_step(
     assert math.isfinite(trainer.state.log_history[0]["loss"])
 
 
-def test_logs_look_into_the_quantisers(qat: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_logs_look_into_the_quantizers(qat: LlamaForCausalLM, tmp_path: Path) -> None:
     with torch.no_grad():
         for module in qat.modules():
             if isinstance(module, MaQDLinear):
