@@ -32,6 +32,7 @@ from .checkpoint.integrity import (
     check_new,
     check_plain,
     check_plan,
+    check_shapes,
     forms,
 )
 from .checkpoint.layout import build_modules, refresh
@@ -103,6 +104,7 @@ class MaQDHfQuantizer(HfQuantizer):
         model._keep_in_fp32_modules_strict = strict
         if isinstance(getattr(model, "dtype_plan", None), dict):  # transformers 5.0
             model.dtype_plan.update(dict.fromkeys(strict, torch.float32))
+        check_shapes(model, kwargs.get("checkpoint_files"))
         self._forms = forms(model)
         parameters = model.named_parameters(remove_duplicate=False)
         self._frozen = [name for name, p in parameters if not p.requires_grad]

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,37 @@ def check_plain(files: Sequence[str | Path] | None) -> None:
                 "quantization_config of config.json beside it is not 'maqd': it was edited or "
                 "damaged; download or save the checkpoint again"
             )
+
+
+_HEAD_ELEMENTS = 2**24
+"""Elements that a head of another shape than its file's may have: it is the user's to replace."""
+
+
+def check_shapes(model: PreTrainedModel, files: Sequence[str | Path] | None) -> None:
+    """Raise ``ValueError`` if a tensor of ``model`` has another shape in its weight file.
+
+    To be asked while the model has no memory yet: transformers allocates what ``config.json`` asks
+    for wherever the file holds something else, terabytes if it says so. A head that is not of ours
+    may differ, since ``ignore_mismatched_sizes`` is for it.
+    """
+    ours = {name for name, _ in modules_of(model, *OURS)}
+    expected = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
+    base = model.base_model_prefix + "."
+    for file in map(Path, files or ()):
+        with safe_open(file, "pt") as opened:
+            shapes = {n: tuple(opened.get_slice(n).get_shape()) for n in list(opened.keys())}
+        for saved, shape in shapes.items():
+            names = (saved, base + saved, saved.removeprefix(base))
+            name = next((n for n in names if n in expected), None)
+            if name is None or expected[name] == shape:
+                continue
+            head = name.rpartition(".")[0] not in ours and not name.startswith(base)
+            if not head or prod(expected[name]) > _HEAD_ELEMENTS:
+                raise ValueError(
+                    f"{file}: shape mismatch: {name} is {shape} in the checkpoint and "
+                    f"{expected[name]} in {type(model).__name__} by config.json: they do not "
+                    "belong together; download or save the checkpoint again"
+                )
 
 
 def _names(file: Path) -> list[str]:

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from maqd_hf.kernels import loader
 from maqd_hf.kernels.decoder import NativeDecoder
@@ -74,6 +77,39 @@ def test_the_judge_calls_a_changed_tensor_changed(roots: Path, tmp_path: Path) -
     assert judge.attempt(folder, wanted)[0] == "refused"
     assert mutations.forge(folder, "all")
     assert judge.attempt(folder, wanted)[0] == "changed"
+
+
+class _Sizes(TorchDispatchMode):
+    """Notes the most elements that a tensor with memory has had."""
+
+    most = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = call(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.most = max(self.most, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("kind", sorted(originals.GRIDS))
+def test_sizes_that_no_file_holds_are_refused_before_memory_is_given(
+    kind: str, roots: Path, tmp_path: Path
+) -> None:
+    wanted = judge.state(judge.load(roots / kind))
+    config = json.loads((roots / kind / "config.json").read_text("utf-8"))
+    ends = ("_size", "_heads", "_dim", *(["_embeddings"] if kind == "encoder" else []))
+    sizes = [n for n in config if n.endswith(ends) and type(config[n]) is int]
+    assert len(sizes) > 4
+    for name in sizes:
+        folder = Path(shutil.copytree(roots / kind, tmp_path / name))
+        path = folder / "config.json"
+        path.write_text(json.dumps(config | {name: config[name] * 2**12}), "utf-8")
+        mutations.forge(folder, "all")
+        with _Sizes() as seen:
+            outcome, said = judge.attempt(folder, wanted)
+        assert outcome.startswith("refused"), (name, said)
+        assert seen.most < 2**20, name
 
 
 @pytest.mark.skipif(loader.library() is None, reason="no compiled library here")
