@@ -95,7 +95,7 @@ SECTIONS = [
     Section(
         "Speed, a CPU with AVX2 alone",
         "speed-avx2.json",
-        "python -m scripts.bench.speed --tables models --output results/speed-avx2.json",
+        "python -m scripts.bench.speed --output results/speed-avx2.json",
         speed_of_models,
     ),
     Section("Without training", "ptq-*.json", "python scripts/quantize_ptq.py", post_training),
