@@ -2,9 +2,9 @@
 
 transformers fills what a checkpoint lacks with uninitialised memory or with new weights, and a
 flipped bit gives a model that is only slightly wrong. ``FileCheck`` compares the files with their
-``digest`` while a model is built and loaded from them, ``check_plan`` bounds what is built at all;
-``check_loaded`` looks at the model itself: every tensor of our layers came from the file, and
-nothing else is new that should not be.
+``digest`` while a model is built and loaded from them, ``check_plan`` bounds what is built at all,
+``check_shapes`` what gets memory; ``check_loaded`` looks at the model itself: every tensor of our
+layers came from the file, and nothing else is new that should not be.
 """
 
 from __future__ import annotations
