@@ -12,7 +12,7 @@ import copy
 import re
 from collections.abc import Callable
 from functools import wraps
-from inspect import getattr_static
+from inspect import getattr_static, signature
 from pathlib import Path
 from typing import Any
 
@@ -256,14 +256,15 @@ def _resizes_ours(resize: Callable[..., Any]) -> Callable[..., Any]:
 def _loads_ours_as_ours(load: Callable[..., Any]) -> Callable[..., Any]:
     """``_load_pretrained_model`` that refuses files of ours for a model that is not to be ours."""
 
+    names = signature(load)
+
     @wraps(load)
-    def _load_pretrained_model(
-        model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        quantizer = load_config.hf_quantizer
+    def _load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
+        given = names.bind(*args, **kwargs).arguments  # adapters are loaded by their names
+        quantizer = given["load_config"].hf_quantizer
         if not (isinstance(quantizer, MaQDHfQuantizer) and quantizer.pre_quantized):
-            check_plain(files)
-        return load(model, state_dict, files, load_config, *args, **kwargs)
+            check_plain(given["checkpoint_files"])
+        return load(*args, **kwargs)
 
     return _load_pretrained_model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import logging
@@ -11,8 +12,10 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from maqd_hf import MaQDConfig, pack_model, quantize_model, register
 from maqd_hf.checkpoint.version1 import checksum
 from maqd_hf.functional import scale_dtype
+from maqd_hf.hf_quantizer import _WRAPPERS
 from maqd_hf.models.finding import modules_of
 from maqd_hf.models.names import Names
 from maqd_hf.nn import (
@@ -464,3 +468,22 @@ def test_loading_keeps_frozen_tensors_frozen(tiny_llama, tmp_path, packed):
     trainable = {n for n, p in tiny_llama.named_parameters() if p.requires_grad}
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == trainable
     assert packed or not any(n.endswith("weight_step") for n in trainable)
+
+
+@pytest.mark.parametrize("name", _WRAPPERS)
+def test_wrapped_methods_take_their_arguments_by_name(name: str) -> None:
+    """``load_adapter``, for one, gives all of them by name, for models of any kind."""
+    method = inspect.unwrap(getattr(PreTrainedModel, name))
+    seen: dict[str, Any] = {}
+
+    @wraps(method)
+    def original(*args: Any, **kwargs: Any) -> None:
+        seen.update(inspect.signature(method).bind(*args, **kwargs).arguments)
+
+    given = {
+        parameter.name: None if parameter.name == "checkpoint_files" else MagicMock()
+        for parameter in inspect.signature(method).parameters.values()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
+    _WRAPPERS[name](original)(**given)
+    assert {key: seen[key] for key in given} == given

@@ -154,6 +154,7 @@ def check_shapes(model: PreTrainedModel, files: Sequence[str | Path] | None) -> 
     ours = {name for name, _ in modules_of(model, *OURS)}
     expected = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
     base = model.base_model_prefix + "."
+    bare = model.base_model is model  # without a head
     for file in map(Path, files or ()):
         with safe_open(file, "pt") as opened:
             shapes = {n: tuple(opened.get_slice(n).get_shape()) for n in list(opened.keys())}
@@ -162,7 +163,7 @@ def check_shapes(model: PreTrainedModel, files: Sequence[str | Path] | None) -> 
             name = next((n for n in names if n in expected), None)
             if name is None or expected[name] == shape:
                 continue
-            head = name.rpartition(".")[0] not in ours and not name.startswith(base)
+            head = not (bare or name.startswith(base) or name.rpartition(".")[0] in ours)
             if not head or prod(expected[name]) > _HEAD_ELEMENTS:
                 raise ValueError(
                     f"{file}: shape mismatch: {name} is {shape} in the checkpoint and "
