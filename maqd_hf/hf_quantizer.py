@@ -104,8 +104,8 @@ class MaQDHfQuantizer(HfQuantizer):
         model._keep_in_fp32_modules_strict = strict
         if isinstance(getattr(model, "dtype_plan", None), dict):  # transformers 5.0
             model.dtype_plan.update(dict.fromkeys(strict, torch.float32))
-        check_shapes(model, kwargs.get("checkpoint_files"))
         self._forms = forms(model)
+        check_shapes(model, self._forms, kwargs.get("checkpoint_files"))
         parameters = model.named_parameters(remove_duplicate=False)
         self._frozen = [name for name, p in parameters if not p.requires_grad]
         return model

@@ -140,38 +140,6 @@ def check_plain(files: Sequence[str | Path] | None) -> None:
             )
 
 
-_HEAD_ELEMENTS = 2**24
-"""Elements that a head of another shape than its file's may have: it is the user's to replace."""
-
-
-def check_shapes(model: PreTrainedModel, files: Sequence[str | Path] | None) -> None:
-    """Raise ``ValueError`` if a tensor of ``model`` has another shape in its weight file.
-
-    To be asked while the model has no memory yet: transformers allocates what ``config.json`` asks
-    for wherever the file holds something else, terabytes if it says so. A head that is not of ours
-    may differ, since ``ignore_mismatched_sizes`` is for it.
-    """
-    ours = {name for name, _ in modules_of(model, *OURS)}
-    expected = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
-    base = model.base_model_prefix + "."
-    bare = model.base_model is model  # without a head
-    for file in map(Path, files or ()):
-        with safe_open(file, "pt") as opened:
-            shapes = {n: tuple(opened.get_slice(n).get_shape()) for n in list(opened.keys())}
-        for saved, shape in shapes.items():
-            names = (saved, base + saved, saved.removeprefix(base))
-            name = next((n for n in names if n in expected), None)
-            if name is None or expected[name] == shape:
-                continue
-            head = not (bare or name.startswith(base) or name.rpartition(".")[0] in ours)
-            if not head or prod(expected[name]) > _HEAD_ELEMENTS:
-                raise ValueError(
-                    f"{file}: shape mismatch: {name} is {shape} in the checkpoint and "
-                    f"{expected[name]} in {type(model).__name__} by config.json: they do not "
-                    "belong together; download or save the checkpoint again"
-                )
-
-
 def _names(file: Path) -> list[str]:
     """The tensors in a safetensors file; its header is read, its data are not."""
     with safe_open(file, "pt") as opened:
@@ -192,6 +160,37 @@ def forms(model: nn.Module) -> Forms:
     return {name: (tuple(tensor.shape), kind(tensor)) for name, tensor in tensors.items()}
 
 
+_HEAD_ELEMENTS = 2**24
+"""Elements that a head of another shape than its file's may have: it is the user's to replace."""
+
+
+def check_shapes(
+    model: PreTrainedModel, expected: Forms, files: Sequence[str | Path] | None
+) -> None:
+    """Raise ``ValueError`` if a tensor of ``model``, of ``expected`` form, has another shape in its
+    weight file.
+
+    It is called while the model has no memory yet: transformers allocates what ``config.json`` asks
+    for wherever the file holds something else, terabytes if it says so. A head that is not of ours
+    may differ, since ``ignore_mismatched_sizes`` is for it.
+    """
+    ours = {name for name, _ in modules_of(model, *OURS)}
+    base = model.base_model_prefix + "."
+    bare = model.base_model is model  # without a head
+    for file in map(Path, files or ()):
+        with safe_open(file, "pt") as opened:
+            shapes = {n: tuple(opened.get_slice(n).get_shape()) for n in list(opened.keys())}
+        for saved, shape in shapes.items():
+            names = (saved, base + saved, saved.removeprefix(base))
+            name = next((n for n in names if n in expected), None)
+            if name is None or expected[name][0] == shape:
+                continue
+            wanted = expected[name][0]
+            head = not (bare or name.startswith(base) or name.rpartition(".")[0] in ours)
+            if not head or prod(wanted) > _HEAD_ELEMENTS:
+                raise _other_shape(f"{file}: ", name, shape, wanted, model)
+
+
 def check_forms(model: nn.Module, expected: Forms) -> None:
     """Raise ``ValueError`` if a tensor has not the ``forms`` its layer was built with.
 
@@ -200,17 +199,23 @@ def check_forms(model: nn.Module, expected: Forms) -> None:
     for name, (shape, kind) in forms(model).items():
         wanted, wanted_kind = expected.get(name, (shape, kind))
         if shape != wanted:
-            raise ValueError(
-                f"shape mismatch: {name} is {shape} in the checkpoint and {wanted} in "
-                f"{type(model).__name__}: its config.json and its .safetensors do not belong "
-                "together; download or save it again"
-            )
+            raise _other_shape("", name, shape, wanted, model)
         if kind != wanted_kind:
             raise ValueError(
                 f"type mismatch: {name} holds {kind} in the checkpoint and {wanted_kind} in "
                 f"{type(model).__name__}: the header of its .safetensors was edited; download or "
                 "save it again"
             )
+
+
+def _other_shape(
+    where: str, name: str, shape: tuple[int, ...], wanted: tuple[int, ...], model: nn.Module
+) -> ValueError:
+    return ValueError(
+        f"{where}shape mismatch: {name} is {shape} in the checkpoint and {wanted} in "
+        f"{type(model).__name__}: its config.json and its .safetensors do not belong together; "
+        "download or save it again"
+    )
 
 
 def check_loaded(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ class WeightStruct(ctypes.Structure):
     _fields_ = [
         *_fields(_POINTER, "codes scale offset constant bias"),
         *_fields(_I64, "rows columns groups units"),
-        *_fields(_I32, "bits wide"),
+        ("bits", _I32),
         *_fields(_FLOAT, "zero clip_ratio"),
         *_fields(_I32, "group_steps rotation"),
     ]

@@ -141,7 +141,6 @@ class NativeWeight:
             self.groups,
             kept_as.units(columns),
             kept_as.bits,
-            levels > 128,
             grid_center(levels),
             activation_clip_ratio,
             self.group_steps,

@@ -122,7 +122,6 @@ static layer make(int32_t levels, int32_t bits, int64_t rows, int64_t columns, i
                         groups,
                         units,
                         bits,
-                        levels > 128,
                         (float)zero,
                         draw(2) ? 1 : 0.75f,
                         groups > 1 && activation_levels % 2 && draw(2),

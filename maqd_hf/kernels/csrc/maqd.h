@@ -21,7 +21,7 @@ typedef struct {
     const float *constant;
     const float *bias;
     int64_t rows, columns, groups, units;
-    int32_t bits, wide; /* wide: codes above 127 occur */
+    int32_t bits;
     float zero;
     float clip_ratio;    /* how much of its absmax the grid of a token's own step covers */
     int32_t group_steps; /* every group of a token's inputs has a step of its own */

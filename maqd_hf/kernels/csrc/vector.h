@@ -15,7 +15,6 @@
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
-typedef int8_t bytes16 __attribute__((vector_size(16)));
 typedef uint8_t b64 __attribute__((vector_size(64)));
 
 #ifndef WIDTH
@@ -36,7 +35,6 @@ INLINE v16 load(const float *p) {
     return v;
 }
 INLINE void store(float *p, v16 v) { memcpy(p, &v, sizeof v); }
-INLINE v16 all(float x) { return x - (v16){0}; }
 INLINE i16 lane_numbers(void) {
     return (i16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 }
@@ -67,6 +65,11 @@ INLINE void store_vec(float *p, vec v) { memcpy(p, &v, sizeof v); }
 INLINE vec all_vec(float x) { return x - (vec){0}; }
 INLINE vec choose_vec(ivec mask, vec a, vec b) {
     return (vec)(((ivec)a & mask) | ((ivec)b & ~mask));
+}
+INLINE ivec lanes_vec(void) {
+    ivec lane;
+    for (int i = 0; i < WIDTH; ++i) lane[i] = i;
+    return lane;
 }
 INLINE float sum_vec(vec v) {
     float total = 0;
