@@ -177,10 +177,10 @@ class MaQDConfig(QuantizationConfigMixin):
             (0, 1]; what lies beyond is clipped. "auto": 0.8 for tokens with at most 16 levels,
             else 1 (``functional.token_step`` has the figures).
         group_size: inputs that share a weight scale of 16 bits; None = one scale per output row.
-        weight_offset: learned offset per row (keeps the row mean standardisation removes).
+        weight_offset: learned offset per row (keeps the row mean standardization removes).
         embedding_levels: levels of the token embedding and of the output head, None = float.
         surrogate: gradient of the activation staircase, see ``functional.SURROGATES``.
-        rotation: neighbouring inputs that a Hadamard transform mixes before they are quantised, a
+        rotation: neighboring inputs that a Hadamard transform mixes before they are quantized, a
             power of two (``LinearSpec.rotation_size``); None: not rotated; "auto": 512 for layers
             with at most 16 levels of weights or inputs (``functional.hadamard`` has the figures).
         first_token: "own": the first token of a sequence keeps its own step and statistic

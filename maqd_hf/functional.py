@@ -1,4 +1,4 @@
-"""The method on one screen: grid, scaled round-clip, surrogates, standardisation, statistics.
+"""The method on one screen: grid, scaled round-clip, surrogates, standardization, statistics.
 
 Everything here is our reading of arXiv:2403.14999 ("Magic for the Age of Quantized DNNs"), which
 publishes no code; where we go beyond it the docstring says "not in the paper" and why.
@@ -73,7 +73,7 @@ def dequantize(codes: Tensor, levels: int, step: Tensor | float) -> Tensor:
 def gaussian_step(levels: int) -> float:
     """The step of least mean squared error for N(0,1) input, from the integral (not a table).
 
-    Not in the paper: it starts rows trained from scratch, which standardisation keeps close to
+    Not in the paper: it starts rows trained from scratch, which standardization keeps close to
     N(0,1). Pretrained rows have outliers that it would clip, so they start from
     ``nn.step_search`` instead.
 
@@ -295,9 +295,9 @@ def _grouped(weight: Tensor, table: Tensor) -> Tensor:
 
 @torch.no_grad()
 def weight_codes(weight: Tensor, step: Tensor, levels: int) -> Tensor:
-    """The codes (out, in), floats in 0..M-1, of ``weight`` once its rows are standardised.
+    """The codes (out, in), floats in 0..M-1, of ``weight`` once its rows are standardized.
 
-    ``step`` (out, groups) is in units of the standardised row.
+    ``step`` (out, groups) is in units of the standardized row.
     """
     centered, std = center_rows(weight)
     u = _grouped(centered.div_(std), step).div_(step.unsqueeze(-1))
@@ -315,7 +315,7 @@ def weight_values(codes: Tensor, scale: Tensor, offset: Tensor | None, levels: i
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
-    """Standardise, round-clip, rescale.
+    """Standardize, round-clip, rescale.
 
     It saves the latent, which is alive anyway, and backward computes the rest: at 100 M weights
     every saved intermediate would cost 400 MB.
@@ -353,18 +353,18 @@ class _FakeQuantizeWeight(torch.autograd.Function):
 def fake_quantize_weight(
     weight: Tensor, step: Tensor, scale: Tensor, offset: Tensor | None, levels: int
 ) -> Tensor:
-    """The weight a quantised layer multiplies with, differentiable in weight, scale and offset.
+    """The weight a quantized layer multiplies with, differentiable in weight, scale and offset.
 
-    ``W = scale * round_clip(standardise(weight) / step) + offset``, where ``round_clip`` is the
-    unit-step staircase. ``step`` (out, groups) divides the standardised rows and is fixed by the
+    ``W = scale * round_clip(standardize(weight) / step) + offset``, where ``round_clip`` is the
+    unit-step staircase. ``step`` (out, groups) divides the standardized rows and is fixed by the
     calibration; ``scale`` (out, groups) is what one code is worth and is learned, its gradient is
     exact. The gradient of ``weight`` is straight-through inside the range and passes through the
-    standardisation, so latents are scale-invariant (no weight decay on them).
+    standardization, so latents are scale-invariant (no weight decay on them).
     """
     return _FakeQuantizeWeight.apply(weight, step, scale, offset, levels)
 
 
-# ---------------------------------------------------------------------- layer-batch normalisation
+# ---------------------------------------------------------------------- layer-batch normalization
 
 
 def token_log_ms(x: Tensor, eps: float) -> Tensor:
@@ -398,7 +398,7 @@ def pooled_log_ms(token: Tensor, valid: Tensor | None = None, *, geometric: bool
 
 
 def hadamard(x: Tensor, size: int) -> Tensor:
-    """Every ``size`` neighbours along the last axis times the normalised Hadamard matrix.
+    """Every ``size`` neighbors along the last axis times the normalized Hadamard matrix.
 
     ``x`` is (..., D), D a multiple of ``size``, which is a power of two. The matrix is orthogonal,
     symmetric and its own inverse, so ``hadamard(x) @ hadamard(W).T`` is ``x @ W.T``. Not in the

@@ -72,7 +72,7 @@ class MaQDHfQuantizer(HfQuantizer):
         if not self.pre_quantized and to_disk:
             raise ValueError(
                 "device_map sends modules to disk, where weights cannot be converted; "
-                "quantise with enough memory first, then load the packed checkpoint"
+                "quantize with enough memory first, then load the packed checkpoint"
             )
         if self.pre_quantized and self.quantization_config.modules is None:
             raise ValueError(
@@ -232,7 +232,7 @@ def _uploads_sealed(upload: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _resizes_ours(resize: Callable[..., Any]) -> Callable[..., Any]:
-    """``resize_token_embeddings`` that keeps quantised tables and heads on their grids."""
+    """``resize_token_embeddings`` that keeps quantized tables and heads on their grids."""
 
     @wraps(resize)
     def resize_token_embeddings(

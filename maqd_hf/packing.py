@@ -38,7 +38,7 @@ def pack_codes(codes: Tensor, levels: int) -> Tensor:
     """Pack integer codes (..., columns), each in 0..levels-1, to int32 words (..., words).
 
     Raises ``ValueError`` when a code is out of range or (in a float tensor) no whole number: it
-    would corrupt its neighbours.
+    would corrupt its neighbors.
 
     >>> pack_codes(torch.tensor([[1, 2, 3, 0, 1]]), levels=4).tolist()
     [[313]]

@@ -1,4 +1,4 @@
-"""Compare models, float or quantised, on the same text: perplexity, size and speed.
+"""Compare models, float or quantized, on the same text: perplexity, size and speed.
 
     python scripts/evaluate_model.py --model smollm2-135m-instruct ./my-packed-model
     python scripts/evaluate_model.py --model A B --dataset Salesforce/wikitext \
@@ -27,7 +27,7 @@ from transformers import (
     HfArgumentParser,
 )
 
-import maqd_hf  # registers the quantised models with transformers
+import maqd_hf  # registers the quantized models with transformers
 import maqd_hf.metrics
 from maqd_hf.convert.size import model_size
 from maqd_hf.data.bundled import resolve_model
@@ -101,7 +101,7 @@ def perplexity(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def accuracy(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """The accuracy of a classifier on the labelled texts, with its speed."""
+    """The accuracy of a classifier on the labeled texts, with its speed."""
     data = load_labeled(
         args.dataset,
         split=args.dataset_split,

@@ -1,4 +1,4 @@
-"""Fine-tune an encoder as a classifier, quantise it, distill it, pack it: one row per grid.
+"""Fine-tune an encoder as a classifier, quantize it, distill it, pack it: one row per grid.
 
     python scripts/qat_encoder.py --dataset data/sst2 --weight_levels 16 4 3
     python scripts/qat_encoder.py --dataset data/imdb/train.parquet --train_rows 6000 \\
@@ -45,7 +45,7 @@ from transformers import (
 import maqd_hf.metrics
 from maqd_hf import MaQDConfig, model_size, pack_model, quantize_model
 from maqd_hf.calibration import calibrate
-from maqd_hf.calibration.static_norms import select_static_norms
+from maqd_hf.calibration.static_norms import TOLERANCE, select_static_norms
 from maqd_hf.checkpoint.saving import save_model
 from maqd_hf.data.bundled import MINILM, resolve_model
 from maqd_hf.data.text import load_labeled
@@ -83,7 +83,7 @@ class JobArguments:
     group_size: int | None = field(default=None, metadata={"help": "Inputs that share a scale."})
     embedding_levels: int | None = field(default=255, metadata={"help": "Levels of embeddings."})
     lbn_tolerance: float = field(
-        default=0.02, metadata={"help": "Norms become static up to this loss (nats a text)."}
+        default=TOLERANCE, metadata={"help": "Norms become static up to this loss (nats a text)."}
     )
     calibration_rows: int = field(default=256, metadata={"help": "Training texts for the start."})
     float_epochs: float = field(default=4.0, metadata={"help": "Epochs of the float model."})
@@ -180,7 +180,7 @@ class Job:
     def distill(
         self, student: PreTrainedModel, teacher: PreTrainedModel, levels: int, norms: list[str]
     ) -> MaQDTrainer:
-        """Train the quantised model on the float one's answers; returns the trainer."""
+        """Train the quantized model on the float one's answers; returns the trainer."""
         trainer = MaQDTrainer(
             student,
             self.arguments(self.job.learning_rate(levels), lbn_norms=norms),
@@ -240,7 +240,7 @@ class Job:
         }
 
     def training_record(self, trainer: MaQDTrainer) -> dict[str, Any]:
-        """The training of the quantised model, and the packages it was done with."""
+        """The training of the quantized model, and the packages it was done with."""
         args, epochs = trainer.args, trainer.state.epoch or 0.0
         return {
             "learning_rate": args.learning_rate,

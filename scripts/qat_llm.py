@@ -1,4 +1,4 @@
-"""Quantise, train, pack, reload and evaluate a small language model: the main job, one command.
+"""Quantize, train, pack, reload and evaluate a small language model: the main job, one command.
 
 Without arguments: SmolLM2-135M-Instruct and 101 Wikipedia articles, both from ordinary packages, to
 4-bit weights, 8-bit activations and Layer-Batch Normalization where the budget allows it. A token's
@@ -75,7 +75,7 @@ from maqd_hf.training.run_directory import RunDirectory
 
 _KEPT = {"start values": "start", "static norms": "static", "training": "trained"}
 """Folders of the models that stages leave for the next, until the card is written."""
-_MOST_TOKENS = 2_000_000  # of a large dataset; tokenising more than a short run sees takes minutes
+_MOST_TOKENS = 2_000_000  # of a large dataset; tokenizing more than a short run sees takes minutes
 
 
 class Job:
@@ -229,7 +229,7 @@ class Job:
         return student
 
     def train(self, student: PreTrainedModel) -> PreTrainedModel:
-        """Distil the float model into the quantised one."""
+        """Distil the float model into the quantized one."""
         self.training.lbn_norms = list(self.run.metrics.get("norms", {}).get("static", []))
         trainer = MaQDTrainer(
             model=student,

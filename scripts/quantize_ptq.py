@@ -1,4 +1,4 @@
-"""Quantise a model without training: search, GPTQ and static activation steps; pack and save it.
+"""Quantize a model without training: search, GPTQ and static activation steps; pack and save it.
 
     python scripts/quantize_ptq.py --output_dir runs/smollm2-w4
     python scripts/quantize_ptq.py --model A --weight_levels 8 --group_size 64 \
@@ -119,7 +119,7 @@ def describe(result: PerplexityResult | None) -> dict[str, Any] | None:
 
 
 def quantize(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Quantise, calibrate and pack ``model`` in place; returns how that went."""
+    """Quantize, calibrate and pack ``model`` in place; returns how that went."""
     config = MaQDConfig(
         weight_levels=args.weight_levels,
         group_size=args.group_size or None,
@@ -147,7 +147,7 @@ def quantize(args: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Quantise, measure before and after, and save; returns the metrics."""
+    """Quantize, measure before and after, and save; returns the metrics."""
     parser = HfArgumentParser(Arguments, description=__doc__)  # type: ignore[arg-type]
     (args,) = parser.parse_args_into_dataclasses(argv)
     set_seed(args.seed)
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "versions": package_versions(),
     }
     if before and after:
-        print(f"perplexity: float {before.perplexity:.3f}   quantised {after.perplexity:.3f}")
+        print(f"perplexity: float {before.perplexity:.3f}   quantized {after.perplexity:.3f}")
         print(after.protocol)
     files = [Path(args.metrics)] if args.metrics else []
     if args.output_dir:

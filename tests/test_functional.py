@@ -1,4 +1,4 @@
-"""Laws of the grid, the round-clip, the surrogates, standardisation and the weight's gradient."""
+"""Laws of the grid, the round-clip, the surrogates, standardization and the weight's gradient."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def test_other_heads_on_the_same_base(
     with torch.no_grad():
         assert torch.equal(back.base_model(**inputs).last_hidden_state, hidden)
     if family != "llama-untied" and family != "bert-mlm":
-        # a tied head comes back; its input is not quantised, the base never had a step for it
+        # a tied head comes back; its input is not quantized, the base never had a step for it
         assert back.get_output_embeddings().spec.activation_levels is None
         table = model.get_input_embeddings()
         weight = table.dequantized_weight() if state == "packed" else table.quantized_weight()

@@ -77,7 +77,7 @@ def hurried() -> Iterator[None]:
 
 def halt(model: nn.Module) -> threading.Barrier:
     """All threads wait for one another after they entered ``model``, before its first norm or
-    quantised layer: each has handed in its masks, and none has used them."""
+    quantized layer: each has handed in its masks, and none has used them."""
     barrier = threading.Barrier(THREADS)
     block = next(m for m in model.modules() if isinstance(m, nn.ModuleList))[0]
 

@@ -85,11 +85,11 @@ def calibrate_activations(
     max_tokens: int = 512,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Set the step of every static activation quantiser of a QAT model from real inputs.
+    """Set the step of every static activation quantizer of a QAT model from real inputs.
 
     Args:
         model: a model converted by ``quantize_model``; its weights are used as they are
-            quantised, so calibrate these first.
+            quantized, so calibrate these first.
         data: token ids (samples, tokens), or batches (ids, or a tokenizer's mappings).
         batch_size: samples in a forward when ``data`` is one tensor; None: as ``gptq``.
         max_tokens: tokens kept per layer, spread evenly over the batches.
@@ -128,7 +128,7 @@ def calibrate_activations(
 
 
 def quantizer_of(layer: MaQDLinear) -> ActivationQuantizer:
-    """The quantiser on the input of ``layer``; ``ValueError`` where the input is float."""
+    """The quantizer on the input of ``layer``; ``ValueError`` where the input is float."""
     if not isinstance(layer.activation, ActivationQuantizer):
         raise ValueError("the layer's input is float: it has no activation step")
     return layer.activation

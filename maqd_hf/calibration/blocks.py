@@ -1,7 +1,7 @@
 """A walk through a transformer, block by block, with the inputs a forward would give each block.
 
 Calibration needs the inputs of one block at a time, for all samples, while the blocks before it are
-already quantised. A forward over the whole model for every block would cost the square of the
+already quantized. A forward over the whole model for every block would cost the square of the
 depth, so the arguments of all blocks (masks, rotary embeddings: small, mostly shared) are captured
 once and only the hidden states are passed on by hand. Where a model does something between two
 blocks (the output of one is not the input of the next: an encoder followed by a decoder), a new
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,6 +160,21 @@ def watching(modules: Iterable[nn.Module], see: Callable[..., Any]) -> Iterator[
         yield
 
 
+@contextmanager
+def standing_in(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """For a while, modules do what ``forwards`` says, a function of their args and kwargs."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = lambda *args, _forward=forward, **kwargs: _forward(args, kwargs)
+        yield
+    finally:
+        for module, own in before.items():
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+
 def run_model(model: nn.Module, batch: Batch) -> Any:
     """Run a forward without a key/value cache, which replayed blocks would go on filling."""
     accepted = inspect.signature(model.forward).parameters
@@ -184,7 +199,7 @@ def run_body(model: nn.Module, batch: Batch) -> None:
 def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
     """The blocks of a model, with their names: members of its outermost module lists.
 
-    Lists without quantised layers do not count.
+    Lists without quantized layers do not count.
     """
     blocks: dict[nn.Module, str] = {}
     lists: list[str] = []
@@ -262,17 +277,9 @@ class Segment:
             with watching(find_blocks(self.model), see), passing(), suppress(_Stop):
                 run_model(self.model, batch)
 
-    @contextmanager
-    def _pass_through(self) -> Iterator[None]:
+    def _pass_through(self) -> AbstractContextManager[None]:
         """For a while, the blocks of this segment return their hidden states unchanged."""
-        blocks = {call.block for call in self.calls}
-        for block in blocks:
-            block.forward = lambda *args, **kwargs: _hidden(args, kwargs)
-        try:
-            yield
-        finally:
-            for block in blocks:
-                del block.forward
+        return standing_in({call.block: _hidden for call in self.calls})
 
     def run(self, call: Call, index: int, hidden: Tensor) -> Tensor:
         """The output of ``call`` for batch ``index`` with these hidden states."""
@@ -303,6 +310,53 @@ class Segment:
         """Free the captured states and masks."""
         self.hidden.clear()
         self.masks.clear()
+
+
+class Entries:
+    """The states that enter the blocks of a model in its forwards, which can start at any of them.
+
+    What a change inside a block costs is then measured without the blocks before it. ``usable``
+    says whether a forward that starts in the middle gave the same output, bit for bit: not where
+    blocks return more than hidden states, or hand something on by another way.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+        self.model, self.batches = model, batches
+        self.names = list(find_blocks(model).values())
+        self._blocks = list(find_blocks(model))
+        self._entering: list[dict[nn.Module, Tensor]] = []
+        self.usable = self._capture()
+
+    def block_of(self, name: str) -> int:
+        """The position of the block that the module ``name`` stands in; 0 where it is in none."""
+        inside = (i for i, block in enumerate(self.names) if name.startswith(f"{block}."))
+        return next(inside, 0)
+
+    def run(self, index: int, block: int) -> Any:
+        """The output of the model for batch ``index``, its blocks from number ``block`` on run."""
+        if not block or not self.usable:
+            return run_model(self.model, self.batches[index])
+        before, entering = self._blocks[:block], self._entering[index][self._blocks[block]]
+        with standing_in(dict.fromkeys(before, lambda *_: entering)):
+            return run_model(self.model, self.batches[index])
+
+    def _capture(self) -> bool:
+        def see(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._entering[-1].setdefault(block, _hidden(args, kwargs))
+
+        outputs = []
+        for batch in self.batches:
+            self._entering.append({})
+            with watching(self._blocks, see):
+                outputs.append(run_model(self.model, batch))
+        if any(list(entering) != self._blocks for entering in self._entering):
+            return False  # blocks in another order, or not all of them
+        self.usable = True
+        try:
+            again = self.run(0, len(self._blocks) // 2)
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
+            return False  # these blocks return more than a tensor
+        return torch.equal(_first_tensor(again), _first_tensor(outputs[0]))
 
 
 def find_segments(model: nn.Module, batch: Batch) -> list[Segment]:

@@ -1,6 +1,6 @@
 """The rounding of one weight matrix: codes of little output error, their scales, their latent.
 
-Everything here minimises ``E |W x - Q x|^2`` over the calibration inputs ``x``, which enter it by
+Everything here minimizes ``E |W x - Q x|^2`` over the calibration inputs ``x``, which enter it by
 their second moment ``E x x^T`` alone. Not in arXiv:2403.14999.
 """
 
@@ -238,7 +238,7 @@ def _normal_equations(weight: Tensor, basis: Tensor, second: Tensor) -> tuple[Te
 def latent_for_codes(codes: Tensor, wanted: Tensor, grid: Grid) -> Tensor:
     """The latent (out, in), near ``wanted``, whose codes on ``grid`` are ``codes``.
 
-    A layer standardises its latent, so the latent's row mean must be the grid's center. Every
+    A layer standardizes its latent, so the latent's row mean must be the grid's center. Every
     weight may move inside its cell (the outermost cells are open): all of a row move by the same
     amount, clipped to their cells. Rows without a solution come as close as they can; ``set_codes``
     counts them.

@@ -134,7 +134,7 @@ def gptq(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> GPTQReport:
-    """Quantise the weights of a freshly converted model with error compensation, in place.
+    """Quantize the weights of a freshly converted model with error compensation, in place.
 
     Args:
         model: a model converted by ``quantize_model``; its latents are taken as the float weights.
@@ -144,7 +144,7 @@ def gptq(
             count for less: chance makes some of them, more with many inputs and few tokens
             (notebook: "Shrinking the correlations of few calibration tokens").
         act_order: round the columns with the largest inputs first.
-        correction: how much of the error that a layer's input inherits from the quantised layers
+        correction: how much of the error that a layer's input inherits from the quantized layers
             before it the layer shall make up for, 0 (plain GPTQ) .. 1. Costs one more forward,
             and memory for the inputs of one block's layers on all of ``data``.
         sweeps: passes of coordinate descent over the codes afterwards.
@@ -157,14 +157,14 @@ def gptq(
             for each group of layers.
         progress: show a bar.
 
-    Blocks are done in the order the model calls them, each on inputs from the quantised ones before
+    Blocks are done in the order the model calls them, each on inputs from the quantized ones before
     it, and inside a block layer after layer. The latents stay near the compensated weights and have
     exactly the compensated codes, so training goes on from here. Layers outside the blocks get a
     grid search weighted by their inputs; a head tied to the embedding keeps the embedding's grid.
-    Activations are not quantised meanwhile; calibrate their steps afterwards.
+    Activations are not quantized meanwhile; calibrate their steps afterwards.
 
     Raises:
-        ValueError: no data, nothing to quantise, or inputs with NaN or infinity (names the layer).
+        ValueError: no data, nothing to quantize, or inputs with NaN or infinity (names the layer).
 
     GPTQ is arXiv:2210.17323; the correction has the aim of GPTAQ (arXiv:2504.02692), here as a
     regression: the target W + correction * W E[(x_float - x) x^T] E[x x^T]^-1 replaces W.
@@ -176,7 +176,7 @@ def gptq(
         if isinstance(m, MaQDLinear) and m.weight_step is not None
     }
     if not names:
-        raise ValueError("the model has no quantised weights: convert it with quantize_model first")
+        raise ValueError("the model has no quantized weights: convert it with quantize_model first")
     batches = as_batches(data, model, batch_size)
     report = GPTQReport()
     with evaluating(model), float_activations(model), bfloat16_products(model):
@@ -196,7 +196,7 @@ def _quantize_blocks(
     report: GPTQReport,
     progress: bool,
 ) -> set[nn.Module]:
-    """Quantise the blocks in the order the model calls them; returns the modules inside them."""
+    """Quantize the blocks in the order the model calls them; returns the modules inside them."""
     segments = find_segments(model, batches[0])
     total = sum(len(segment.calls) for segment in segments)
     with tqdm(total=total, desc="GPTQ", unit="block", disable=not progress) as bar:
@@ -215,7 +215,7 @@ _FloatInputs = dict[MaQDLinear, tuple[list[MaQDLinear], dict[int, Tensor]]]
 
 
 class _Walk:
-    """Quantises the blocks of a segment one after the other."""
+    """Quantizes the blocks of a segment one after the other."""
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class _Walk:
         self.float_hidden = list(segment.hidden)
 
     def quantize(self, call: Call) -> None:
-        """Quantise the layers of one block and move the hidden states behind it."""
+        """Quantize the layers of one block and move the hidden states behind it."""
         floats = self._float_inputs(call)
         if len(self.counted) == 1:
             self._quantize_on_the_way(call, floats)
@@ -246,10 +246,10 @@ class _Walk:
         self.segment.advance(call)
 
     def _quantize_on_the_way(self, call: Call, floats: _FloatInputs) -> None:
-        """Quantise the layers of one block while the only batch runs through it.
+        """Quantize the layers of one block while the only batch runs through it.
 
         No layer has to wait for other batches, so one forward does, and finds every layer before
-        the next one quantised.
+        the next one quantized.
         """
 
         def see(layer: MaQDLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -299,7 +299,7 @@ class _Walk:
         return found
 
     def _quantize_group(self, group: list[MaQDLinear], moments: InputMoments) -> None:
-        """Quantise the layers of ``group``, which share an input with these ``moments``."""
+        """Quantize the layers of ``group``, which share an input with these ``moments``."""
         settings = self.settings
         with torch.autocast(moments.second.device.type, enabled=False):
             try:
@@ -357,7 +357,7 @@ def _search_grid(layer: MaQDLinear, weight: Tensor, input_square: Tensor) -> Gri
 def _search_outside(
     model: nn.Module, batches: list[Batch], names: dict[MaQDLinear, str], report: GPTQReport
 ) -> None:
-    """Search the grids of layers outside the blocks, weighted by inputs from quantised blocks."""
+    """Search the grids of layers outside the blocks, weighted by inputs from quantized blocks."""
     tied = {id(table.weight) for table in model.modules() if isinstance(table, MaQDEmbedding)}
     squares: dict[MaQDLinear, Tensor] = {}
     counted: Tensor | None = None

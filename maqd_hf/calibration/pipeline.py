@@ -47,7 +47,7 @@ def calibrate(
 ) -> CalibrationReport:
     """Give a freshly converted model its start values: channels, weights, then activation steps.
 
-    The activation steps come last because a layer's inputs depend on the quantised weights before
+    The activation steps come last because a layer's inputs depend on the quantized weights before
     it.
 
         quantize_model(model, MaQDConfig(weight_levels=16, group_size=64))

@@ -8,12 +8,12 @@ it coarsens their groups instead. s is chosen here for the least sum of both exp
     inputs    sum_j s_j^2 |W_j|^2 * E[step_x(x / s)^2] / 12
     weights   sum_j d_j / s_j^2 * step_w(group of j, W s)^2 / 12, over all rows
 
-where step_x is the step that the layer's input quantiser would take and step_w the step that clips
+where step_x is the step that the layer's input quantizer would take and step_w the step that clips
 nothing of a group. d_j is the cost of an error of column j once GPTQ has let the columns after it
 make up for it: the second moment of x_j, conditional on theirs. Tokens count relative to their own
 size, or a first token's massive activations would own every mean. Not in the paper, which trains
 from scratch. SmoothQuant (arXiv:2211.10438) and AWQ (arXiv:2306.00978) move one power of the
-channels' maxima; here both terms have a gradient, so s is simply optimised.
+channels' maxima; here both terms have a gradient, so s is simply optimized.
 
 Layers that rotate their input (``LinearSpec.rotation``) are judged by the numbers that they round:
 x / s and W s rotated, and d_j / s_j^2 as its mean over the channels that are mixed.

@@ -9,19 +9,21 @@ alone; the trainer then opens the gates of these only, the others stay per token
     print(selection)
     MaQDTrainingArguments(..., lbn_norms=selection.static)
 
+The trainer makes this choice by itself where it is not given one.
+
 Not in the paper, which trains from scratch. The reference p is the model's own output with float
 activations and its gates as they are. The cost of a set S of static norms is
-KL(p || quantised, S static) - KL(p || quantised), nats per token: the increase of the loss that the
+KL(p || quantized, S static) - KL(p || quantized), nats per token: the increase of the loss that the
 model itself expects, without the noise that labels add. At a tolerance of 0.05 nats it admits 14 of
 SmolLM2's 60 norms, which add 0.039 on other text (notebook: "Which norms of SmolLM2 can be static,
-untrained"). The float output is the reference because against the quantised one every harmless norm
-seems to cost up to 0.09 (notebook: "Static norms judged by the quantised output").
+untrained"). The float output is the reference because against the quantized one every harmless norm
+seems to cost up to 0.09 (notebook: "Static norms judged by the quantized output").
 
 Costs do not add up: a static norm no longer damps what an earlier one lets through. Norms are
 therefore first measured alone and then admitted *together*, cheapest first, while the joint cost
 stays within the tolerance.
 
-Activation quantisers belong to the measurement: they clip the massive tokens that a static norm
+Activation quantizers belong to the measurement: they clip the massive tokens that a static norm
 would let through. Convert and calibrate first, then select.
 """
 
@@ -41,7 +43,23 @@ from ..models.names import collapse
 from ..nn import LayerBatchNorm, MaQDLinear
 from ..nn.activation import check_all_calibrated
 from ..nn.modes import evaluating
-from .blocks import Batch, Batches, as_batches, counted_tokens, float_activations, run_model
+from .blocks import (
+    Batch,
+    Batches,
+    Entries,
+    as_batches,
+    counted_tokens,
+    float_activations,
+    run_model,
+)
+
+TOLERANCE = 0.02
+"""Nats a token that static norms may add unless the caller says otherwise: less than a training of
+a few ten thousand tokens gains."""
+
+
+class NoLogitsError(ValueError):
+    """A model without logits, whose output cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +145,7 @@ def calibrate_norm_statistics(
 def select_static_norms(
     model: nn.Module,
     data: Batches,
-    tolerance: float = 0.05,
+    tolerance: float = TOLERANCE,
     *,
     batch_size: int = 1,
     progress: bool = True,
@@ -136,7 +154,7 @@ def select_static_norms(
 
     Args:
         model: converted by ``quantize_model``, with a head (``logits``) and, where activations are
-            quantised statically, calibrated. Afterwards its norms hold calibrated statistics;
+            quantized statically, calibrated. Afterwards its norms hold calibrated statistics;
             nothing else has changed.
         data: token ids (samples, tokens), or batches (ids, or a tokenizer's mappings); a few
             windows of the usual length. Logits of all of them are kept for comparison.
@@ -144,11 +162,11 @@ def select_static_norms(
         batch_size: samples in a forward when ``data`` is one tensor.
         progress: show bars.
 
-    Takes one forward per norm and a few more for the joint measurements.
+    Takes a forward per norm, from the norm's block on, and a few more for the joint measurements.
 
     Raises:
-        ValueError: a tolerance below 0, no data, no gated norm, activations that were never
-            calibrated, a model without logits, or one whose own output is not finite.
+        ValueError: a tolerance below 0, no data or padding alone, no gated norm, activations that
+            were never calibrated, a model without logits, or one whose own output is not finite.
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance}: nats per token, 0 or more")
@@ -183,8 +201,14 @@ class _Search:
         self.model, self.batches, self.tolerance = model, batches, tolerance
         self.norms = gated_norms(model)
         with float_activations(model):
-            self.reference = [self._log_probabilities(batch) for batch in batches]
-        self.quantized = self._divergence()
+            self.reference = [
+                self._log_probabilities(index, run_model(model, batch))
+                for index, batch in enumerate(batches)
+            ]
+        if not sum(map(len, self.reference)):
+            raise ValueError("no token of the data counts: give samples that are not padding alone")
+        self.entries = Entries(model, batches)
+        self.quantized = self._divergence(0)
         if not math.isfinite(self.quantized):
             raise ValueError("the model's own output holds NaN or infinity")
         self.alone: dict[str, float] = {}
@@ -192,24 +216,27 @@ class _Search:
         self.admitted: list[str] = []
         self.total = 0.0
 
-    def _log_probabilities(self, batch: Batch) -> Tensor:
-        """The model's log probabilities (tokens that count, classes), float32."""
-        logits = getattr(run_model(self.model, batch), "logits", None)
+    def _log_probabilities(self, index: int, output: Any) -> Tensor:
+        """Log probabilities (tokens that count, classes), float32, of an output for a batch."""
+        logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
-            raise ValueError(
+            raise NoLogitsError(
                 f"{type(self.model).__name__} returns no logits to compare: load it with its head "
                 "(AutoModelForCausalLM, AutoModelForSequenceClassification, ...)"
             )
-        counted = counted_tokens(batch, skip_first=False)
+        counted = counted_tokens(self.batches[index], skip_first=False)
         if counted is not None and logits.shape[:-1] == counted.shape:
             logits = logits[counted]
         return logits.flatten(0, -2).float().log_softmax(dim=-1)
 
-    def _divergence(self) -> float:
-        """The divergence KL(reference || the model as it is now), nats per token."""
+    def _divergence(self, block: int) -> float:
+        """The divergence KL(reference || the model as it is now), nats per token.
+
+        Nothing has changed before the block number ``block``.
+        """
         total, tokens = 0.0, 0
-        for batch, own in zip(self.batches, self.reference, strict=True):
-            now = self._log_probabilities(batch)
+        for index, own in enumerate(self.reference):
+            now = self._log_probabilities(index, self.entries.run(index, block))
             total += float(nn.functional.kl_div(now, own, reduction="sum", log_target=True))
             tokens += len(own)
         return total / tokens
@@ -217,7 +244,8 @@ class _Search:
     def cost(self, names: list[str]) -> float:
         """The divergence that these norms add when they are static; infinite if not finite."""
         with _opened([self.norms[name] for name in names]):
-            cost = self._divergence() - self.quantized
+            first = min(map(self.entries.block_of, names))
+            cost = self._divergence(first) - self.quantized
         return cost if math.isfinite(cost) else math.inf
 
     def admit(self, names: list[str], bar: tqdm[Any]) -> None:
@@ -259,7 +287,7 @@ class _Search:
 
 @contextmanager
 def _fixed_weights(model: nn.Module) -> Iterator[None]:
-    """For a while, layers multiply with weights quantised once, not anew in every forward."""
+    """For a while, layers multiply with weights quantized once, not anew in every forward."""
     layers = [m for m in model.modules() if isinstance(m, MaQDLinear) and m.weight_step is not None]
     latent = [(layer.weight, layer.weight_step) for layer in layers]
     try:

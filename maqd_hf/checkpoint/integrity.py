@@ -1,6 +1,6 @@
 """Is what was loaded what was saved? A wrong weight must stop the load, not spoil the answers.
 
-transformers fills what a checkpoint lacks with uninitialised memory or with new weights, and a
+transformers fills what a checkpoint lacks with uninitialized memory or with new weights, and a
 flipped bit gives a model that is only slightly wrong. ``FileCheck`` compares the files with their
 ``digest`` while a model is built and loaded from them, ``check_plan`` bounds what is built at all,
 ``check_shapes`` what gets memory; ``check_loaded`` looks at the model itself: every tensor of our
@@ -125,7 +125,7 @@ def check_plain(files: Sequence[str | Path] | None) -> None:
     """Raise ``ValueError`` if the weight ``files`` are of a trainable MaQD model.
 
     It is called where ``config.json`` does not say so: transformers would load the latent weights
-    as if they were the model, and leave out what quantises them.
+    as if they were the model, and leave out what quantizes them.
     """
     for file in map(Path, files or ()):
         names: list[str] = []

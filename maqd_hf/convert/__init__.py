@@ -7,7 +7,7 @@ Imports ``checkpoint``, ``decoding`` and below.
 - ``pack``: QAT model -> packed model (the bytes themselves: ``nn.packed`` and ``packing``);
 - ``dequantize``: back to a plain float model;
 - ``folding``: a norm's affine and static scalar moved to where they cost nothing;
-- ``resize``: tokens added to quantised tables and heads, or taken from them;
+- ``resize``: tokens added to quantized tables and heads, or taken from them;
 - ``report``, ``size``: what was done, and what it weighs.
 """
 

@@ -28,7 +28,7 @@ from ..nn.kinds import LINEARS, PACKED, QUANTIZED
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Turn a QAT or packed model into a plain float one, in place; its weights keep their grid.
 
-    Activations are no longer quantised. ``dtype`` is that of the result, by default the model's.
+    Activations are no longer quantized. ``dtype`` is that of the result, by default the model's.
 
     Returns the names of the modules a plain architecture cannot express: static norms, and layers
     whose bias came from a norm's beta where the original has none. They stay as they are, and the
@@ -95,7 +95,7 @@ def _plain_layer(original: nn.Module, layer: Any) -> nn.Module:
 
 def _plain_norm(original: nn.Module, norm: LayerBatchNorm) -> nn.Module:
     kind = probe_norm(original)
-    assert not isinstance(kind, str)  # it was recognised when the model was converted
+    assert not isinstance(kind, str)  # it was recognized when the model was converted
     ones = torch.ones(norm.features, device=norm.gate.device)
     gamma = ones if norm.weight is None else norm.weight
     original.weight = nn.Parameter(gamma - float(kind.unit_offset))

@@ -51,7 +51,7 @@ def takes_scale(layer: nn.Module) -> bool:
 def fold_scale(norm: LayerBatchNorm, consumers: Sequence[PackedLinear]) -> None:
     """Move a static ``norm``'s constant into its gamma or, without one, into packed ``consumers``.
 
-    Afterwards the norm's statistic is 1 (a LayerNorm still centres its input, and a first token
+    Afterwards the norm's statistic is 1 (a LayerNorm still centers its input, and a first token
     with a statistic of its own is still scaled).
     """
     if norm.spec.statistics != "static" or norm.spec.folded:

@@ -77,7 +77,7 @@ def linear_width(module: nn.Module) -> int:
 
 @dataclass
 class _Survey:
-    """The facts that a plan rests on: convertible layers, recognised norms, and a traced forward.
+    """The facts that a plan rests on: convertible layers, recognized norms, and a traced forward.
 
     ``shared`` maps a module to the other places that it, or its weight, stands in.
     """
@@ -180,14 +180,14 @@ def _plan_embedding(
 def _check_embedding(
     embedding: nn.Embedding, name: str, tied_head: str | None, found: _Survey
 ) -> float:
-    """The factor that ``embedding`` multiplies by; ``ValueError`` where it cannot be quantised."""
+    """The factor that ``embedding`` multiplies by; ``ValueError`` where it cannot be quantized."""
     scale = probe_embedding(embedding)
     others = [other for other in found.shared.get(name, ()) if other != tied_head]
     if others:
         scale = f"shares its weight with {others[0]}"
     if isinstance(scale, str):
         raise ValueError(
-            f"{name} ({type(embedding).__name__}) {scale}: it cannot be quantised; "
+            f"{name} ({type(embedding).__name__}) {scale}: it cannot be quantized; "
             "set embedding_levels=None or exclude it"
         )
     return scale

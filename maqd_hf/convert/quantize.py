@@ -51,7 +51,7 @@ def quantize_model(
 
     Raises:
         ValueError: nothing matches, a group size does not divide a width, a weight is not finite,
-            or the model is quantised already. The model is then unchanged.
+            or the model is quantized already. The model is then unchanged.
     """
     if config is not None and settings:
         raise ValueError(f"give a MaQDConfig or its fields, not both (got {sorted(settings)})")
@@ -61,7 +61,7 @@ def quantize_model(
     existing = getattr(getattr(model, "config", None), "quantization_config", None)
     if existing is not None or modules_of(model, *LINEARS):
         raise ValueError(
-            f"{type(model).__name__} is quantised already; load the float model to convert it"
+            f"{type(model).__name__} is quantized already; load the float model to convert it"
         )
     plan = plan_conversion(model, config)
     _check_finite(model, plan)

@@ -1,4 +1,4 @@
-"""``resize_token_embeddings`` of a converted model: rows of a quantised table, and of its head.
+"""``resize_token_embeddings`` of a converted model: rows of a quantized table, and of its head.
 
 transformers makes new layers of its own classes, which would drop the grid. Here the rows that stay
 keep their bits; new ones start at the mean of the old rows, as transformers' do, on a grid of

@@ -17,7 +17,7 @@ class ModelSize:
     """The bytes of each kind of tensor, and the number of weights they stand for.
 
     ``words`` are packed codes; ``scales`` are weight scales and offsets, activation steps and
-    statistics of norms; ``kept`` are tensors that are not quantised, in their own dtype.
+    statistics of norms; ``kept`` are tensors that are not quantized, in their own dtype.
     """
 
     words: int
@@ -38,7 +38,7 @@ class ModelSize:
 
     @property
     def bits_per_quantized_weight(self) -> float:
-        """The bits of words and scales over the quantised weights alone."""
+        """The bits of words and scales over the quantized weights alone."""
         return 8 * (self.words + self.scales) / max(self.quantized_weights, 1)
 
     def table(self) -> str:
@@ -50,13 +50,13 @@ class ModelSize:
         lines.append(f"{'total':<14}{self.file_bytes / mib:10.2f} MiB")
         lines.append(
             f"{self.bits_per_weight:.3f} bits a weight over all {self.weights:,}; "
-            f"{share:.1f} % quantised at {self.bits_per_quantized_weight:.3f}"
+            f"{share:.1f} % quantized at {self.bits_per_quantized_weight:.3f}"
         )
         return "\n".join(lines)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    """The rows and columns of a quantised weight."""
+    """The rows and columns of a quantized weight."""
     if isinstance(module, TABLES):
         return module.num_embeddings, module.embedding_dim
     return module.out_features, module.in_features  # type: ignore[return-value]

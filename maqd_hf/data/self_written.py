@@ -1,4 +1,4 @@
-"""Text that the model writes itself, to train on where there is no other: data-free quantisation.
+"""Text that the model writes itself, to train on where there is no other: data-free quantization.
 
 Not in the paper. In LLM-QAT (arXiv:2305.17888) sampling from the model's own distribution served
 better than greedy text. Here the first token of every sample is drawn uniformly and all others from

@@ -150,7 +150,7 @@ def load_labeled(
     if not kind.startswith(("int", "uint")) or labels is None or labels < 0:
         raise ValueError(
             f"{source}: column {label_column!r} holds {kind} values from {labels!r}, not classes "
-            "numbered from 0: leave out unlabelled rows, map other labels to numbers."
+            "numbered from 0: leave out unlabeled rows, map other labels to numbers."
         )
     columns = {text_column: "text", label_column: "label"}
     return dataset.select_columns(list(columns)).rename_columns(columns)
@@ -197,7 +197,7 @@ def tokenize_blocks(
         block_size: tokens of a block.
         column: the column that holds the text.
         max_tokens: no more than so many tokens (rounded down to whole blocks). Only about as
-            many documents as that takes are tokenised.
+            many documents as that takes are tokenized.
         bos: True for BOS, False for EOS, None for BOS if the tokenizer adds it itself.
         num_proc: processes of ``Dataset.map``.
 

@@ -19,7 +19,7 @@ from ..nn.modes import evaluating
 class Classified:
     """The class of each text, in the texts' order, and what it took.
 
-    ``tokens`` counts no padding; ``seconds`` is the time of the forwards, tokenising included.
+    ``tokens`` counts no padding; ``seconds`` is the time of the forwards, tokenizing included.
     """
 
     classes: list[int]

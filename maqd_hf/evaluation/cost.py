@@ -1,6 +1,6 @@
 """The operations of a token around the matrix products of a model: counted, not timed.
 
-Normalising and quantising cost more than their few multiplications: a reduction over the features
+Normalizing and quantizing cost more than their few multiplications: a reduction over the features
 has to finish before the first product can start, and a square root or an absmax of a token keeps
 the hardware from working with constants alone. ``inference_cost`` counts what is left:
 
@@ -38,7 +38,7 @@ class Count:
         square_roots: one for each mean square.
         dynamic_scales: activation steps taken from the token itself (each is one of the
             ``reductions`` and a division).
-        multiplications: of floats, for squares, scaling, affines, quantising an input and scaling
+        multiplications: of floats, for squares, scaling, affines, quantizing an input and scaling
             an integer sum back; with static steps these are multiplications by constants.
         integer_sums: sums of a token's codes, which offsets and half codes (even levels) need.
         additions: of floats, for rotating an input, whose one scaling is among the
@@ -173,7 +173,7 @@ def _norm_cost(norm: LayerBatchNorm) -> tuple[str, Count, Count, Count]:
 
 
 def _input_cost(spec: LinearSpec, columns: int, static: bool) -> Count:
-    """The operations of quantising an input of ``columns``, and of summing its codes."""
+    """The operations of quantizing an input of ``columns``, and of summing its codes."""
     if spec.activation_levels is None:
         return Count()
     steps = 0 if static else columns // (spec.input_group or columns)

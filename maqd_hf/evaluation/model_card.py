@@ -87,7 +87,7 @@ def model_card(
             heading, for example {"static norms": [...], "norms per token": [...]}.
         config: the settings, as in `quantization_config`; only scalars are shown.
         training: the record of the training as scalars, None if there was none.
-        license: licence id of the Hub, None to refer to the base model.
+        license: license id of the Hub, None to refer to the base model.
         task: pipeline tag of the Hub.
         plot: path of a picture beside the card.
 
@@ -138,7 +138,7 @@ def write_card(run_dir: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: metrics.json or model/config.json is missing.
-        ValueError: metrics.json has no "model_id", or the model is not quantised by maqd_hf.
+        ValueError: metrics.json has no "model_id", or the model is not quantized by maqd_hf.
     """
     run_dir = Path(run_dir)
     record: RunRecord = json.loads((run_dir / "metrics.json").read_text("utf-8"))

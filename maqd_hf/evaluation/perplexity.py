@@ -5,7 +5,7 @@ result carries a sentence that says what was done (`PerplexityResult.protocol`).
 
 * The text is one row of tokens, cut into windows of ``window`` positions that start every
   ``stride`` tokens. ``stride == window`` gives disjoint windows (the common protocol of the
-  quantisation literature); a smaller stride gives every token more context and costs more.
+  quantization literature); a smaller stride gives every token more context and costs more.
 * A window scores only tokens that no window before it has scored, so no token counts twice.
 * The first token of a row, and of each disjoint window, has no context: it is not scored. With a
   BOS token every window is BOS + (``window`` - 1) tokens, and then all tokens are scored.
@@ -32,7 +32,7 @@ from ..nn.activation import check_all_calibrated
 from ..nn.modes import evaluating
 
 LOGIT_ROWS = 256  # positions whose float32 log-softmax exists at once
-CHUNK_CHARACTERS = 2**21  # text tokenised at once; long enough for WikiText-2 to be one piece
+CHUNK_CHARACTERS = 2**21  # text tokenized at once; long enough for WikiText-2 to be one piece
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def token_perplexity(
 
 
 def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
-    """Neighbouring windows of equal shape, so that nothing has to be padded."""
+    """Neighboring windows of equal shape, so that nothing has to be padded."""
     for _, group in groupby(windows, key=lambda w: (w.end - w.start, w.scored)):
         while batch := list(islice(group, size)):
             yield batch

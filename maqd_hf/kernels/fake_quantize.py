@@ -1,4 +1,4 @@
-"""Fake quantisation in training: compiled passes, or functional's in torch.
+"""Fake quantization in training: compiled passes, or functional's in torch.
 
 In torch every operation of it is a pass over a matrix in new memory; compiled (``csrc/
 fake_quantize.c``) a row goes through all of them in the cache. ``functional`` holds the equations,

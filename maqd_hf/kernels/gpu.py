@@ -62,7 +62,7 @@ KiB of shared memory); ``scripts/bench/gpu.py --tiles`` times others."""
 
 
 def tiles_for(tokens: int, float32: bool) -> Tiles:
-    """The block sizes for so many tokens; ``float32``: of activations that are not quantised."""
+    """The block sizes for so many tokens; ``float32``: of activations that are not quantized."""
     table = FLOAT32_TILES if float32 else TILES
     return next(tiles for most, tiles in table.items() if most is None or tokens <= most)
 

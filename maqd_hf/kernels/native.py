@@ -98,7 +98,7 @@ class NativeWeight:
             of its own covers.
         group_steps: every group of a token's inputs has a step of its own; takes odd
             ``activation_levels``.
-        rotation: neighbouring inputs that the library rotates first (``functional.hadamard``).
+        rotation: neighboring inputs that the library rotates first (``functional.hadamard``).
 
     Raises:
         ValueError: tensors whose shapes do not belong together, no storage that fits, or a rotation

@@ -57,7 +57,7 @@ class NativeNorm:
         )
 
     def __call__(self, x: Tensor, first: Tensor | None = None) -> Tensor:
-        """``x`` (..., features), float32, normalised; ``first`` (...) bool: first tokens.
+        """``x`` (..., features), float32, normalized; ``first`` (...) bool: first tokens.
 
         Raises:
             ValueError: other shapes or dtypes, or not on the CPU.

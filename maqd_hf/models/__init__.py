@@ -1,4 +1,4 @@
-"""The parts of a transformers model, found and replaced; nothing here knows of quantising plans.
+"""The parts of a transformers model, found and replaced; nothing here knows of quantizing plans.
 
 Imports ``nn`` and below.
 

@@ -1,4 +1,4 @@
-"""Adapters of the peft library on trainable quantised layers: merged in the input's basis, or not.
+"""Adapters of the peft library on trainable quantized layers: merged in the input's basis, or not.
 
 An adapter's update is in the basis of the layer's input. The latent of a ``MaQDLinear`` is in the
 rotated basis, on a grid whose scales are learned; peft takes the layer for an ``nn.Linear`` and

@@ -47,7 +47,7 @@ def looks_like_norm(module: nn.Module) -> bool:
 
 
 def probe_norm(norm: nn.Module) -> NormKind | str:
-    """Recognise ``norm`` by running a copy on random numbers; a string says why that failed.
+    """Recognize ``norm`` by running a copy on random numbers; a string says why that failed.
 
     >>> probe_norm(nn.LayerNorm(8)).centered, probe_norm(nn.RMSNorm(8, eps=1e-6)).centered
     (True, False)

@@ -156,7 +156,7 @@ class ActivationQuantizer(nn.Module):
             ValueError: the steps come from the tokens.
         """
         if self.log_step is None:
-            raise ValueError("per-token quantisers take their step from each token")
+            raise ValueError("per-token quantizers take their step from each token")
         self._seen_calibrated = False
         with torch.no_grad():
             self.log_step.copy_(torch.as_tensor(step).log())

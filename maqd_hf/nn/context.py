@@ -1,6 +1,6 @@
 """What a layer needs to know of the batch it cannot see: which tokens are padding, which are first.
 
-A norm or an activation quantiser receives hidden states alone. The entrance of the model, where ids
+A norm or an activation quantizer receives hidden states alone. The entrance of the model, where ids
 and mask come in, hands their masks to a ``BatchContext``, which every converted layer below reads.
 They belong to one call of the model: another thread, another call before the backward of this one
 or a call inside it has masks of its own (``calls`` says whose a layer is).

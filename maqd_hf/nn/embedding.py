@@ -1,4 +1,4 @@
-"""A trainable quantised embedding, row by row on the same grid as the linear layers.
+"""A trainable quantized embedding, row by row on the same grid as the linear layers.
 
 Not in the paper: in small models the (tied) embedding is a fifth of the parameters, so that beside
 2-bit weights a float one would be two thirds of the file.
@@ -17,7 +17,7 @@ from .spec import LinearSpec
 
 
 class MaQDEmbedding(nn.Embedding):
-    """An embedding whose rows are standardised, round-clipped and rescaled like a weight's rows.
+    """An embedding whose rows are standardized, round-clipped and rescaled like a weight's rows.
 
     It takes ids (...) and gives (..., dim) in the dtype of the empty parameter ``output_like``. Its
     parameters are those of a ``MaQDLinear`` with one group a row; a tied head is a ``MaQDLinear``
@@ -109,7 +109,7 @@ class MaQDEmbedding(nn.Embedding):
         output_scale: float = 1.0,
         start: Start | None = "search",
     ) -> MaQDEmbedding:
-        """A quantised copy of ``embedding`` on its device."""
+        """A quantized copy of ``embedding`` on its device."""
         dtype = torch.promote_types(embedding.weight.dtype, torch.float32)
         table = cls(
             embedding.num_embeddings,

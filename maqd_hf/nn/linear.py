@@ -1,4 +1,4 @@
-"""The trainable quantised layer: a Linear whose weight and input pass through the round-clip."""
+"""The trainable quantized layer: a Linear whose weight and input pass through the round-clip."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ trained from scratch."""
 class MaQDLinear(nn.Linear):
     """Linear layer trained on the grid it will be packed on.
 
-    ``y = q_a(x) @ W.T + bias`` with ``W = weight_scale * round_clip(standardise(weight) /
+    ``y = q_a(x) @ W.T + bias`` with ``W = weight_scale * round_clip(standardize(weight) /
     weight_step) + weight_offset`` (``functional.fake_quantize_weight``). Input (..., in), output
     (..., out). Parameters, float32 (or float64) even in a bfloat16 model:
 
     - ``weight`` (out, in): the latent, under the name the float layer had;
-    - ``weight_step`` (out, groups): the step on the standardised rows, constant in training;
+    - ``weight_step`` (out, groups): the step on the standardized rows, constant in training;
     - ``weight_log_scale`` (out, groups): the log of what one code is worth, learned;
       ``weight_scale()`` is the scale in force;
     - ``weight_offset`` (out, 1): learned, or None;
@@ -102,7 +102,7 @@ class MaQDLinear(nn.Linear):
         if not bool(self.weight.isfinite().all()):
             raise ValueError(
                 f"the weight {tuple(self.weight.shape)} holds NaN or infinity: "
-                "the float checkpoint is broken, nothing was quantised"
+                "the float checkpoint is broken, nothing was quantized"
             )
         mean = self.weight.mean(dim=1, keepdim=True)
         std = (self.weight.var(dim=1, keepdim=True, correction=0) + 1e-12).sqrt()
@@ -144,7 +144,7 @@ class MaQDLinear(nn.Linear):
         if levels is None or step is None or log_scale is None:
             raise ValueError(
                 f"weight_levels={levels}, and the weight {tuple(self.weight.shape)} has no grid in "
-                "force: only quantised weights have codes and scales"
+                "force: only quantized weights have codes and scales"
             )
         return levels, step, log_scale
 
@@ -194,7 +194,7 @@ class MaQDLinear(nn.Linear):
         context: BatchContext | None = None,
         start: Start | None = "search",
     ) -> MaQDLinear:
-        """A quantised copy of an ``nn.Linear``, or of a ``Conv1D`` (weight (in, out)).
+        """A quantized copy of an ``nn.Linear``, or of a ``Conv1D`` (weight (in, out)).
 
         The copy is on the same device. ``start=None`` leaves the grid to a later
         ``reset_quantizer``.

@@ -3,7 +3,7 @@
 Our reading of arXiv:2403.14999. In training every sample is divided by the root mean square pooled
 over its own tokens and features, with the gradient through it; a running average of the log
 statistic becomes the one scalar used at inference. A LayerNorm's centring stays exact and per token
-(W(x - mean) costs nothing extra: centring is linear), RMS norms are not centred. Frozen statistics
+(W(x - mean) costs nothing extra: centring is linear), RMS norms are not centered. Frozen statistics
 of single tokens cost 0.7 nats, pooled ones nothing (notebook: "Which statistics can be made static,
 from scratch").
 
@@ -94,7 +94,7 @@ class LayerBatchNorm(CountedModule):
 
     The parameters ``weight`` and ``bias`` are (features,) or None. ``running_log_ms`` (1,),
     ``batches_seen`` (1,) and ``gate`` (1,) are float32 and in every checkpoint; they are buffers,
-    because they change in forward and must neither be sharded nor optimised. While the attribute
+    because they change in forward and must neither be sharded nor optimized. While the attribute
     ``fixed`` is True, training uses the running average and does not move it.
 
     >>> norm = LayerBatchNorm(4, NormSpec(weight=False))
@@ -173,7 +173,7 @@ class LayerBatchNorm(CountedModule):
         return serves(x, self.running_log_ms)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The normalised ``x`` (batch, ..., features), in its shape and dtype."""
+        """The normalized ``x`` (batch, ..., features), in its shape and dtype."""
         if self._native_serves(x):
             norm = self.native_norm()
             return norm(x, self.context.masks_for(x)[1] if norm.own_first else None)

@@ -162,7 +162,7 @@ class PackedLinear(PackedModule):
 
     def _make_native(self) -> kernels.NativeWeight:
         self.freeze()  # those that somebody has put in since
-        # On a CPU the library rotates a token as it quantises it, on a GPU `forward` has done so.
+        # On a CPU the library rotates a token as it quantizes it, on a GPU `forward` has done so.
         rotation = {"rotation": self.rotation} if self.weight.is_cpu else {}
         return kernels.weight_type(self.weight.device)(
             self.weight,
@@ -193,7 +193,7 @@ class PackedLinear(PackedModule):
         return activation_step(x, self.spec, self.activation_step, self.context, own)
 
     def product(self, x: Tensor, step: Tensor | None) -> Tensor:
-        """The compiled kernel's product of ``x`` (..., in), quantised with ``step`` unless None.
+        """The compiled kernel's product of ``x`` (..., in), quantized with ``step`` unless None.
 
         The kernel for the CPU rotates ``x`` first, the one for a GPU takes it rotated.
         """

@@ -1,4 +1,4 @@
-"""How one layer is quantised, in plain values."""
+"""How one layer is quantized, in plain values."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ token's inputs that share a weight scale, from that group's absmax (the token's 
 scale).
 
 The paper has the first. Steps of groups are Atom's (arXiv:2310.19102): a large input then coarsens
-the grid of its neighbours only, which few levels need (notebook: "Clipping a token's grid"). For
+the grid of its neighbors only, which few levels need (notebook: "Clipping a token's grid"). For
 one token they take 1.03 of the time that steps of tokens take (notebook: "What steps of groups cost
 in the product")."""
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """How one layer is quantised; plain values, as they stand in a checkpoint's config.
+    """How one layer is quantized; plain values, as they stand in a checkpoint's config.
 
     Args:
         weight_levels: M of the weights, 2..256, or None to keep them float.
@@ -35,9 +35,9 @@ class LinearSpec:
             of its own (pretrained models park a massive activation there); "shared": it has the
             layer's, like any other.
         group_size: inputs that share a weight scale, must divide the input width; None: the row.
-        weight_offset: keep the row mean that standardisation removes as a learned offset.
+        weight_offset: keep the row mean that standardization removes as a learned offset.
         surrogate: gradient of the activation staircase, a key of ``functional.SURROGATES``.
-        rotation: neighbouring inputs that a Hadamard transform mixes before they are quantised, a
+        rotation: neighboring inputs that a Hadamard transform mixes before they are quantized, a
             power of two; fewer where it does not divide the width (``rotation_size``); None: the
             input is not rotated.
 
@@ -89,7 +89,7 @@ class LinearSpec:
 
     @property
     def static_activations(self) -> bool:
-        """Whether inputs are quantised with one learned step."""
+        """Whether inputs are quantized with one learned step."""
         return self.activation_levels is not None and self.activation_scaling == "static"
 
     @property
@@ -99,14 +99,14 @@ class LinearSpec:
 
     @property
     def weight_grid_levels(self) -> int:
-        """``weight_levels`` of a layer that quantises its weight; ``ValueError`` if it does not."""
+        """``weight_levels`` of a layer that quantizes its weight; ``ValueError`` if it does not."""
         if self.weight_levels is None:
             raise ValueError("weight_levels=None: the layer's weight is float and has no grid")
         return self.weight_levels
 
     @property
     def input_grid_levels(self) -> int:
-        """``activation_levels`` of a layer that quantises its input; ``ValueError`` if not."""
+        """``activation_levels`` of a layer that quantizes its input; ``ValueError`` if not."""
         if self.activation_levels is None:
             raise ValueError("activation_levels=None: the layer's input is float and has no grid")
         return self.activation_levels
@@ -133,7 +133,7 @@ class LinearSpec:
         )
 
     def rotation_size(self, in_features: int) -> int:
-        """How many neighbouring inputs are mixed: the largest power of two up to ``rotation`` that
+        """How many neighboring inputs are mixed: the largest power of two up to ``rotation`` that
         divides the width; 1: none are.
 
         >>> LinearSpec(rotation=512).rotation_size(576)

@@ -5,7 +5,8 @@ Imports ``calibration``, ``evaluation`` and below.
 - ``trainer``: ``MaQDTrainer``; ``arguments``: ``MaQDTrainingArguments``;
 - ``losses``: what a batch costs; ``distillation``: the loss against the float model, with the head
   inside it; ``labels``: which labels count;
-- ``callbacks``: the schedule of the norms' gates, agreement of ranks, a look inside;
+- ``norms``: which norms become static; ``callbacks``: the schedule of their gates, agreement of
+  ranks, a look inside;
 - ``finite``: a run that diverges stops; ``rates``: learning rates that nobody gave;
 - ``checkpoints``: when they are saved, which are whole, and what an interrupt does;
   ``run_directory``: a run of several stages that goes on; ``job``: the main job's settings;

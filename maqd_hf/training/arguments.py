@@ -1,4 +1,4 @@
-"""``MaQDTrainingArguments``: the settings of quantisation-aware training."""
+"""``MaQDTrainingArguments``: the settings of quantization-aware training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .distillation import Objective
 
 @dataclass
 class MaQDTrainingArguments(TrainingArguments):
-    """``transformers.TrainingArguments`` and what quantisation-aware training adds.
+    """``transformers.TrainingArguments`` and what quantization-aware training adds.
 
     Rates left at None are filled in by the trainer, which knows how many levels the model has:
     ``rates`` says with what, and why.
@@ -58,7 +58,11 @@ class MaQDTrainingArguments(TrainingArguments):
         },
     )
     lbn_norms: list[str] | None = field(
-        default=None, metadata={"help": "Glob patterns of the norms to open; default: all."}
+        default=None,
+        metadata={
+            "help": "Glob patterns of the norms to open; '*' opens all, default: those that cost "
+            "next to nothing, which the trainer finds out."
+        },
     )
     calibration_batches: int = field(
         default=4, metadata={"help": "Training batches that set uncalibrated activation steps."}
@@ -72,7 +76,7 @@ class MaQDTrainingArguments(TrainingArguments):
     )
     quantizer_logging_steps: int | None = field(
         default=None,
-        metadata={"help": "Logs at multiples of it look into quantisers; default: all, 0: none."},
+        metadata={"help": "Logs at multiples of it look into quantizers; default: all, 0: none."},
     )
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """What happens between training steps: the gate's schedule, agreement of ranks, a look inside.
 
-All three are ``TrainerCallback``s without state of their own, so that a resumed run continues as if
-it had never stopped.
+None of the three has a state that moves, so a resumed run continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..functional import pooled_log_ms, quantize, standardize_weight, token_log_ms
 from ..models.finding import gated_norms
@@ -23,14 +23,14 @@ SAMPLED_LAYERS = 4
 """Layers of each kind that ``QuantizerMonitor`` looks at: the cost of a log must not grow."""
 
 
-class GateSchedule(TrainerCallback):
+class GateSchedule(TrainerCallback, ExportableState):
     """Moves pretrained norms from their own statistics (gate 0) to pooled ones (gate 1).
 
     The gate is a function of ``state.global_step`` alone: 0 until the fraction ``start`` of all
     steps, 1 from the fraction ``end`` on, linear in between. A gate that is further open (from an
     earlier training) stays so, and norms that match none of ``norms`` (glob patterns of module
-    names; None = all) keep theirs. Not in the paper, which trains from scratch: a pretrained model
-    needs the way from one statistic to the other.
+    names; None or "*" = all) keep theirs. Not in the paper, which trains from scratch: a pretrained
+    model needs the way from one statistic to the other.
 
     From the fraction ``fixed`` of all steps on (1 = never) the norms train with their running
     averages, which no longer move (``nn.norm``).
@@ -51,6 +51,12 @@ class GateSchedule(TrainerCallback):
             )
         self.start, self.end, self.norms, self.fixed = start, end, norms, fixed
 
+    def state(self) -> dict[str, Any]:
+        """The arguments, for the checkpoint: a resumed training opens the same norms."""
+        norms = None if self.norms is None else list(self.norms)
+        args = {"start": self.start, "end": self.end, "norms": norms, "fixed": self.fixed}
+        return {"args": args, "attributes": {}}
+
     def gate(self, step: int, steps: int) -> float:
         """Gate after ``step`` of ``steps`` training steps.
 
@@ -68,7 +74,7 @@ class GateSchedule(TrainerCallback):
         if self.norms is None:
             return list(norms.values())
         for pattern in self.norms:
-            if not any(fnmatchcase(name, pattern) for name in norms):
+            if pattern != "*" and not any(fnmatchcase(name, pattern) for name in norms):
                 raise ValueError(
                     f"lbn_norms: {pattern!r} matches no gated norm of this model; "
                     f"there are {', '.join(norms) or 'none (layer_batch_norm=False?)'}"

@@ -291,7 +291,7 @@ def _identity(hidden: Tensor) -> Tensor:
 def head_of(model: nn.Module, hidden: Tensor) -> Logits:
     """``hidden`` (N, features) with the head that a ``deferred_head`` left out, differentiable.
 
-    A quantised head rounds its input and its weight here, once and not once a chunk.
+    A quantized head rounds its input and its weight here, once and not once a chunk.
     """
     head = bare_model(model).get_output_embeddings()
     if isinstance(head, MaQDLinear):
@@ -302,7 +302,7 @@ def head_of(model: nn.Module, hidden: Tensor) -> Logits:
 def head_is_deferrable(model: nn.Module) -> bool:
     """Whether the model's logits are its head's output and nothing else, seen in a tiny forward.
 
-    It runs with unquantised inputs, since a model that is about to load a checkpoint has no
+    It runs with unquantized inputs, since a model that is about to load a checkpoint has no
     activation steps yet.
     """
     bare = bare_model(model)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser
 
+from ..calibration.static_norms import TOLERANCE
 from ..config import MaQDConfig
 from ..data.self_written import GENERATED
 from ..data.text import EMBEDDED
@@ -26,7 +27,7 @@ WITHOUT_A_SAY = {
 
 @dataclass
 class JobArguments:
-    """What to quantise, on which text, and how."""
+    """What to quantize, on which text, and how."""
 
     model: str = field(
         default="smollm2-135m-instruct", metadata={"help": "Hub id, folder or embedded name."}
@@ -57,7 +58,7 @@ class JobArguments:
         default=None, metadata={"help": "JSON file with a whole MaQDConfig; replaces the above."}
     )
     lbn_tolerance: float = field(
-        default=0.02,
+        default=TOLERANCE,
         metadata={"help": "Norms become static as long as the loss rises by at most this (nats)."},
     )
     calibration_samples: int = field(default=48, metadata={"help": "Calibration blocks."})
@@ -79,7 +80,7 @@ class JobArguments:
         return self.eval_dataset or usual
 
     def maqd_config(self) -> MaQDConfig:
-        """The quantisation asked for."""
+        """The quantization asked for."""
         if self.config is not None:
             return MaQDConfig.from_dict(json.loads(Path(self.config).read_text("utf-8")))
         return MaQDConfig(

@@ -96,7 +96,7 @@ def learning_rate(weight_levels: int, activation_levels: int | None = None) -> f
 
 
 def usual_levels(model: nn.Module) -> tuple[int, int | None]:
-    """The levels (weights, inputs) of most quantised weights; (256, None) where there are none.
+    """The levels (weights, inputs) of most quantized weights; (256, None) where there are none.
 
     >>> usual_levels(nn.Linear(2, 2))
     (256, None)

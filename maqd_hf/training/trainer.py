@@ -1,12 +1,13 @@
-"""``MaQDTrainer``: quantisation-aware training with transformers' Trainer and accelerate.
+"""``MaQDTrainer``: quantization-aware training with transformers' Trainer and accelerate.
 
 What it adds to ``transformers.Trainer``, and why a plain one will not do:
 
 - distillation from the float model, with the head inside the loss (``losses``, ``distillation``);
-- parameter groups: standardised latents do not feel their own length, so weight decay would only
+- parameter groups: standardized latents do not feel their own length, so weight decay would only
   shrink them until their gradients explode; steps, scales and offsets mean something, decay would
   move them. Scales are logarithms and take a learning rate of their own;
-- the gate's schedule and one running statistic for all ranks (``callbacks``);
+- the choice of norms that can be static (``norms``), the schedule of their gates, and one running
+  statistic for all ranks (``callbacks``);
 - a run that diverges stops before it spoils the model, and saves nothing of it (``finite``);
 - a first interrupt (Ctrl-C) ends the step, saves, and only then interrupts; a checkpoint that was
   cut off while it was written is never resumed from;
@@ -45,6 +46,7 @@ from .checkpoints import (
 from .finite import FiniteGuard, check_parameters
 from .losses import DistillingTrainer
 from .memory import economy
+from .norms import affordable_norms, norms_of_checkpoint
 
 __all__ = ["MaQDTrainer", "MaQDTrainingArguments", "last_complete_checkpoint"]
 
@@ -101,7 +103,7 @@ class MaQDTrainer(DistillingTrainer):
         self.monitor = QuantizerMonitor(args.quantizer_logging_steps)
         self.finite = FiniteGuard()
         cadence = CheckpointCadence(args.checkpoint_share, self.ranks.request_save)
-        schedule = GateSchedule(args.lbn_start, args.lbn_end, args.lbn_norms, args.lbn_fixed)
+        self.gates = GateSchedule(args.lbn_start, args.lbn_end, args.lbn_norms, args.lbn_fixed)
         with _passing_for_float(model):
             super().__init__(
                 model=model,
@@ -113,7 +115,7 @@ class MaQDTrainer(DistillingTrainer):
                 model_init=model_init,
                 compute_metrics=compute_metrics,
                 callbacks=[
-                    *(schedule, cadence, self.ranks, self.monitor, self.finite),
+                    *(self.gates, cadence, self.ranks, self.monitor, self.finite),
                     *(callbacks or []),
                 ],
                 optimizers=optimizers,
@@ -126,7 +128,7 @@ class MaQDTrainer(DistillingTrainer):
             if plugin.fsdp_version != 2:
                 raise ValueError("FSDP 1 is not supported: set fsdp_config={'version': 2}")
             # Its policy would round latents and logarithms of scales to bf16 before they are
-            # quantised. See autocast_smart_context_manager for what stands in its place.
+            # quantized. See autocast_smart_context_manager for what stands in its place.
             plugin.mixed_precision_policy = None
         self.prepare_loss(teacher)
 
@@ -144,7 +146,7 @@ class MaQDTrainer(DistillingTrainer):
         ``KeyboardInterrupt``; a second one raises at once and saves nothing.
 
         Raises:
-            ValueError: a packed model or one that was never quantised, no complete checkpoint to
+            ValueError: a packed model or one that was never quantized, no complete checkpoint to
                 resume from, or one of a run with another number of processes.
             FloatingPointError: a loss, a gradient or a parameter is not finite.
         """
@@ -156,13 +158,14 @@ class MaQDTrainer(DistillingTrainer):
         ours = any(isinstance(module, OURS) for module in self.model.modules())
         if self.requires_quantized and not ours:
             raise ValueError(
-                f"this {type(self.model).__name__} was never quantised: call "
+                f"this {type(self.model).__name__} was never quantized: call "
                 "maqd_hf.quantize_model(model, MaQDConfig(...)) before MaQDTrainer(model, ...), or "
                 "train a float model with transformers.Trainer"
             )
         checkpoint = self._complete_checkpoint(resume_from_checkpoint)
         if checkpoint is None and self.model_init is None:
             self._calibrate()
+        self._choose_norms(checkpoint)
         self._probe_heads()
         self.ranks.stop_requested, self.ranks.between_steps = False, True
         try:
@@ -229,10 +232,24 @@ class MaQDTrainer(DistillingTrainer):
             if quantizer.log_step is not None and self.args.world_size > 1:
                 quantizer.log_step.data.copy_(broadcast(quantizer.log_step.data))
 
+    def _choose_norms(self, checkpoint: str | None) -> None:
+        """Decide which norms' gates will open, where the arguments do not say it."""
+        if self.args.lbn_norms is not None:
+            return
+        if checkpoint is not None:
+            self.gates.norms = norms_of_checkpoint(checkpoint)
+        elif self.model_init is not None:
+            self.gates.norms = []  # every trial has a model of its own, which nobody has seen yet
+        else:
+            with torch.random.fork_rng():
+                self.gates.norms = affordable_norms(
+                    self.model, self.get_train_dataloader(), progress=not self.args.disable_tqdm
+                )
+
     # ------------------------------------------------------------------------------- parameters
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices outside the quantised layers and norms; those never decay."""
+        """Matrices outside the quantized layers and norms; those never decay."""
         free = {
             id(parameter)
             for module in model.modules()
@@ -269,7 +286,7 @@ class MaQDTrainer(DistillingTrainer):
     # --------------------------------------------------------------------- logs, evaluation, files
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with a look into the quantisers beside every training loss."""
+        """Trainer's log, with a look into the quantizers beside every training loss."""
         if "loss" in logs and self.monitor.due(self.state.global_step):
             logs.update(self.monitor.metrics(self.model))
         super().log(logs, start_time)
@@ -287,7 +304,7 @@ def _is_packed(model: nn.Module) -> bool:
 
 @contextmanager
 def _passing_for_float(model: PreTrainedModel | None) -> Iterator[None]:
-    """Trainer refuses quantised models at construction, where it cannot know that they are only to
+    """Trainer refuses quantized models at construction, where it cannot know that they are only to
     be evaluated. Ours refuses in ``train``."""
     if model is None or not _is_packed(model) or not getattr(model, "is_quantized", False):
         yield

@@ -63,7 +63,7 @@ from scripts.bench.report.targets import quality_targets
 
 
 def quantized(row: Row, task: Task) -> PreTrainedModel:
-    """The float model quantised by MaQD; its start values are kept for the next row with them."""
+    """The float model quantized by MaQD; its start values are kept for the next row with them."""
     config = MaQDConfig(
         weight_levels=row.levels,
         group_size=row.group,
@@ -200,7 +200,7 @@ def run_row(
     others: Sequence[dict[str, Any]] = (),
     checkpoints: Path | None = None,
 ) -> dict[str, Any]:
-    """Quantise, train if wanted, and measure one row.
+    """Quantize, train if wanted, and measure one row.
 
     ``base`` is the float model's run, for the card; ``others`` are runs of this row at other rates,
     and only a model better than theirs is kept; ``checkpoints`` as in `distill`.

@@ -1,7 +1,7 @@
-"""Other packages' quantisation, each through its own interface, for `scripts.bench.quality`.
+"""Other packages' quantization, each through its own interface, for `scripts.bench.quality`.
 
-All quantise the Linear layers of the base model, in groups of 64 where the package lets one choose,
-and leave embedding and output head alone. What comes back holds the dequantised weights in plain
+All quantize the Linear layers of the base model, in groups of 64 where the package lets one choose,
+and leave embedding and output head alone. What comes back holds the dequantized weights in plain
 Linear layers: quality is measured here, and the packages' own kernels are made for other machines.
 
 Bits a weight are codes plus what the package stores for a group: a 16-bit scale and zero point
@@ -194,7 +194,7 @@ CALIBRATED = {"GPTQModel", "auto-round"}  # those that use ``ids``
 def quantize_peer(
     peer: str, model: PreTrainedModel, bits: int, group: int, ids: Tensor, folder: str
 ) -> float:
-    """Quantise ``model`` in place by ``peer`` and return its bits a weight, scales included.
+    """Quantize ``model`` in place by ``peer`` and return its bits a weight, scales included.
 
     Args:
         ids: (samples, tokens) for packages that calibrate.

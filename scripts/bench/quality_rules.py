@@ -1,9 +1,9 @@
-"""Other people's rules of quantising as small reference layers, for the same training as ours.
+"""Other people's rules of quantizing as small reference layers, for the same training as ours.
 
 =======  =============================================================================
 LSQ      arXiv:1902.08153: learned step, clip to -2^(b-1) .. 2^(b-1)-1 (odd M: symmetric);
          ParetoQ's rule for 3 bits and more (arXiv:2502.02631)
-SEQ      ParetoQ's stretched elastic quantiser for 2 bits and ternary: levels
+SEQ      ParetoQ's stretched elastic quantizer for 2 bits and ternary: levels
          (i + 1/2) / (M/2) of the range, odd M: i / (M/2)
 BitNet   b1.58 (arXiv:2402.17764): ternary, one scale a tensor, the mean magnitude, not learned
 =======  =============================================================================

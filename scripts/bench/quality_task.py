@@ -31,7 +31,7 @@ from scripts.bench.quality_peers import PEERS
 
 @dataclass(frozen=True)
 class Row:
-    """One way to quantise.
+    """One way to quantize.
 
     Args:
         method: "float", "MaQD", a rule of ``quality_rules`` or a peer of ``quality_peers``.

@@ -172,8 +172,8 @@ def import_seconds() -> float:
 def agreement(activation_levels: int | None, prompts: int = 50, new: int = 32) -> dict[str, Any]:
     """Compare the greedy text of the native decode step with that of the model's own forward.
 
-    Both agree up to float rounding, which moves a quantised activation to its next code now and
-    then; from there on they differ by as much as quantisation does anyway. Where texts part, the
+    Both agree up to float rounding, which moves a quantized activation to its next code now and
+    then; from there on they differ by as much as quantization does anyway. Where texts part, the
     gap between the two largest logits says how near the choice was.
     """
     path = resolve_model(SMOLLM2)

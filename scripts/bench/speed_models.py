@@ -230,7 +230,7 @@ def build(config: Any) -> Any:
 
 
 def llama_cpp_sources(folder: Path) -> dict[str, Any]:
-    """The embedded GGUF file requantised to llama.cpp's types."""
+    """The embedded GGUF file requantized to llama.cpp's types."""
     if not find_spec("llama_cpp"):
         return {}
     import llama_cpp

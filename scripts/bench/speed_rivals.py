@@ -89,7 +89,7 @@ def pack(codes: Tensor, bits: int, zero: int) -> Tensor:
 
 
 def torch_products(codes: Tensor, x: Tensor) -> Products:
-    """bfloat16, and the 4-bit product behind torch's own quantised models."""
+    """bfloat16, and the 4-bit product behind torch's own quantized models."""
     rows, columns = codes.shape
     yield "torch bf16", partial(torch.nn.functional.linear, x.bfloat16(), codes.bfloat16())
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)

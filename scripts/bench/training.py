@@ -1,4 +1,4 @@
-"""The time and memory of a step of quantisation-aware training against a plain fine-tune.
+"""The time and memory of a step of quantization-aware training against a plain fine-tune.
 
     python -m scripts.bench.training --model smollm2-135m-instruct --output training.json
     python -m scripts.bench.training --model A --teacher true --batch_size 1 --length 512
@@ -125,7 +125,7 @@ def work(kind: str, args: Arguments, folder: str, connection: Connection) -> Non
         layer_batch_norm=args.layer_batch_norm,
     )
     quantize_model(model, config)
-    MaQDTrainer(model, MaQDTrainingArguments(**settings), **init).train()
+    MaQDTrainer(model, MaQDTrainingArguments(**settings, lbn_norms=["*"]), **init).train()
 
 
 def measure(args: Arguments) -> dict[str, list[tuple[float, int]]]:

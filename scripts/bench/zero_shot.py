@@ -8,7 +8,7 @@ A choice's score is the sum of log p of its tokens after the prompt "Question: .
 ``acc`` takes the largest sum, ``acc_norm`` the largest sum divided by the choice's bytes. LAMBADA
 counts a last word right when every token of it is the likeliest one. The first ``--questions`` of
 each set are asked (0: all), the same ones for every model; the standard error is in the file.
-``--peer`` quantises the first model by a package of `quality_peers`, ``NAME:BITS``.
+``--peer`` quantizes the first model by a package of `quality_peers`, ``NAME:BITS``.
 
 ``--data-dir`` holds ``zeroshot/``: ``arc_easy_test``, ``piqa_validation`` (query, choices, label)
 and ``lambada_openai_test`` (text), as parquet.
@@ -28,7 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-import maqd_hf  # noqa: F401  (registers the quantised models with transformers)
+import maqd_hf  # noqa: F401  (registers the quantized models with transformers)
 from maqd_hf.data.bundled import resolve_model
 from maqd_hf.data.text import load_split, load_text, spread_samples, tokenize_blocks
 from maqd_hf.evaluation.versions import package_versions

@@ -3,14 +3,14 @@
     python -m scripts.experiments.ablations --data_dir data
     python -m scripts.experiments.ablations --data_dir data --rows "surrogate*" --seeds 0 1 2
 
-Every row quantises stories260K to few levels of weights and inputs, calibrates it, distils it from
+Every row quantizes stories260K to few levels of weights and inputs, calibrates it, distils it from
 its float self on the same number of tokens, and differs from the first row in one setting. The loss
 is that of held-out stories, in nats a token, before and after the training. Results go to a JSON
 file after every run, and runs found there are not repeated. ``data`` holds ``models/stories260K``,
 ``tinystories/`` and ``wiki-sample/``.
 
 The "trust mask" of QuEST (arXiv:2502.05003), which lets a gradient through where rounding moved the
-value by at most half a quantiser's step, is no row of its own: on a uniform grid that is ``clip``.
+value by at most half a quantizer's step, is no row of its own: on a uniform grid that is ``clip``.
 ``scripts/bench/quality_task.py`` has rows for the same settings on a larger language model.
 """
 
@@ -164,7 +164,7 @@ def train(model: PreTrainedModel, row: Row, task: Task, blocks: Tensor, seed: in
 
 
 def run_row(row: Row, task: Task, seed: int) -> dict[str, Any]:
-    """Quantise, calibrate and train one row; its losses before and after training, in nats."""
+    """Quantize, calibrate and train one row; its losses before and after training, in nats."""
     arguments, began = task.arguments, time.perf_counter()
     set_seed(seed)
     settings: dict[str, Any] = {

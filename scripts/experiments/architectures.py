@@ -14,7 +14,7 @@ classifying texts, in a tiny size and with random weights:
 
 A class is "refused" where ``quantize_model`` says that it does not take it, "failed" where anything
 else raises, and "not tried" where the float model could not be made small, run or saved like this.
-That a class works says nothing about what quantisation costs it.
+That a class works says nothing about what quantization costs it.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class RefusedError(Exception):
 
 
 def convert(model: PreTrainedModel, **settings: Any) -> None:
-    """Quantise ``model`` to 16 levels; ``RefusedError`` where it is not taken."""
+    """Quantize ``model`` to 16 levels; ``RefusedError`` where it is not taken."""
     try:
         quantize_model(model, MaQDConfig(weight_levels=16, **settings))
     except ValueError as error:

@@ -4,7 +4,7 @@
     python -m scripts.experiments.blockwise --model FOLDER --text FOLDER --sample_tokens 256 \
         --samples 64 --tokens 131072 --weight_levels 16 4          # any causal LM and any text
 
-Every row quantises the same float model, spends the same number of training tokens (a token counts
+Every row quantizes the same float model, spends the same number of training tokens (a token counts
 once for every time it is trained on; block-wise, once for all blocks) and is measured after each
 stage: the float model, the start values (GPTQ), block-wise reconstruction, then distillation end to
 end. Rows differ in the share of the tokens that the blocks get, and in one setting. Results go to a
@@ -159,7 +159,7 @@ class Task:
 
 
 def start(row: Row, task: Task, levels: int) -> PreTrainedModel:
-    """The quantised model with its start values; the last one is kept for the next row."""
+    """The quantized model with its start values; the last one is kept for the next row."""
     arguments = task.arguments
     config: dict[str, Any] = {
         "weight_levels": levels,
@@ -180,7 +180,7 @@ def start(row: Row, task: Task, levels: int) -> PreTrainedModel:
 
 
 def run_row(row: Row, task: Task, levels: int) -> dict[str, Any]:
-    """Quantise and train one row.
+    """Quantize and train one row.
 
     Returns losses in nats and seconds of every stage, and the errors of the blocks.
     """

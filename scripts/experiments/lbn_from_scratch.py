@@ -4,7 +4,7 @@
     python -m scripts.experiments.lbn_from_scratch --data-dir FOLDER  # and a pretrained model
     python -m scripts.experiments.lbn_from_scratch --table gpt2 --seeds 0 1 2
 
-Every row trains one small model with unquantised weights and activations, so that only the norms
+Every row trains one small model with unquantized weights and activations, so that only the norms
 differ, and evaluates it twice: ``trained`` with the statistics it was trained with, ``static`` with
 the running averages. Static statistics are free at inference; ``gap`` is what they cost. Results
 go to a JSON file after every run, and runs found there are not repeated.
@@ -95,7 +95,7 @@ ROWS = [
     Row("llama", "LBN, geometric, first own", AT_ONCE, config=OWN),
     Row("llama", "LBN, mean, first own", AT_ONCE, config=SHARED | {"first_token": "own"}),
     Row("gpt2", "per token, then running average", NEVER, config=SHARED),
-    Row("gpt2", "LBN, centred per token", AT_ONCE, config=SHARED),
+    Row("gpt2", "LBN, centered per token", AT_ONCE, config=SHARED),
     Row("gpt2", "LBN, mean pooled too", AT_ONCE, pooled_mean=True, config=SHARED),
     Row("gpt2", "LBN, geometric, first own", AT_ONCE, config=OWN),
     Row("pretrained", "plain fine-tuning", NEVER),

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def ids() -> torch.Tensor:
-    """(8, 32) token ids with structure: no token is likelier than its neighbours by chance."""
+    """(8, 32) token ids with structure: no token is likelier than its neighbors by chance."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(3, 200, (8, 32), generator=generator)
 

@@ -30,7 +30,7 @@ def ids() -> torch.Tensor:
 
 
 def student(teacher: nn.Module, data: object, **config: object) -> nn.Module:
-    """A calibrated quantised copy, without what random tokens leave little to gain after."""
+    """A calibrated quantized copy, without what random tokens leave little to gain after."""
     model = copy.deepcopy(teacher)
     quantize_model(model, **{"weight_levels": 4, **WEIGHTS_ONLY, **config})
     calibrate(model, data, gptq_weights=False, smoothing=False, progress=False)
@@ -298,7 +298,7 @@ def test_what_does_not_fit_is_refused(tiny_llama, tiny_gpt2, ids):
     model = student(tiny_llama, ids)
     with pytest.raises(ValueError, match="quantize_model first"):
         reconstruct(tiny_llama, tiny_llama, ids)
-    with pytest.raises(ValueError, match="teacher is quantised"):
+    with pytest.raises(ValueError, match="teacher is quantized"):
         reconstruct(model, copy.deepcopy(model), ids)
     with pytest.raises(ValueError, match=r"no model\.layers\.0"):
         reconstruct(model, tiny_gpt2, ids)

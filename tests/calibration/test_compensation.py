@@ -113,7 +113,7 @@ def test_compensate_equals_optimal_brain_quantization(inputs):
         value = dequantize(code, 8, grid.step) + grid.center
         expected[:, j : j + 1] = code
         gap = w[:, j : j + 1] - value
-        if j < 63:  # minimise the error over columns j+1.. given the gap in column j
+        if j < 63:  # minimize the error over columns j+1.. given the gap in column j
             w[:, j + 1 :] += torch.linalg.solve(
                 h[j + 1 :, j + 1 :], h[j + 1 :, j : j + 1] @ gap.T
             ).T

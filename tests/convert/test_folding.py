@@ -177,10 +177,10 @@ def test_folded_at_packing_output_before_is_output_after(
 ) -> None:
     """Float rounding only: 1e-5 of the largest logit.
 
-    Quantised inputs: the constant moves from the input to the step, so a value that lies half-way
+    Quantized inputs: the constant moves from the input to the step, so a value that lies half-way
     between two levels may round the other way, one level of 255 in one input. So half the
     outputs, which no such value reaches, differ by float rounding alone; on average at most a tenth
-    of what quantising all inputs changes, and 2 % of the largest logit at most.
+    of what quantizing all inputs changes, and 2 % of the largest logit at most.
     """
     settings = {"weight_levels": 15, "first_token": first_token, "norm_affine": norm_affine}
     model, exact = tiny(family), tiny(family)

@@ -24,7 +24,7 @@ NO_TOKENS = ("vit", "t5-encoder")
 
 
 def trained(family: str, **settings: Any) -> PreTrainedModel:
-    """A converted model two optimiser steps away from its start."""
+    """A converted model two optimizer steps away from its start."""
     model = tiny(family)
     if family not in NO_TOKENS:
         settings = {"embedding_levels": 15} | settings
@@ -42,7 +42,7 @@ def trained(family: str, **settings: Any) -> PreTrainedModel:
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every quantised weight, by module name."""
+    """Every quantized weight, by module name."""
     simulated = {n: m.quantized_weight() for n, m in modules_of(model, MaQDLinear, MaQDEmbedding)}
     layers = modules_of(model, PackedLinear, PackedEmbedding)
     packed = {n: m.dequantized_weight() for n, m in layers}

@@ -338,10 +338,10 @@ def test_a_second_conversion_is_refused() -> None:
     model = tiny("gpt2")
     quantize_model(model, MaQDConfig(weight_levels=4, **PER_TOKEN))
     before = state_of(model)
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="quantized already"):
         quantize_model(model, MaQDConfig(weight_levels=4))
     pack_model(model)
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="quantized already"):
         quantize_model(model, MaQDConfig(weight_levels=4))
     with pytest.raises(ValueError, match="packed already"):
         pack_model(model)

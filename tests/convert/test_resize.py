@@ -1,4 +1,4 @@
-"""Adding and removing tokens keeps quantised tables and heads on their grids."""
+"""Adding and removing tokens keeps quantized tables and heads on their grids."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tests.support.families import VOCABULARY, example, output, tiny
 
 KINDS: dict[str, dict[str, Any]] = {
     "float table": {},
-    "quantised table": {"embedding_levels": 15},
-    "quantised head alone": {"targets": ["layers.*", "/lm_head"], "rotation": 8},
-    "quantised table alone": {"embedding_levels": 15, "exclude": ["/lm_head"]},
+    "quantized table": {"embedding_levels": 15},
+    "quantized head alone": {"targets": ["layers.*", "/lm_head"], "rotation": 8},
+    "quantized table alone": {"embedding_levels": 15, "exclude": ["/lm_head"]},
 }
 CASES = [
     ("llama-tied", "float table"),
-    ("llama-tied", "quantised table"),
+    ("llama-tied", "quantized table"),
     *[("llama-untied", kind) for kind in KINDS],
-    ("gpt2", "quantised table"),
-    ("bert-mlm", "quantised table"),
-    ("gemma3", "quantised table"),
+    ("gpt2", "quantized table"),
+    ("bert-mlm", "quantized table"),
+    ("gemma3", "quantized table"),
 ]
 
 
@@ -88,7 +88,7 @@ def test_removing_tokens_gives_back_what_was_there(family: str, kind: str, state
 
 @pytest.mark.parametrize("state", ["qat", "packed"])
 def test_new_rows_start_at_the_mean_of_the_old_ones(state: str) -> None:
-    model = converted("llama-tied", "quantised table", state)
+    model = converted("llama-tied", "quantized table", state)
     table = model.get_input_embeddings()
 
     def rows() -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_new_rows_start_at_the_mean_of_the_old_ones(state: str) -> None:
 
 
 def test_a_resized_model_trains_and_packs() -> None:
-    model = converted("llama-tied", "quantised table", "qat")
+    model = converted("llama-tied", "quantized table", "qat")
     model.resize_token_embeddings(pad_to_multiple_of=16)
     assert model.config.vocab_size == 80
     ids = torch.full((2, 6), 79)
@@ -121,7 +121,7 @@ def test_a_resized_model_trains_and_packs() -> None:
 
 
 def test_nothing_changes_where_nothing_is_asked_for() -> None:
-    model = converted("llama-tied", "quantised table", "qat")
+    model = converted("llama-tied", "quantized table", "qat")
     before = model.get_input_embeddings().weight
     assert isinstance(model.resize_token_embeddings(), QUANTIZED)
     model.resize_token_embeddings(VOCABULARY)
@@ -130,7 +130,7 @@ def test_nothing_changes_where_nothing_is_asked_for() -> None:
 
 @pytest.mark.parametrize("rows", [0, -3])
 def test_sizes_that_cannot_be_are_refused_at_the_call(rows: int) -> None:
-    model = converted("llama-tied", "quantised table", "packed")
+    model = converted("llama-tied", "quantized table", "packed")
     with pytest.raises(ValueError, match=f"{rows} rows: an embedding needs at least one"):
         model.resize_token_embeddings(rows)
     assert set(rows_of(model).values()) == {VOCABULARY}

@@ -112,7 +112,7 @@ def test_the_first_token_is_counted_apart() -> None:
 def test_multiplications_are_those_counted_by_hand() -> None:
     """Tiny GPT-2: width 32, c_attn 96, c_proj 32, c_fc 128, c_proj from 128; 2 blocks, 3 levels.
     Scales of groups take no norm's constant, so each of its 2 norms multiplies by it; an input is
-    multiplied to be rotated and to be quantised."""
+    multiplied to be rotated and to be quantized."""
     cost = inference_cost(packed("gpt2", weight_levels=3, weight_offset=False, group_size=16))
     groups = 96 * 2 + 32 * 2 + 128 * 2 + 32 * 8
     inputs = 2 * (32 + 32 + 32 + 128)

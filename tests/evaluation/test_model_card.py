@@ -148,7 +148,7 @@ def test_settings_and_training_are_shown() -> None:
     assert row(card, "weight levels")[1] == "16"
     assert row(card, "group size")[1] == "none"
     assert row(card, "optimizer steps")[1] == "600"
-    assert "modules" not in card.text.split("## Training")[0].split("## What was quantised")[1]
+    assert "modules" not in card.text.split("## Training")[0].split("## What was quantized")[1]
     assert "Not recorded." in make(METRICS).text
 
 

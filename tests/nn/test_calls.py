@@ -27,7 +27,7 @@ from tests.support.families import VOCABULARY
 
 
 class Block(nn.Module):
-    """A norm and a quantised layer that look at the masks."""
+    """A norm and a quantized layer that look at the masks."""
 
     def __init__(self, context: BatchContext) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Laws of ``MaQDLinear`` and its activation quantiser."""
+"""Laws of ``MaQDLinear`` and its activation quantizer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_weight_is_the_composed_formula_and_starts_near_the_float_one(
         layer.weight, layer.weight_step, layer.weight_scale(), layer.weight_offset, levels
     )
     torch.testing.assert_close(layer.quantized_weight(), slow, rtol=1e-5, atol=1e-7)
-    # error of an ideal uniform quantiser of a Gaussian, relative to its variance, with a margin
+    # error of an ideal uniform quantizer of a Gaussian, relative to its variance, with a margin
     bound = {2: 0.45, 3: 0.26, 4: 0.17, 16: 0.02, 255: 1e-3}[levels]
     error = (layer.quantized_weight() - linear.weight).square().mean()
     assert error.item() / linear.weight.var().item() < bound

@@ -28,7 +28,7 @@ def test_a_model_quantized_without_training_is_measured_and_saved(
     assert metrics["float"]["protocol"] == metrics["quantized"]["protocol"]
     ratio = metrics["quantized"]["perplexity"] / metrics["float"]["perplexity"]
     assert 0.9 < ratio < 1.1
-    assert "quantised" in capsys.readouterr().out
+    assert "quantized" in capsys.readouterr().out
     packed = LlamaForCausalLM.from_pretrained(tmp_path / "packed")
     assert packed.config.quantization_config.state == "packed"
     assert packed.config.quantization_config.weight_levels == 15

@@ -21,7 +21,7 @@ def level_values(levels: int) -> list[float]:
 
 
 def thresholds(levels: int) -> list[float]:
-    """The M - 1 points half-way between neighbouring levels."""
+    """The M - 1 points half-way between neighboring levels."""
     values = level_values(levels)
     return [(low + high) / 2 for low, high in pairwise(values)]
 
@@ -121,7 +121,7 @@ def packed_row(codes: list[int], levels: int) -> list[int]:
     return words
 
 
-# ------------------------------------------------------------------- layer-batch normalisation
+# ------------------------------------------------------------------- layer-batch normalization
 
 
 def layer_batch_norm(

@@ -84,7 +84,7 @@ def trainer_for(model, folder, rows, *, teacher=None, callbacks=None, kind=MaQDT
     }
     if kind is Trainer:
         return Trainer(model, TrainingArguments(**defaults | settings), train_dataset=rows)
-    args = MaQDTrainingArguments(**defaults | settings)
+    args = MaQDTrainingArguments(**{"lbn_norms": ["*"], **defaults, **settings})
     return kind(model, args, train_dataset=rows, teacher=teacher, callbacks=callbacks)
 
 
@@ -309,8 +309,8 @@ def test_nothing_is_measured_of_a_model_that_was_never_calibrated(tmp_path):
             measure()
 
 
-def test_a_model_that_was_never_quantised_is_refused_with_the_remedy(tmp_path):
-    with pytest.raises(ValueError, match=r"never quantised: call maqd_hf.quantize_model"):
+def test_a_model_that_was_never_quantized_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"never quantized: call maqd_hf.quantize_model"):
         trainer_for(decoder(), tmp_path, [FULL]).train()
 
 

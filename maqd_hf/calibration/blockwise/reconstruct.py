@@ -2,14 +2,14 @@
 
 Not in the paper. Between start values that see one matrix (``gptq``) and training that runs the
 whole model, all parameters of one transformer block are trained together on its own output error,
-block after block, each on inputs from the quantised ones before it. BRECQ (arXiv:2102.05426) and
+block after block, each on inputs from the quantized ones before it. BRECQ (arXiv:2102.05426) and
 EfficientQAT (arXiv:2407.11062) do so; unlike the former this trains latents, not roundings.
 
 Three things differ from a plain loop over AdamW:
 
 - First tokens do not count in the loss: the massive activations that pretrained models park there
   would own a squared error.
-- A layer does not feel the length of its latent rows, which it standardises, so they train at unit
+- A layer does not feel the length of its latent rows, which it standardizes, so they train at unit
   standard deviation and get their own back afterwards: one learning rate is then the same relative
   change in every row of every layer (rows of SmolLM2-135M lie between 0.001 and 0.8).
 - A block that is no better on held-out samples after training than before keeps what it had.
@@ -115,7 +115,7 @@ def reconstruct_blocks(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> BlockwiseReport:
-    """Train the blocks of a quantised model, one at a time, to give the float blocks' outputs.
+    """Train the blocks of a quantized model, one at a time, to give the float blocks' outputs.
 
     Args:
         model: a QAT model with start values, after ``calibrate``; changed in place.
@@ -130,7 +130,7 @@ def reconstruct_blocks(
         batch_size: samples in an optimizer step when ``data`` is one tensor.
         gradient_clip: largest norm of the gradient of the error relative to that before training.
         correction: 1: the target is the float model's own output, so that a block also makes up
-            for errors it was given; 0: what the float block makes of the block's quantised inputs;
+            for errors it was given; 0: what the float block makes of the block's quantized inputs;
             between: both, mixed.
         relative_tokens: divide each token's error by its own size, so that loud tokens count no
             more than others.
@@ -145,7 +145,7 @@ def reconstruct_blocks(
     All parameters of a block are trained, in eval mode (no dropout, norms keep their running
     statistics); gradients and optimizer state exist for one block at a time, hidden states of model
     and teacher for all of ``data``. The arguments of a block beside the hidden states (masks, an
-    encoder's states) are those of the quantised model. A block that is called more than once is
+    encoder's states) are those of the quantized model. A block that is called more than once is
     trained at its first call.
 
         quantize_model(model, config)
@@ -184,9 +184,9 @@ def _check(model: nn.Module, teacher: nn.Module) -> None:
     """Raise ``ValueError`` for a pair of models that ``reconstruct_blocks`` cannot train."""
     blocks = find_blocks(model)
     if not blocks:
-        raise ValueError("the model has no quantised blocks: convert it with quantize_model first")
+        raise ValueError("the model has no quantized blocks: convert it with quantize_model first")
     if find_blocks(teacher):
-        raise ValueError("the teacher is quantised: give the float model, loaded again")
+        raise ValueError("the teacher is quantized: give the float model, loaded again")
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if any(id(p) in trained for p in teacher.parameters()):
         raise ValueError(

@@ -157,7 +157,7 @@ def _default_rate(levels: int | None) -> float:
 
 
 def _is_latent(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether ``parameter`` is the weight that a quantised layer standardises."""
+    """Whether ``parameter`` is the weight that a quantized layer standardizes."""
     return (
         isinstance(module, MaQDLinear)
         and module.weight_step is not None

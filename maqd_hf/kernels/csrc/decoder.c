@@ -1,7 +1,7 @@
 /* One call a forward: the blocks of a pre-norm decoder (Llama and its kin) on packed weights.
  *
  * Every thread runs `decode`; a phase whose results all threads need ends in a barrier. With few
- * tokens each thread normalises and quantises all of them for itself, which costs less than waiting
+ * tokens each thread normalizes and quantizes all of them for itself, which costs less than waiting
  * for another to do it; with many, tokens are shared out. */
 #include <math.h>
 #include <stdlib.h>
@@ -82,7 +82,7 @@ static uint8_t *panel_of(const state *s, int thread) {
     return s->panels + thread * maqd_panel(s->isa, s->count, s->stride);
 }
 
-/* The thread's scratch for two rows: a normalised one, a rotated one. */
+/* The thread's scratch for two rows: a normalized one, a rotated one. */
 static float *rows_of(const state *s, int thread) {
     return s->private ? s->feeding[thread].row : s->feeding->row + thread * 2 * s->widest;
 }
@@ -108,8 +108,8 @@ CLONES static void add_row(float *restrict sum, const float *restrict row, int64
     for (int64_t k = 0; k < width; ++k) sum[k] += row[k];
 }
 
-/* Adds `add` (or NULL) to the hidden states, or takes `rows` instead of them, normalises (norm or
- * NULL) and quantises for `n` layers; `input[i]` is then what layer i multiplies. */
+/* Adds `add` (or NULL) to the hidden states, or takes `rows` instead of them, normalizes (norm or
+ * NULL) and quantizes for `n` layers; `input[i]` is then what layer i multiplies. */
 static void feed(const state *s, int thread, const float *add, const float *rows, int64_t width,
                  const maqd_norm *norm, const maqd_linear_plan *const *layers, int n,
                  maqd_input *input) {
@@ -193,7 +193,7 @@ static void store_position(const state *s, const memory_of_head *m, int64_t at, 
     memcpy((float *)m->values + v0, value, (size_t)d * sizeof *value);
 }
 
-/* Normalises queries and keys, gives them their rotary embeddings, and stores keys and values. */
+/* Normalizes queries and keys, gives them their rotary embeddings, and stores keys and values. */
 static void place(const state *s, int64_t layer, int thread) {
     const maqd_decoder *m = s->model;
     const maqd_block_plan *b = m->block + layer;

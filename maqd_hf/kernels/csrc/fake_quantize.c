@@ -1,4 +1,4 @@
-/* Fake quantisation in training: a weight's, forwards and backwards, and that of the tokens it
+/* Fake quantization in training: a weight's, forwards and backwards, and that of the tokens it
  * meets.
  *
  * The equations are those of functional.py, where they stand in torch. There every operation is a
@@ -73,7 +73,7 @@ typedef struct {
     float scale[LANES], offset[LANES], gh[LANES], along[LANES];
 } sums;
 
-/* Writes gh = d loss / d standardised weight to `out`; `count` is a constant but for the last
+/* Writes gh = d loss / d standardized weight to `out`; `count` is a constant but for the last
  * piece. */
 INLINE void gradient_piece(const float *w, const float *grad, float *out, statistics s, float step,
                            float slope, float zero, float top, const int count, sums *t) {

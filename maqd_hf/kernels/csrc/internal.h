@@ -119,7 +119,7 @@ typedef struct {
      * is scratch, aligned to 64 bytes. */
     void (*matmul)(const maqd_weight *w, const maqd_input *x, int64_t first, int64_t last,
                    int64_t tokens, float *y, int64_t y_stride, uint8_t *panel);
-    /* Quantises one token: codes = clamp(rint(x / step + (M-1)/2), 0, M-1) - M/2 (floor), `run` of
+    /* Quantizes one token: codes = clamp(rint(x / step + (M-1)/2), 0, M-1) - M/2 (floor), `run` of
      * them together and such runs `every` bytes apart. A step of 0 asks for the token's own, absmax
      * /
      * ((M-1)/2) * clip_ratio; `group_step`, unless NULL, for that of every group. NaN counts as the
@@ -132,7 +132,7 @@ typedef struct {
                    float *sums);
     void (*norm)(const maqd_norm *norm, int first, const float *x, float *y);
     void (*rope)(float *x, const float *cosine, const float *sine, int64_t half);
-    /* Multiplies every `size` neighbours of x, a power of two, with the normalised Hadamard
+    /* Multiplies every `size` neighbors of x, a power of two, with the normalized Hadamard
      * matrix. */
     void (*hadamard)(const float *x, int64_t count, int64_t size, float *y);
     void (*attend)(const maqd_attention *a);
@@ -212,7 +212,7 @@ static inline void maqd_arrange(const maqd_isa *isa, const maqd_weight *w, int64
     }
 }
 
-/* Makes row `token` of `input` of one token's `x`: rotates it, then quantises it or, for `levels`
+/* Makes row `token` of `input` of one token's `x`: rotates it, then quantizes it or, for `levels`
  * 0, copies it. `rotated` has room for a row if the weight wants it rotated. */
 static inline void maqd_take(const maqd_isa *isa, const maqd_weight *w, const float *x,
                              int32_t levels, maqd_input *input, int64_t token, float *rotated) {

@@ -25,7 +25,7 @@ typedef struct {
     float zero;
     float clip_ratio;    /* how much of its absmax the grid of a token's own step covers */
     int32_t group_steps; /* every group of a token's inputs has a step of its own */
-    int32_t rotation;    /* the Hadamard transform rotates so many neighbouring inputs before
+    int32_t rotation;    /* the Hadamard transform rotates so many neighboring inputs before
                             anything else; 1: none */
 } maqd_weight;
 
@@ -81,7 +81,7 @@ typedef struct {
 /* One forward of a decoder. */
 typedef struct {
     int64_t batch, tokens, past, capacity, value_stride; /* capacity: a multiple of 16 */
-    float *hidden;            /* (batch, tokens, hidden): embeddings in, normalised states out */
+    float *hidden;            /* (batch, tokens, hidden): embeddings in, normalized states out */
     const int64_t *ids;       /* (batch, tokens) or NULL: looked up instead of `hidden` */
     float *logits;            /* (batch, vocabulary) of every sequence's last token, or NULL */
     const int64_t *positions; /* (batch, tokens) */
@@ -127,11 +127,11 @@ int32_t maqd_decode(const maqd_decoder *model, const maqd_call *call, int32_t is
 /* Rows `ids` of a table, to y (count, columns). */
 void maqd_embedding(const maqd_table *table, const int64_t *ids, int64_t count, float *y);
 
-/* Rows of x (rows, features) normalised, to y; `first` (rows) or NULL: 1 on first tokens. */
+/* Rows of x (rows, features) normalized, to y; `first` (rows) or NULL: 1 on first tokens. */
 void maqd_normalize(const maqd_norm *norm, const float *x, const uint8_t *first, int64_t rows,
                     float *y, int32_t isa, int32_t threads);
 
-/* Every `size` neighbours of x (rows, columns) times the normalised Hadamard matrix, to y. */
+/* Every `size` neighbors of x (rows, columns) times the normalized Hadamard matrix, to y. */
 void maqd_hadamard(const float *x, float *y, int64_t rows, int64_t columns, int64_t size,
                    int32_t isa, int32_t threads);
 

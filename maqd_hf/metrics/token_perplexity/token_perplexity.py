@@ -12,7 +12,7 @@ import datasets
 import evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import maqd_hf  # noqa: F401  registers the quantised models with transformers
+import maqd_hf  # noqa: F401  registers the quantized models with transformers
 from maqd_hf.evaluation.perplexity import text_perplexity
 
 _DESCRIPTION = "Perplexity of a causal language model: exp(sum of NLL / number of tokens)."

@@ -13,7 +13,7 @@ def main_job(result: dict[str, Any]) -> str:
     full = result["perplexity"]["float"]
     names = {
         "float": "float model",
-        "start": "quantised, before training",
+        "start": "quantized, before training",
         "trained": "after training",
         "reloaded": "packed, saved, loaded with from_pretrained",
     }

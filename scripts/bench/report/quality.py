@@ -1,4 +1,4 @@
-"""Tables of what quantisation costs in quality."""
+"""Tables of what quantization costs in quality."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def post_training(result: list[dict[str, Any]]) -> str:
                 f"{run['quantization_cpu_seconds']:.0f} s",
             )
         )
-    header = ("weights only, head float", "float", "quantised", "to float", "processor time")
+    header = ("weights only, head float", "float", "quantized", "to float", "processor time")
     text = f"WikiText-2 raw test. {result[0]['quantized']['protocol']}"
     return f"{text}\n\n" + markdown_table(header, rows)
 

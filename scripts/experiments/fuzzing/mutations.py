@@ -82,7 +82,7 @@ def change_json(path: Path, draw: Draw) -> None:
 
 
 def change_settings(path: Path, draw: Draw) -> None:
-    """One or two values of what ``config.json`` says of the quantised layers."""
+    """One or two values of what ``config.json`` says of the quantized layers."""
     tree = json.loads(path.read_text("utf-8"))
     for where, value in _edits(draw):
         edit(tree["quantization_config"], where, value)

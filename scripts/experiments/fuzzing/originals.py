@@ -23,7 +23,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "encoder": {"weight_levels": 16, "activation_levels": 255},
     "version1": {"weight_levels": 16, "activation_levels": 255},
 }
-"""The kinds of checkpoints and what their layers are quantised to."""
+"""The kinds of checkpoints and what their layers are quantized to."""
 
 
 def _tiny(kind: str) -> PreTrainedModel:
