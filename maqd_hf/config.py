@@ -174,8 +174,8 @@ class MaQDConfig(QuantizationConfigMixin):
         activation_scaling: "static" (one learned step, calibrated first), "token" (one step a
             token, from its absmax) or "group" (one for every ``group_size`` inputs of a token).
         activation_clip_ratio: share of its absmax that the grid of a token, or group, covers, in
-            (0, 1]; what lies beyond is clipped. "auto": 0.8 for tokens with at most 16 levels,
-            else 1 (``functional.token_step`` has the figures).
+            (0, 1]; what lies beyond is clipped. "auto": 0.8 for at most 16 levels and one step a
+            token, else 1 (``functional.token_step`` has the figures).
         group_size: inputs that share a weight scale of 16 bits; None = one scale per output row.
         weight_offset: learned offset per row (keeps the row mean standardization removes).
         embedding_levels: levels of the token embedding and of the output head, None = float.

@@ -1,4 +1,4 @@
-"""The method on one screen: grid, scaled round-clip, surrogates, standardization, statistics.
+"""The equations of the method: grid, scaled round-clip, surrogates, standardization, statistics.
 
 Everything here is our reading of arXiv:2403.14999 ("Magic for the Age of Quantized DNNs"), which
 publishes no code; where we go beyond it the docstring says "not in the paper" and why.

@@ -57,7 +57,7 @@ def pack_model(model: nn.Module) -> ConversionReport:
         model.get_submodule(embedding).tie(model.get_submodule(head))  # type: ignore[operator]
         note_tied_tensors(model, embedding, head)
     for name, norm in modules_of(model, LayerBatchNorm):
-        _freeze_norm(norm, [model.get_submodule(n) for n in folded_into.get(name, ())])
+        _settle_norm(norm, [model.get_submodule(n) for n in folded_into.get(name, ())])
     modules = describe(model, config, folded_into, tied_to)
     config = replace(config, state="packed", modules=modules)
     model.config.quantization_config = config  # type: ignore[union-attr]
@@ -85,7 +85,7 @@ def _check_packable(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _freeze_norm(norm: LayerBatchNorm, consumers: list[nn.Module]) -> None:
+def _settle_norm(norm: LayerBatchNorm, consumers: list[nn.Module]) -> None:
     if norm.spec.statistics != "gated":
         return
     if float(norm.gate) == 0:

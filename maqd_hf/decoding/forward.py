@@ -250,8 +250,7 @@ def _output(logits: Tensor, cache: Any) -> CausalLMOutputWithPast:
 
 def _exporting() -> bool:
     """torch.export: its graph leaves this process, where nobody knows our models."""
-    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
-    return exporting is not None and bool(exporting())
+    return bool(torch.compiler.is_exporting())
 
 
 @cache

@@ -39,7 +39,7 @@ class GateSchedule(TrainerCallback, ExportableState):
     def __init__(
         self,
         start: float = 0.0,
-        end: float = 0.4,
+        end: float = 0.2,
         norms: Sequence[str] | None = None,
         fixed: float = 1.0,
     ) -> None:

@@ -28,8 +28,8 @@
  *
  * Float activations ("weight-only") take the place of q, with xs = 1 and a constant of 0.
  *
- * Each isa_*.c compiles isa.inc for its instruction set; the choice is made at run time, never by
- * -march=native.
+ * Each isa_*.c compiles isa.inc for its instruction set (isa_vnni.c for AMX too, with amx.inc); the
+ * choice is made at run time, never by -march=native.
  */
 #ifndef MAQD_INTERNAL_H
 #define MAQD_INTERNAL_H

@@ -42,7 +42,7 @@ def family(run: dict[str, Any]) -> str:
 def quality(content: dict[str, Any], text: str = "wikitext") -> Figure | None:
     """Perplexity on ``text`` against bits a weight; of a family the best run at equal bits.
 
-    Of MaQD only what has 8-bit inputs and was aimed at.
+    MaQD's runs are those with 8-bit inputs that were aimed at.
     """
     runs = [r for r in content["runs"] if r["table"] == "llm" and "4-bit inputs" not in r["name"]]
     runs = [r for r in runs if headline(r) or family(r) == "round to nearest"]

@@ -57,7 +57,7 @@ def quality(result: dict[str, Any]) -> str:
 
 
 def best_rates(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of runs that differ in the learning rate alone, the best."""
+    """The best of each set of runs that differ in the learning rate alone."""
     best: dict[Any, dict[str, Any]] = {}
     for run in runs:
         samples = run["samples"] if _calibrated(run) else None

@@ -82,14 +82,14 @@ SECTIONS = [
     Section(
         "Speed",
         "speed.json",
-        "python -m scripts.bench.speed",
+        "python -m scripts.bench.speed --output results/speed.json",
         speed,
         (("operations a second against operations for every byte of weights", "roofline.png"),),
     ),
     Section(
         "Speed, a CPU without AMX",
         "speed-avx512.json",
-        "python -m scripts.bench.speed",
+        "python -m scripts.bench.speed --output results/speed-avx512.json",
         speed_elsewhere,
     ),
     Section(
@@ -134,7 +134,7 @@ SECTIONS = [
     Section(
         "One setting at a time",
         "ablations.json",
-        "python -m scripts.experiments.ablations",
+        "python -m scripts.experiments.ablations --data_dir ...",
         ablations,
     ),
     Section(

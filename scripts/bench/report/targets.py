@@ -263,8 +263,8 @@ _STATIC = {"lbn", "lbn, fixed end", "lbn, eased in", "static", "static, fixed en
 
 
 def at_best_rate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every family, norm and batch size the rows at the learning rate with the best mean over
-    the seeds; a rate tried with fewer seeds than another does not count."""
+    """The rows of every family, norm and batch size at its best learning rate: that of the best
+    mean over the seeds. A rate tried with fewer seeds than another does not count."""
     groups: dict[tuple[str, str, int], dict[float, list[dict[str, Any]]]] = {}
     for row in rows:
         group = groups.setdefault((row["family"], row["norm"], row["batch_size"]), {})
