@@ -51,7 +51,7 @@ def load(path: Path) -> PreTrainedModel:
     return hf.AutoModelForCausalLM.from_pretrained(path)
 
 
-def test_the_good_one_loads(copied: Path) -> None:
+def test_an_untouched_checkpoint_loads(copied: Path) -> None:
     model = load(copied)
     assert output(model, example(model)).isfinite().all()
 
@@ -59,7 +59,7 @@ def test_the_good_one_loads(copied: Path) -> None:
 # ------------------------------------------------------------------------------------ the file
 
 
-def test_truncated_file(copied: Path) -> None:
+def test_a_truncated_file_is_refused(copied: Path) -> None:
     file = copied / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(Exception, match=r"(?i)incomplete|header|safetensor"):
@@ -90,7 +90,7 @@ def test_every_kind_of_tensor_is_protected_against_a_single_flipped_bit(copied: 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite(copied: Path, value: float) -> None:
+def test_a_scale_that_is_not_finite_is_refused(copied: Path, value: float) -> None:
     file = copied / "model.safetensors"
     tensors = load_file(file)
     tensors[f"model.{LAYER}.weight_scale"][3] = value
@@ -100,7 +100,7 @@ def test_not_finite(copied: Path, value: float) -> None:
 
 
 @pytest.mark.parametrize("part", ["weight", "weight_scale", "weight_offset", "activation_step"])
-def test_missing_tensor(copied: Path, part: str) -> None:
+def test_a_missing_tensor_is_named(copied: Path, part: str) -> None:
     file = copied / "model.safetensors"
     tensors = load_file(file)
     del tensors[f"model.{LAYER}.{part}"]
@@ -109,7 +109,7 @@ def test_missing_tensor(copied: Path, part: str) -> None:
         load(copied)
 
 
-def test_tensors_of_another_shape(copied: Path) -> None:
+def test_a_tensor_of_another_shape_is_refused(copied: Path) -> None:
     file = copied / "model.safetensors"
     tensors = load_file(file)
     name = f"model.{LAYER}.weight"
@@ -171,7 +171,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_edited_config(copied: Path, edit: str) -> None:
+def test_an_edited_config_is_refused_by_what_is_wrong_in_it(copied: Path, edit: str) -> None:
     change, message = EDITS[edit]
     file = copied / "config.json"
     config = json.loads(file.read_text())

@@ -69,7 +69,7 @@ def test_a_static_cache_is_reset_and_copied(best):
 
 
 @torch.no_grad()
-def test_masks_of_every_query(best):
+def test_a_mask_for_every_query_gives_what_one_for_all_gives(best):
     """generate() hands a static cache's mask over as (batch, 1, queries, positions)."""
     model = packed()
     columns = torch.ones(2, 12, dtype=torch.bool)
@@ -249,7 +249,7 @@ def test_torch_and_library_store_the_same_bytes(isa):
         assert float((off > 1e-3).float().mean()) < 0.01 and float(off.max()) < 1.001
 
 
-def test_generate_with_bytes(best):
+def test_a_cache_of_bytes_serves_every_way_to_generate(best):
     model = packed(embedding_levels=255)
     use_native(model, kv_cache="int8")
     mask = torch.ones_like(IDS)
@@ -263,7 +263,7 @@ def test_generate_with_bytes(best):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38, 0.0])
-def test_bytes_of_any_states(isa, bad):
+def test_any_state_becomes_bytes_without_touching_another_sequence(isa, bad):
     """Defined for every input: no crash, and the other sequence is not touched."""
     model = packed(activation_levels=None)
     use_native(model, kv_cache="int8")

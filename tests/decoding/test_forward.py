@@ -48,7 +48,7 @@ def both(model, *args, **kwargs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_of_every_family(isa, family):
+def test_logits_equal_the_own_forward_in_every_family(isa, family):
     model = packed(family)
     for shape in [(1, 1), (1, 7), (3, 33)]:
         got, expected = both(model, torch.randint(3, 250, shape))
@@ -58,7 +58,9 @@ def test_logits_of_every_family(isa, family):
 
 @pytest.mark.parametrize("activation_levels", [None, 15, 16, 255])
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 16, 17, 256])
-def test_levels_and_groups(isa, levels, activation_levels):
+def test_logits_equal_the_own_forward_at_every_number_of_levels_in_groups(
+    isa, levels, activation_levels
+):
     model = packed(weight_levels=levels, activation_levels=activation_levels, group_size=32)
     got, expected = both(model, torch.randint(3, 250, (2, 9)))
     assert_equal(got.logits, expected.logits)
@@ -66,7 +68,7 @@ def test_levels_and_groups(isa, levels, activation_levels):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("activation_levels", [None, 255])
-def test_rotated_inputs(isa, family, activation_levels):
+def test_logits_equal_the_own_forward_where_inputs_are_rotated(isa, family, activation_levels):
     """Odd widths among them: 40 inputs are rotated by eights, 75 not at all."""
     model = packed(family, activation_levels=activation_levels, rotation=512)
     for shape in [(1, 1), (3, 33)]:
@@ -76,7 +78,7 @@ def test_rotated_inputs(isa, family, activation_levels):
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"odd widths"}))
 @pytest.mark.parametrize("levels", [3, 16])
-def test_steps_of_groups(isa, family, levels):
+def test_logits_equal_the_own_forward_with_a_step_a_group(isa, family, levels):
     settings = {"activation_scaling": "group", "group_size": 32, "activation_levels": 15}
     model = packed(family, weight_levels=levels, **settings)
     for shape in [(1, 1), (2, 9)]:
@@ -102,7 +104,7 @@ def test_layers_that_share_an_input_may_round_it_differently(isa, changes):
 
 
 @pytest.mark.parametrize("first_token", ["own", "shared"])
-def test_static_norms_and_steps(best, first_token, monkeypatch):
+def test_logits_equal_the_own_forward_with_static_norms_and_steps(best, first_token, monkeypatch):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
     quantize_model(
@@ -137,7 +139,7 @@ def test_token_by_token_equals_at_once(isa, family):
 
 @pytest.mark.parametrize("kv_cache", ["float32", "int8"])
 @pytest.mark.parametrize("family", ["llama", "odd widths", "sliding", "qwen3"])
-def test_long_pasts(isa, family, kv_cache):
+def test_long_pasts_are_attended_to_like_short_ones(isa, family, kv_cache):
     """Many blocks of keys, some of them hidden as a whole; few queries share them out in parts."""
     model = packed(family, activation_levels=None)  # no code tips over
     ids = torch.randint(3, 250, (2, 1200))
@@ -200,7 +202,7 @@ GENERATION = {
 
 @pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION.keys())
 @pytest.mark.parametrize("family", ["llama", "one slides", "gpt2", "opt"])
-def test_generate(best, family, options):
+def test_generate_writes_what_the_own_forward_writes(best, family, options):
     looks_up = "prompt_lookup_num_tokens" in options
     if (
         looks_up
@@ -223,7 +225,7 @@ def test_generate(best, family, options):
     assert torch.equal(*texts)
 
 
-def test_generate_with_an_assistant(best):
+def test_an_assistant_changes_no_token(best):
     model, assistant = packed(), packed(weight_levels=8)
     ids = torch.randint(3, 250, (1, 9))
     plain = model.generate(ids, max_new_tokens=20, do_sample=False)
@@ -285,7 +287,7 @@ def problem_after_call(model):
     return model.forward.problem
 
 
-def test_changed_tensors_and_copies(best):
+def test_copies_answer_alike_and_changed_tensors_are_seen(best):
     model = packed()
     ids = torch.randint(3, 250, (1, 8))
     with torch.no_grad():
@@ -299,7 +301,7 @@ def test_changed_tensors_and_copies(best):
         assert_equal(got.logits, expected.logits)
 
 
-def test_saved_and_loaded(best, tmp_path):
+def test_a_reloaded_model_answers_like_the_saved_one(best, tmp_path):
     model = packed()
     ids = torch.randint(3, 250, (1, 8))
     model.save_pretrained(tmp_path)

@@ -55,7 +55,9 @@ def test_long_texts_are_cut(classifier, byte_tokenizer):
     assert found.tokens == 3 + 8
 
 
-def test_what_cannot_be_classified(classifier, tiny_bert, byte_tokenizer):
+def test_nothing_to_classify_and_models_without_classes_are_refused(
+    classifier, tiny_bert, byte_tokenizer
+):
     with pytest.raises(ValueError, match="no texts"):
         classify(classifier, byte_tokenizer, [])
     with pytest.raises(ValueError, match="AutoModelForSequenceClassification"):

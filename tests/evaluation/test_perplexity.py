@@ -103,7 +103,7 @@ def test_a_model_in_bfloat16_has_nearly_the_same_perplexity(tiny_gpt2, ids):
     assert rough.perplexity == pytest.approx(exact.perplexity, rel=0.02)
 
 
-def test_text_shorter_than_window(tiny_llama, byte_tokenizer):
+def test_a_text_shorter_than_the_window_is_one_window(tiny_llama, byte_tokenizer):
     result = text_perplexity(tiny_llama, byte_tokenizer, ["Hello"], 64)
     assert (result.windows, result.tokens) == (1, 4)
     assert "1 window(s) of 64 positions" in result.protocol
@@ -132,7 +132,7 @@ def test_joined_texts_are_one_row(tiny_llama, byte_tokenizer, sample_text, monke
     assert joined.bits_per_byte == pytest.approx(whole.bits_per_byte)
 
 
-def test_texts_on_their_own(tiny_llama, byte_tokenizer, sample_text):
+def test_unjoined_texts_add_up_their_losses(tiny_llama, byte_tokenizer, sample_text):
     texts = [sample_text[:100], "", sample_text[100:300], "x"]  # the last has no context
     result = text_perplexity(tiny_llama, byte_tokenizer, texts, 64, join=None)
     alone = [text_perplexity(tiny_llama, byte_tokenizer, [texts[k]], 64) for k in (0, 2)]

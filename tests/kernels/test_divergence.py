@@ -23,7 +23,7 @@ def by_autograd(student: Tensor, teacher: Tensor, temperature: float) -> tuple[T
 @pytest.mark.parametrize("form", ["compiled", "reference"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (5, 16), (4, 1003)])
-def test_loss_and_gradient(
+def test_loss_and_gradient_equal_autograd(
     monkeypatch: pytest.MonkeyPatch, form: str, temperature: float, rows: int, width: int
 ) -> None:
     if form == "reference":

@@ -186,7 +186,7 @@ def test_repacked_piece_by_piece(isa, storage, monkeypatch):
     assert torch.equal(torch.cat(released), words) and max(map(len, released)) == 16
 
 
-def test_against_float64(isa):
+def test_the_product_is_close_to_float64(isa):
     layer = packed(1536, 576, 4)
     x = torch.randn(3, 1536)
     exact = layer.quantize_input(x).double() @ layer.dequantized_weight().double().t()
@@ -222,7 +222,9 @@ def test_activation_codes_bit_for_bit(isa, levels, ratio):
 @pytest.mark.parametrize("tokens", [1, 2, 5, 17])
 @pytest.mark.parametrize("activation_levels", [3, 15, 255])
 @pytest.mark.parametrize("weight_levels", [2, 3, 4, 8, 16, 255])
-def test_steps_of_groups(isa, weight_levels, activation_levels, tokens, monkeypatch):
+def test_products_with_a_step_a_group_equal_the_slow_ones(
+    isa, weight_levels, activation_levels, tokens, monkeypatch
+):
     for columns, rows, group, settings in [
         (96, 48, 32, {}),
         (192, 33, 64, {"activation_clip_ratio": 0.7}),
@@ -263,7 +265,7 @@ def test_steps_of_groups_want_odd_levels(isa):
     assert not native.NativeWeight(*given, None, group_steps=True).group_steps
 
 
-def test_shapes_dtypes_and_views(isa, monkeypatch):
+def test_inputs_of_every_shape_dtype_and_view_are_taken(isa, monkeypatch):
     layer = packed(64, 24)
     for x in (
         torch.randn(2, 3, 64),

@@ -134,7 +134,7 @@ def test_ids_outside_a_table_are_refused(ids, best):
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 8, 16, 17, 255, 256])
-def test_empty_batches(isa, levels):
+def test_empty_batches_have_empty_outputs(isa, levels):
     for columns, rows in [(COLUMNS, ROWS), (1, 1), (67, 17)]:
         layer = layer_of(columns, rows, levels)
         weight = layer.native_weight()

@@ -107,7 +107,7 @@ def test_no_group_ends_within_a_tile():
                 assert constants["BYTES"] == 32 or size % (planes * constants["BYTES"]) == 0
 
 
-def test_missing_says_why(monkeypatch):
+def test_what_triton_lacks_is_said(monkeypatch):
     missing = gpu.missing.__wrapped__  # not what an earlier call found
     assert missing(torch.device("cpu")) == "torch sees no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -283,7 +283,7 @@ def test_steps_of_groups(weight_levels, activation_levels, device):
 @pytest.mark.triton
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 130])
 @pytest.mark.parametrize("activation_levels", [None, 255])
-def test_every_tile(tokens, activation_levels, device):
+def test_every_tile_equals_the_reference(tokens, activation_levels, device):
     """More rows and tokens than one program has."""
     step = None if activation_levels is None else torch.zeros(1, device=device)
     layer = packed(256, 140, 4, activation_levels).to(device)
