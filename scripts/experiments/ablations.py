@@ -1,7 +1,7 @@
 """Settings of the method, one changed at a time: the evidence for the defaults of ``MaQDConfig``.
 
-    python -m scripts.experiments.ablations --data_dir data
-    python -m scripts.experiments.ablations --data_dir data --rows "surrogate*" --seeds 0 1 2
+    python -m scripts.experiments.ablations --data-dir data
+    python -m scripts.experiments.ablations --data-dir data --rows "surrogate*" --seeds 0 1 2
 
 Every row quantizes stories260K to few levels of weights and inputs, calibrates it, distils it from
 its float self on the same number of tokens, and differs from the first row in one setting. The loss

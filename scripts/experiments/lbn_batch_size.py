@@ -1,6 +1,6 @@
 """Layer-Batch Normalization at every mini-batch size, in models trained from scratch.
 
-    python -m scripts.experiments.lbn_batch_size --data_dir FOLDER  # text; for the ViT, CIFAR-10
+    python -m scripts.experiments.lbn_batch_size --data-dir FOLDER  # text; for the ViT, CIFAR-10
     python -m scripts.experiments.lbn_batch_size  # embedded text, without the ViT
 
 Every row trains one small float model (only its norms differ) on the same samples in the same
@@ -302,7 +302,7 @@ def load(family: str, arguments: Arguments) -> Samples | None:
     if family != "vit":
         return byte_samples(arguments.data_dir)
     if arguments.data_dir is None:
-        print("vit skipped: it needs --data_dir")
+        print("vit skipped: it needs --data-dir")
         return None
     return pictures(arguments.data_dir, arguments.pictures, arguments.held_out_pictures)
 

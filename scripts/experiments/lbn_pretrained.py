@@ -1,7 +1,7 @@
 """The cost of static norms in a pretrained model, at 16 weight levels and 8-bit static activations.
 
-    python -m scripts.experiments.lbn_pretrained --data_dir data                    # all tables
-    python -m scripts.experiments.lbn_pretrained --data_dir data --tables stories260K --seeds 0 1 2
+    python -m scripts.experiments.lbn_pretrained --data-dir data                    # all tables
+    python -m scripts.experiments.lbn_pretrained --data-dir data --tables stories260K --seeds 0 1 2
 
 Every row converts one pretrained model, calibrates it and distils it from its float self for the
 same optimizer steps on the same text; only the norms differ:

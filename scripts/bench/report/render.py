@@ -134,7 +134,7 @@ SECTIONS = [
     Section(
         "One setting at a time",
         "ablations.json",
-        "python -m scripts.experiments.ablations --data_dir ...",
+        "python -m scripts.experiments.ablations --data-dir ...",
         ablations,
     ),
     Section(
